@@ -1,0 +1,302 @@
+"""The one strict config tree. Loading, overrides and error texts live in `config_file.py`.
+
+Every section is frozen and refuses unknown keys. A default lives in exactly one place: what belongs to the training
+recipe (paper, arXiv 2503.23383 §3.1) has no default here and stands in `conf/base.yaml`; what is mechanics (time limits,
+buffer sizes) has its default here, with its unit and its reason in the field's docstring.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    path: str
+    """Folder with the HF checkpoint (config.json, tokenizer, safetensors) the policy starts from."""
+    dtype: Literal["float32", "bfloat16"]
+    """Type of the weights in forward and backward; the optimizer keeps fp32 masters either way."""
+
+
+class DataConfig(Section):
+    train: str
+    """Training problems: a .parquet file in ToRL/verl layout, a .jsonl file, or `arithmetic:SEED` (generated)."""
+    template: str
+    """`torl` (the released code's bytes), `torl_paper` (without the line feed after `Assistant:`), or any text with `{problem}`."""
+    max_prompt_tokens: PositiveInt
+    """Longest templated prompt, in tokens (paper: 400)."""
+    overlong_prompts: Literal["error", "drop"] = "error"
+    """What a longer prompt does: stop before step 0 and name it, or leave it out and count it."""
+    shuffle: bool = True
+    """Draw a new order each epoch from `seed`; False keeps the file's order."""
+
+
+class RolloutConfig(Section):
+    prompts_per_step: PositiveInt
+    """Prompts per RL step (paper: 128)."""
+    group_size: PositiveInt
+    """Trajectories per prompt (paper: 16)."""
+    max_response_tokens: PositiveInt
+    """Budget for one response: sampled plus inserted tokens (paper: 3072)."""
+    max_tool_calls: int = Field(ge=0)
+    """C of the paper: calls that run per answer; after them the policy goes on in text, without the stop string."""
+    temperature: float = Field(gt=0)
+    """Sampling temperature of training rollouts (paper: 1)."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus; below 1 the sampled distribution is not the trained one."""
+    max_concurrency: PositiveInt = 4096
+    """Trajectories in flight at once; the rest wait without cost."""
+    trajectory_deadline_s: PositiveFloat = 1800.0
+    """Wall-clock limit of one trajectory; past it the trajectory is dropped and counted as a fault."""
+    oversample: float = Field(default=1.0, ge=1.0)
+    """Start this many times `prompts_per_step` prompts and keep the first groups to finish; 1 = all (the paper)."""
+    max_staleness: int = Field(default=0, ge=0)
+    """Policy versions a sample may lag behind the update that uses it; 0 = exactly on-policy (the paper)."""
+    replay: str | None = None
+    """Run folder whose recorded trajectories are trained on instead of sampling; no server is started."""
+
+
+class SandboxConfig(Section):
+    address: str | None = None
+    """`unix:/path` or `http://host:port[,http://…]` (SandboxFusion) of a running sandbox; None starts one beside the trainer."""
+    wall_s: PositiveFloat = 5.0
+    """Wall-clock limit of one snippet, counted from its own start."""
+    cpu_s: PositiveFloat = 5.0
+    """CPU limit of one snippet."""
+    memory_mb: PositiveInt = 512
+    """Address space a snippet may add to the interpreter's own."""
+    output_bytes: PositiveInt = 65536
+    """Kept per stream, head and tail; far above it the snippet is stopped."""
+
+
+class ServingConfig(Section):
+    num_servers: PositiveInt = 1
+    """SGLang servers started beside the trainer."""
+    tensor: PositiveInt = 1
+    """Tensor-parallel size of each server."""
+    urls: tuple[str, ...] = ()
+    """Servers that run already; when given, none is started."""
+    max_total_tokens: PositiveInt | None = None
+    """KV-cache size in tokens; None lets SGLang fill the memory it is given."""
+    max_running_requests: PositiveInt | None = None
+    """Requests decoded together; None is SGLang's own choice."""
+    mem_fraction: float = Field(default=0.8, gt=0, lt=1)
+    """Share of GPU memory for weights and KV cache (SGLang's mem-fraction-static); ignored on CPU."""
+    startup_timeout_s: PositiveFloat = 600.0
+    """From start to the first 200 of /ready; a 7B model off a cold file system takes minutes."""
+    request_timeout_s: PositiveFloat = 600.0
+    """One generation; past it the request is aborted and tried again."""
+    max_retries: int = Field(default=3, ge=0)
+    """Tries after the first for a request that met a dead, hanging or failing server."""
+    transport: Literal["broadcast", "handles", "disk"] = "broadcast"
+    """How weights travel: process-group broadcast (gloo/NCCL), colocated handles (by value/CUDA IPC), or safetensors on disk."""
+    bucket_mb: PositiveInt = 512
+    """Size of one flattened weight bucket; the sync needs at most two of them."""
+    sync_timeout_s: PositiveFloat = 600.0
+    """One whole weight sync; past it the run stops and names the server."""
+    extra_args: tuple[str, ...] = ()
+    """Further `sglang.launch_server` arguments, passed on as they are."""
+
+
+class RewardConfig(Section):
+    correct: float
+    """Reward of a correct answer (paper: +1)."""
+    wrong: float
+    """Reward of a wrong or missing answer (paper: -1)."""
+    code_error: float = Field(default=0.0, le=0)
+    """Added when a program of the trajectory did not run (paper tried -0.5: no gain, off)."""
+    grader_timeout_s: PositiveFloat = 5.0
+    """Limit of one answer check; past it the answer is wrong and counted as `grader_timeout`."""
+    grader_workers: PositiveInt = 2
+    """Killable grader processes."""
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        if self.correct + self.code_error <= self.wrong:
+            raise ValueError(
+                f"reward.code_error = {self.code_error} makes a correct answer worth no more than a wrong one "
+                f"(correct {self.correct}, wrong {self.wrong}); take a value above {self.wrong - self.correct}"
+            )
+        return self
+
+
+class AlgoConfig(Section):
+    advantage: Literal["grpo", "dr_grpo"]
+    """`grpo`: (r - mean) / std over the group; `dr_grpo`: r - mean (arXiv 2503.20783)."""
+    clip_low: float = Field(gt=0, lt=1)
+    """Lower side of the ratio clip: 1 - clip_low."""
+    clip_high: float = Field(gt=0)
+    """Upper side: 1 + clip_high (0.28 is DAPO's clip-higher)."""
+    loss_agg: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"]
+    """Tokens of the mini-batch alike; every sequence alike; or sums over a constant length (Dr. GRPO)."""
+    kl_coef: float = Field(ge=0)
+    """Weight of the k3 KL to the starting policy (paper: 0; then no reference pass is made)."""
+    entropy_coef: float = Field(ge=0)
+    """Weight of the entropy bonus (paper: 0)."""
+    correction: Literal["none", "tis", "mis", "geo"] = "none"
+    """Off-policy correction between server and trainer: truncated or masked importance sampling per token, or
+    geometric-mean masking per sequence."""
+    correction_low: float = Field(default=0.5, ge=0)
+    """Ratios below it are masked (mis, geo)."""
+    correction_high: float = Field(default=2.0, gt=0)
+    """Ratios above it are truncated (tis) or masked (mis, geo)."""
+    void_turns: Literal["keep", "mask"] = "keep"
+    """Mask trajectories with a turn that holds neither a complete code block nor an answer (SimpleTIR, 2509.02479)."""
+    mask_truncated: bool = False
+    """Leave responses that ran out of budget out of the loss (DAPO's overlong filter)."""
+
+
+class OptimConfig(Section):
+    lr: PositiveFloat
+    """Peak learning rate (paper: 1e-6)."""
+    weight_decay: float = Field(ge=0)
+    """On matrices only, as in Megatron."""
+    betas: tuple[float, float]
+    eps: PositiveFloat
+    clip_grad: PositiveFloat
+    """Global gradient norm."""
+    schedule: Literal["constant", "linear", "cosine"]
+    warmup_steps: int = Field(ge=0)
+    """Optimizer steps of linear warm-up."""
+
+
+class ParallelConfig(Section):
+    tensor: PositiveInt = 1
+    pipeline: PositiveInt = 1
+    virtual_pipeline: PositiveInt = 1
+    """Model chunks per pipeline stage (interleaved 1F1B); 1 = plain 1F1B."""
+    context: PositiveInt = 1
+    data: PositiveInt | Literal["auto"] = "auto"
+    """Data-parallel size; `auto` takes what the launcher's world size leaves, 1 on a single machine without one."""
+    sequence: bool = False
+    """Sequence parallelism inside the tensor group."""
+
+    @property
+    def model_size(self) -> int:
+        """Ranks that hold one copy of the policy."""
+        return self.tensor * self.pipeline * self.context
+
+    @property
+    def world_size(self) -> int:
+        """Trainer ranks when this config alone decides (`data: auto` counts as 1)."""
+        return self.model_size * (1 if self.data == "auto" else self.data)
+
+
+class TrainerConfig(Section):
+    mini_batch_samples: PositiveInt
+    """Trajectories per optimizer step (paper: 1024 of 2048)."""
+    micro_batch_tokens: PositiveInt
+    """Token budget of one packed micro-batch per data-parallel rank."""
+    logprob_chunk_tokens: PositiveInt = 2048
+    """Tokens whose logits exist at once, per rank: [chunk, V / tensor] in fp32."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recomputation."""
+    precision: Literal["default", "fp8_hybrid_delayed", "fp8_current", "fp8_blockwise", "mxfp8"] = "default"
+    """`default` computes in model.dtype; the others need Transformer Engine and a chip that has them."""
+    distributed_optimizer: bool = True
+    """Shard optimizer state over data-parallel ranks."""
+    overlap: bool = False
+    """Overlap gradient reduction and parameter gathering with compute."""
+    optimizer_offload: bool = False
+    """Keep optimizer state in host memory (colocated runs)."""
+    collective_timeout_s: PositiveFloat = 1800.0
+    """Process-group time limit; a rank that hangs ends the run instead of blocking it."""
+
+
+class EvalConfig(Section):
+    data: tuple[str, ...] = ()
+    """Benchmarks: paths as in data.train, or `arithmetic:SEED`; empty = no evaluation."""
+    max_problems: PositiveInt | None = None
+    """First problems of each benchmark; None = all."""
+    temperature: float = Field(ge=0)
+    """0 = greedy (the paper)."""
+    samples_per_problem: PositiveInt = 1
+    """k of avg@k and pass@k."""
+    every_steps: int = Field(default=0, ge=0)
+    """Also evaluate during training; 0 = only before step 0 and after the last step."""
+
+
+class CheckpointConfig(Section):
+    every_steps: int = Field(default=0, ge=0)
+    """0 = only at the end."""
+    keep_last: PositiveInt = 2
+    async_save: bool = False
+    """Write while training goes on."""
+    export_hf: bool = True
+    """Write `hf/` after the last step."""
+
+
+class GuardsConfig(Section):
+    """Rates above which a step stops the run; each is a share in [0, 1] except the mismatch."""
+
+    max_fault_rate: float = Field(default=0.1, ge=0, le=1)
+    """Trajectories lost to infrastructure faults."""
+    max_logprob_diff: PositiveFloat | None = None
+    """Largest |server - trainer| log-prob of any trained token; None = log only."""
+    probe_logprob_diff: PositiveFloat = 0.5
+    """The start-up probe's limit for the same prompt on server and trainer; bf16 rounds, so it is loose by default."""
+
+
+class LoggingConfig(Section):
+    trajectories: bool = True
+    """Write trajectories/step_*.jsonl.zst."""
+    tensorboard: bool = True
+
+
+class Config(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Run folder below `runs_dir`; a run of the same name is resumed."""
+    runs_dir: str = "runs"
+    seed: int = Field(default=0, ge=0)
+    """Of data order, sampling seeds and initialisation."""
+    num_steps: PositiveInt
+    """RL steps of the whole run."""
+    model: ModelConfig
+    data: DataConfig
+    rollout: RolloutConfig
+    sandbox: SandboxConfig = SandboxConfig()
+    serving: ServingConfig = ServingConfig()
+    reward: RewardConfig
+    algo: AlgoConfig
+    optim: OptimConfig
+    parallel: ParallelConfig = ParallelConfig()
+    trainer: TrainerConfig
+    eval: EvalConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    guards: GuardsConfig = GuardsConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @property
+    def max_context_tokens(self) -> int:
+        """Longest sequence the policy ever sees."""
+        return self.data.max_prompt_tokens + self.rollout.max_response_tokens
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        samples = self.rollout.prompts_per_step * self.rollout.group_size
+        if self.trainer.mini_batch_samples > samples:
+            raise ValueError(
+                f"trainer.mini_batch_samples = {self.trainer.mini_batch_samples} is more than a step collects "
+                f"({self.rollout.prompts_per_step} prompts x {self.rollout.group_size}); take at most {samples}"
+            )
+        if samples % self.trainer.mini_batch_samples:
+            raise ValueError(
+                f"trainer.mini_batch_samples = {self.trainer.mini_batch_samples} does not divide the {samples} samples of a step"
+            )
+        if self.trainer.micro_batch_tokens < self.max_context_tokens:
+            raise ValueError(
+                f"trainer.micro_batch_tokens = {self.trainer.micro_batch_tokens} cannot hold one sequence of "
+                f"data.max_prompt_tokens + rollout.max_response_tokens = {self.max_context_tokens} tokens"
+            )
+        if self.parallel.sequence and self.parallel.tensor == 1:
+            raise ValueError("parallel.sequence = true needs parallel.tensor > 1")
+        if self.parallel.virtual_pipeline > 1 and self.parallel.pipeline == 1:
+            raise ValueError("parallel.virtual_pipeline > 1 needs parallel.pipeline > 1")
+        if self.algo.correction_low > self.algo.correction_high:
+            raise ValueError("algo.correction_low is above algo.correction_high")
+        return self

@@ -1,0 +1,150 @@
+"""Reads a config: YAML with `base:`, then `a.b=value` overrides, into the strict tree of `config.py`.
+
+`base:` names a file relative to the one that says it; the child wins key by key, lists replace. Overrides are YAML
+values and the right-most wins. Every mistake is one `ConfigError` line: file, key, value, what was expected.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from torl_mega.config import Config
+from torl_mega.errors import ConfigError
+
+Tree = dict[str, Any]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-6 as text; this loader reads it as the number everybody means. Duplicate keys are refused."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The validated config of `path` with `overrides` applied. Raises ConfigError."""
+    tree = _read(Path(path), ())
+    origin = str(path)
+    for text in overrides:
+        _override(tree, text)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as exc:
+        raise ConfigError("\n".join(_explain(origin, error) for error in exc.errors())) from None
+
+
+def config_hash(config: Config) -> str:
+    """Twelve hex digits over everything but the run's name and place."""
+    tree = config.model_dump(mode="json", exclude={"name", "runs_dir"})
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> Tree:
+    path = path.resolve()
+    if path in seen:
+        raise ConfigError(f"{path}: `base:` goes round in a circle: {' -> '.join(p.name for p in (*seen, path))}")
+    try:
+        tree = yaml.load(path.read_text(), Loader=_Loader) or {}  # noqa: S506 - a SafeLoader subclass
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file; see conf/ for the ones that ship") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
+        raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(exc).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base = {base!r} is not the name of a file")
+    return _merge(_read(path.parent / base, (*seen, path)), tree)
+
+
+def _merge(base: Tree, over: Tree) -> Tree:
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _override(tree: Tree, text: str) -> None:
+    dotted, equals, raw = text.partition("=")
+    if not equals or not dotted:
+        raise ConfigError(f"override {text!r} is not of the form section.key=value")
+    try:
+        value = yaml.load(raw, Loader=_Loader)  # noqa: S506 - a SafeLoader subclass
+    except yaml.YAMLError:
+        value = raw  # e.g. a template with braces: taken as the text it is
+    *parents, leaf = dotted.split(".")
+    node = tree
+    for depth, key in enumerate(parents):
+        child = node.setdefault(key, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {text!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
+        node = child
+    node[leaf] = value
+
+
+def _explain(origin: str, error: Any) -> str:
+    loc = [str(part) for part in error["loc"]]
+    dotted = ".".join(loc)
+    if error["type"] == "extra_forbidden":
+        near = _nearest(loc)
+        hint = f"; did you mean {near}?" if near else f"; known here: {', '.join(_fields(loc[:-1]))}"
+        return f"{origin}: {dotted} = {error['input']!r} is not a setting{hint}"
+    if error["type"] == "missing":
+        return f"{origin}: {dotted} is missing; set it there or start from `base: base.yaml`"
+    message = error["msg"].removeprefix("Value error, ")
+    if not loc or isinstance(error["input"], dict):
+        return f"{origin}: {message}"
+    return f"{origin}: {dotted} = {error['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _section(loc: Sequence[str]) -> type[BaseModel] | None:
+    section: type[BaseModel] = Config
+    for key in loc:
+        info = section.model_fields.get(key)
+        kinds = [info.annotation, *get_args(info.annotation)] if info else []
+        inner = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
+        if not inner:
+            return None
+        section = inner[0]
+    return section
+
+
+def _fields(loc: Sequence[str]) -> list[str]:
+    section = _section(loc)
+    return sorted(section.model_fields) if section else []
+
+
+def _nearest(loc: Sequence[str]) -> str | None:
+    """The known setting nearest to a wrong one: first in its own section, then by its last name anywhere."""
+    close = difflib.get_close_matches(loc[-1], _fields(loc[:-1]), n=1, cutoff=0.7)
+    if close:
+        return ".".join([*loc[:-1], close[0]])
+    everywhere = {f"{s}.{k}": k for s in Config.model_fields for k in _fields([s])}
+    everywhere |= {k: k for k in Config.model_fields}
+    close = difflib.get_close_matches(loc[-1], list(everywhere.values()), n=1, cutoff=0.8)
+    return next((dotted for dotted, key in everywhere.items() if close and key == close[0]), None)

@@ -1,0 +1,35 @@
+"""Errors that end a run with one clear line. Anything else that escapes is a bug and keeps its traceback."""
+
+from __future__ import annotations
+
+
+class TorlError(Exception):
+    """What a user can mend: the message says the value, what was expected and the remedy, on one line."""
+
+
+class ConfigError(TorlError):
+    """A setting is unknown, out of range or contradicts another one."""
+
+
+class DataError(TorlError):
+    """A data file is missing, empty or not in a known layout."""
+
+
+class GenerationError(TorlError):
+    """A generation failed on every try."""
+
+
+class ServerError(TorlError):
+    """A server did not come up, died, or answered what it must not."""
+
+
+class WeightSyncError(TorlError):
+    """A weight sync was refused, timed out, or left a server with other weights than were sent."""
+
+
+class CheckpointError(TorlError):
+    """A checkpoint is missing, damaged or belongs to another model or layout."""
+
+
+class GuardError(TorlError):
+    """A rate that `guards` watches went over its limit."""

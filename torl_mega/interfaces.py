@@ -1,0 +1,94 @@
+"""The seams of the system. The loop and the rollout see these Protocols and never an engine.
+
+Implementations are passed in as objects by `train.py`; nothing here has state or a default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+
+from torl_mega.types import (
+    ExecutionRequest,
+    ExecutionResult,
+    Generation,
+    GenerationRequest,
+    Prompt,
+    Reward,
+    Rollout,
+    Sample,
+    TrainSample,
+    Trajectory,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Generator(Protocol):
+    """Samples tokens. Raises `GenerationError` when every retry failed."""
+
+    async def generate(self, request: GenerationRequest) -> Generation: ...
+
+
+class Sandbox(Protocol):
+    """Runs untrusted programs. Never raises for what a program does; INFRA is what it could not help."""
+
+    async def run(self, request: ExecutionRequest) -> ExecutionResult: ...
+
+
+class RewardFn(Protocol):
+    """Scores a finished trajectory. A hanging answer costs its own time limit and nothing else."""
+
+    async def score(self, trajectory: Trajectory) -> Reward: ...
+
+
+class Collector(Protocol):
+    """Turns prompts into scored groups of trajectories, `group_size` attempts each."""
+
+    def collect(self, prompts: Sequence[Prompt], *, step: int, policy_version: int) -> Rollout: ...
+
+
+NamedTensor = tuple[str, "torch.Tensor"]
+
+
+class WeightSink(Protocol):
+    """Puts weights into every server, verifies what each one holds, and records the policy version.
+
+    Every trainer rank calls `update` with its own iterator of HF-named tensors (empty on ranks that send nothing).
+    Raises `WeightSyncError` naming the tensor when a checksum differs, or the server when one refuses or dies.
+    """
+
+    def update(self, tensors: Iterable[NamedTensor], *, version: int) -> Mapping[str, float]: ...
+
+
+class Trainer(Protocol):
+    """The policy under training. Every method is a collective: all ranks call it with the same arguments.
+
+    Metrics come back reduced over ranks, equal on all of them.
+    """
+
+    def old_logprobs(self, samples: Sequence[Sample]) -> list[TrainSample]: ...
+
+    def forward_backward(self, batch: Sequence[TrainSample]) -> Mapping[str, float]: ...
+
+    def optim_step(self) -> Mapping[str, float]: ...
+
+    def weights(self) -> Iterator[NamedTensor]:
+        """HF-named, unpadded, unsharded tensors in a fixed order, one at a time; yields on rank 0 only."""
+        ...
+
+    def save(self, path: Path, *, extra: Mapping[str, Any]) -> None: ...
+
+    def load(self, path: Path) -> Mapping[str, Any]: ...
+
+    def export_hf(self, path: Path) -> None: ...
+
+
+class Logger(Protocol):
+    def log(self, step: int, metrics: Mapping[str, float | int]) -> None: ...
+
+
+__all__ = ["Collector", "Generator", "Logger", "NamedTensor", "RewardFn", "Sandbox", "Trainer", "WeightSink"]

@@ -1,0 +1,247 @@
+"""The records that flow through a step, in the order in which they come to be.
+
+    Problem -> Prompt -> (Turn, Turn, ...) -> Trajectory -> Reward -> Group -> Sample -> TrainSample
+
+Every record is frozen and complete when built: a later stage makes a new record instead of filling in a field.
+Shapes stand on the fields:  P prompt tokens, T tokens of a turn / a sequence, O observation tokens, G group size.
+This module imports nothing of torch, Megatron or SGLang.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+
+# ------------------------------------------------------------------------------------------------ data
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One row of a data set, before it is templated for a model."""
+
+    problem_id: str  # stable over runs: "<source>/<row>"
+    problem: str
+    answer: str  # the gold answer, as text
+    source: str  # data set or benchmark the row came from, e.g. "aime24"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A problem in the form the policy sees: templated and encoded exactly once."""
+
+    problem: Problem
+    token_ids: tuple[int, ...]  # [P]
+
+
+# ------------------------------------------------------------------------------------------------ sandbox
+
+
+class ExecutionStatus(StrEnum):
+    """How a snippet ended, told out of band (never parsed from its output)."""
+
+    OK = "ok"  # return code 0
+    ERROR = "error"  # uncaught exception or non-zero exit; `return_code` says which
+    TIMEOUT_WALL = "timeout_wall"
+    TIMEOUT_CPU = "timeout_cpu"
+    MEMORY = "memory"
+    OUTPUT_LIMIT = "output_limit"
+    SIGNAL = "signal"  # killed by a signal of its own making; `return_code` is minus the signal number
+    INFRA = "infra"  # the sandbox failed, not the snippet: retried, counted, never shown to the model
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutionRequest:
+    """One untrusted Python program and the limits it runs under. The clocks start when the program starts."""
+
+    code: str
+    stdin: str = ""
+    files: Mapping[str, bytes] = field(default_factory=dict)  # relative path -> content, laid into the working folder
+    fetch_files: tuple[str, ...] = ()  # relative paths read back after the program ended
+    wall_s: float = 5.0
+    cpu_s: float = 5.0
+    memory_mb: int = 512
+    output_bytes: int = 65536  # per stream; head and tail are kept
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutionResult:
+    status: ExecutionStatus
+    return_code: int | None  # None when the program was killed by a limit
+    stdout: str
+    stderr: str
+    wall_s: float
+    cpu_s: float
+    max_rss_mb: float
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    message: str = ""  # what failed, for INFRA
+
+
+# ------------------------------------------------------------------------------------------------ rollout
+
+
+class FinishReason(StrEnum):
+    """Why one generation ended."""
+
+    STOP_STRING = "stop_string"  # a tool call: the text ends in the stop string
+    EOS = "eos"
+    LENGTH = "length"
+    ABORT = "abort"  # the server gave up in the middle; the tokens so far are valid
+
+
+class StopReason(StrEnum):
+    """Why a trajectory ended."""
+
+    EOS = "eos"
+    LENGTH = "length"  # response budget or context used up, or an observation that would not have fitted
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    token_ids: tuple[int, ...]  # [P] everything so far: prompt, sampled tokens, observations
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    stop: tuple[str, ...]
+    seed: int  # unique per (run, step, prompt, sample, turn); counts where the server is deterministic
+    route_key: str  # requests that share it share a prefix
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What a generator sampled, token for token."""
+
+    token_ids: tuple[int, ...]  # [T] stop tokens included
+    logprobs: tuple[float, ...]  # [T] log-softmax(logits / temperature) of each sampled token
+    policy_versions: tuple[int, ...]  # [T] version of the weights that sampled each token
+    text: str  # decoded, stop string included
+    finish: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One program the policy wrote and what it was told in return."""
+
+    code: str
+    status: ExecutionStatus
+    return_code: int | None
+    observation: str  # as rendered to the policy
+    wall_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One generation and the observation inserted after it (empty when the turn made no call)."""
+
+    token_ids: tuple[int, ...]  # [T] sampled
+    logprobs: tuple[float, ...]  # [T]
+    policy_versions: tuple[int, ...]  # [T]
+    text: str
+    tool_call: ToolCall | None = None
+    observation_ids: tuple[int, ...] = ()  # [O] inserted, never trained
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """One finished attempt at a prompt."""
+
+    prompt: Prompt
+    sample_index: int  # 0 <= sample_index < group_size
+    turns: tuple[Turn, ...]
+    stop_reason: StopReason
+
+    @property
+    def response_ids(self) -> tuple[int, ...]:
+        """[T] sampled and inserted tokens after the prompt, in order."""
+        return tuple(i for turn in self.turns for i in (*turn.token_ids, *turn.observation_ids))
+
+    @property
+    def loss_mask(self) -> tuple[bool, ...]:
+        """[T] over response_ids: True on tokens the policy sampled."""
+        return tuple(b for t in self.turns for b in (*(True,) * len(t.token_ids), *(False,) * len(t.observation_ids)))
+
+    @property
+    def rollout_logprobs(self) -> tuple[float, ...]:
+        """[T] over response_ids; 0.0 on inserted tokens."""
+        return tuple(x for t in self.turns for x in (*t.logprobs, *(0.0,) * len(t.observation_ids)))
+
+    @property
+    def policy_versions(self) -> tuple[int, ...]:
+        """[T] over response_ids; -1 on inserted tokens."""
+        return tuple(v for t in self.turns for v in (*t.policy_versions, *(-1,) * len(t.observation_ids)))
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        return tuple(t.tool_call for t in self.turns if t.tool_call is not None)
+
+    @property
+    def response_text(self) -> str:
+        """What the policy wrote and was shown, in order."""
+        return "".join(t.text + (t.tool_call.observation if t.tool_call else "") for t in self.turns)
+
+
+# ------------------------------------------------------------------------------------------------ reward
+
+
+class GraderStatus(StrEnum):
+    OK = "ok"
+    NO_ANSWER = "no_answer"  # no final \boxed{}
+    TIMEOUT = "timeout"  # the grader hung on this answer; counted as wrong and as grader_timeout
+    FAULT = "fault"  # the grader process failed twice; counted, and the trajectory is left out
+
+
+@dataclass(frozen=True, slots=True)
+class Reward:
+    value: float  # what the advantage is computed from
+    correct: bool
+    status: GraderStatus
+    extracted: str | None  # the answer that was compared
+    parts: Mapping[str, float]  # named summands of `value`: {"answer": 1.0, "code_error": -0.5, ...}
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """All attempts at one prompt, scored. G can be below group_size where trajectories failed and were left out."""
+
+    prompt: Prompt
+    trajectories: tuple[Trajectory, ...]  # [G]
+    rewards: tuple[Reward, ...]  # [G]
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """What one collection brought home."""
+
+    groups: tuple[Group, ...]
+    faults: Mapping[str, int]  # kind -> count, e.g. {"sandbox_infra": 2, "generation_retry": 1}
+    wall_s: float
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """One training sequence: prompt and response as flat arrays, aligned by position.
+
+    Worked example, prompt [7 8], sampled [1 2], observation [5], sampled [3]:
+        token_ids  7 8 1 2 5 3
+        loss_mask  F F T T F T
+    """
+
+    token_ids: np.ndarray  # [T] int64
+    loss_mask: np.ndarray  # [T] bool, True on tokens the policy sampled
+    rollout_logprobs: np.ndarray  # [T] float32, 0 where not sampled
+    policy_versions: np.ndarray  # [T] int32, -1 where not sampled
+    advantage: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainSample:
+    """A Sample with what the trainer said of it before the update."""
+
+    sample: Sample
+    old_logprobs: np.ndarray  # [T] float32, position t is log p(token t | tokens < t); 0 where not sampled
+    entropy: np.ndarray  # [T] float32, of the distribution that token t was drawn from; 0 where not sampled
