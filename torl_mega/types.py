@@ -245,3 +245,4 @@ class TrainSample:
     sample: Sample
     old_logprobs: np.ndarray  # [T] float32, position t is log p(token t | tokens < t); 0 where not sampled
     entropy: np.ndarray  # [T] float32, of the distribution that token t was drawn from; 0 where not sampled
+    ref_logprobs: np.ndarray | None = None  # [T] float32 under the starting policy; None when algo.kl_coef is 0
