@@ -127,7 +127,7 @@ class ToolCall:
     code: str
     status: ExecutionStatus
     return_code: int | None
-    observation: str  # as rendered to the policy
+    observation: str  # exactly the text that was encoded and inserted, fence included
     wall_s: float
 
 
@@ -179,7 +179,7 @@ class Trajectory:
     @property
     def response_text(self) -> str:
         """What the policy wrote and was shown, in order."""
-        return "".join(t.text + (t.tool_call.observation if t.tool_call else "") for t in self.turns)
+        return "".join(t.text + (t.tool_call.observation if t.tool_call and t.observation_ids else "") for t in self.turns)
 
 
 # ------------------------------------------------------------------------------------------------ reward

@@ -1,0 +1,53 @@
+"""From scored groups to training sequences: advantages, masks, flat arrays. No engine, no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from torl_mega.algo.advantage import group_advantages
+from torl_mega.config import AlgoConfig
+from torl_mega.rollout.filters import is_trained
+from torl_mega.types import Group, Sample, Trajectory
+
+
+T = TypeVar("T")
+
+
+def make_samples(groups: Sequence[Group], config: AlgoConfig) -> list[Sample]:
+    """One Sample per trajectory, in group order. A filtered trajectory keeps its place (and its part in the group's
+    baseline) with an all-False loss mask, so batch sizes do not move."""
+    samples: list[Sample] = []
+    for group in groups:
+        rewards_G = np.array([r.value for r in group.rewards], np.float64)
+        advantages_G = group_advantages(rewards_G, config.advantage)
+        for trajectory, advantage in zip(group.trajectories, advantages_G, strict=True):
+            samples.append(_sample(trajectory, float(advantage), trained=is_trained(trajectory, config)))
+    return samples
+
+
+def split_mini_batches(items: Sequence[T], num_mini_batches: int) -> list[list[T]]:
+    """Consecutive mini-batches, as equal as the count allows (faults can leave a step short)."""
+    bounds = np.linspace(0, len(items), num_mini_batches + 1).round().astype(int)
+    return [list(items[a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True) if b > a]
+
+
+def _sample(trajectory: Trajectory, advantage: float, *, trained: bool) -> Sample:
+    prompt = trajectory.prompt.token_ids
+    response, mask = trajectory.response_ids, trajectory.loss_mask
+    num_prompt = len(prompt)
+    loss_mask = np.zeros(num_prompt + len(response), bool)
+    loss_mask[num_prompt:] = mask if trained else False
+    logprobs = np.zeros(loss_mask.size, np.float32)
+    logprobs[num_prompt:] = trajectory.rollout_logprobs
+    versions = np.full(loss_mask.size, -1, np.int32)
+    versions[num_prompt:] = trajectory.policy_versions
+    return Sample(
+        token_ids=np.array((*prompt, *response), np.int64),
+        loss_mask=loss_mask,
+        rollout_logprobs=logprobs,
+        policy_versions=versions,
+        advantage=advantage,
+    )

@@ -1,0 +1,73 @@
+"""The text protocol between policy and sandbox, as in the paper (arXiv 2503.23383 §2.2).
+
+The policy writes a ```python block and then opens an ```output block; generation stops there, the last python block
+runs, and `\\n{observation}\\n```\\n` is inserted. Pure text; nothing is executed here.
+"""
+
+from __future__ import annotations
+
+from torl_mega.types import ExecutionResult, ExecutionStatus
+
+STOP = "```output"
+MAX_OBSERVATION_CHARS = 256
+HALF = 128
+
+
+def last_code_block(text: str) -> str | None:
+    """The last complete ```python block of what the policy wrote, or None.
+
+    Line by line as the released code's `extract_program`: a line that starts or ends with ```python opens a block, any
+    other line that starts with ``` closes it; a block that is still open is not a program.
+    """
+    program: str | None = None
+    lines: list[str] | None = None
+    for line in text.split("\n"):
+        if line.startswith("```python") or line.endswith("```python"):
+            lines = []
+        elif line.startswith("```"):
+            if lines is not None:
+                program = "\n".join(lines) + "\n"
+            lines = None
+        elif lines is not None:
+            lines.append(line)
+    return program if lines is None else None
+
+
+def render_observation(result: ExecutionResult, *, wall_s: float, memory_mb: int) -> str:
+    """The inserted text, fence included. INFRA never gets here: the policy is never shown an infrastructure fault."""
+    assert result.status is not ExecutionStatus.INFRA
+    return frame(_body(result, wall_s=wall_s, memory_mb=memory_mb))
+
+
+def frame(body: str) -> str:
+    """`body`, shortened to the paper's 128 + ... + 128 characters, in the form that is inserted."""
+    body = body.strip()
+    if len(body) > MAX_OBSERVATION_CHARS:
+        body = body[:HALF] + "..." + body[-HALF:]
+    return f"\n{body}\n```\n"
+
+
+NO_CODE = "(no python code block found)"
+NO_OUTPUT = "(no output)"
+
+
+def _body(result: ExecutionResult, *, wall_s: float, memory_mb: int) -> str:
+    """stdout where there is some, else the last line of the error, else what happened in words.
+
+    The released code tells a program that printed nothing that it timed out; here it is told that it printed nothing.
+    """
+    status = result.status
+    if status is ExecutionStatus.TIMEOUT_WALL or status is ExecutionStatus.TIMEOUT_CPU:
+        return f"TimeoutError: the program ran longer than {wall_s:g} seconds"
+    if status is ExecutionStatus.MEMORY:
+        return f"MemoryError: the program used more than {memory_mb} MB"
+    if result.stdout.strip():
+        return result.stdout
+    if status is ExecutionStatus.OK:
+        return NO_OUTPUT
+    error = result.stderr.strip().split("\n")[-1].strip()
+    if error:
+        return error
+    if status is ExecutionStatus.SIGNAL:
+        return f"the program was killed by signal {-(result.return_code or 0)}"
+    return f"the program exited with code {result.return_code}"
