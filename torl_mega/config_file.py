@@ -66,7 +66,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Tree:
     if path in seen:
         raise ConfigError(f"{path}: `base:` goes round in a circle: {' -> '.join(p.name for p in (*seen, path))}")
     try:
-        tree = yaml.load(path.read_text(), Loader=_Loader) or {}  # noqa: S506 - a SafeLoader subclass
+        tree = yaml.load(path.read_text(), Loader=_Loader) or {}
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file; see conf/ for the ones that ship") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
@@ -94,7 +94,7 @@ def _override(tree: Tree, text: str) -> None:
     if not equals or not dotted:
         raise ConfigError(f"override {text!r} is not of the form section.key=value")
     try:
-        value = yaml.load(raw, Loader=_Loader)  # noqa: S506 - a SafeLoader subclass
+        value = yaml.load(raw, Loader=_Loader)
     except yaml.YAMLError:
         value = raw  # e.g. a template with braces: taken as the text it is
     *parents, leaf = dotted.split(".")

@@ -179,7 +179,9 @@ class Trajectory:
     @property
     def response_text(self) -> str:
         """What the policy wrote and was shown, in order."""
-        return "".join(t.text + (t.tool_call.observation if t.tool_call and t.observation_ids else "") for t in self.turns)
+        return "".join(
+            t.text + (t.tool_call.observation if t.tool_call and t.observation_ids else "") for t in self.turns
+        )
 
 
 # ------------------------------------------------------------------------------------------------ reward

@@ -12,7 +12,6 @@ from torl_mega.config import AlgoConfig
 from torl_mega.rollout.filters import is_trained
 from torl_mega.types import Group, Sample, Trajectory
 
-
 T = TypeVar("T")
 
 

@@ -1,0 +1,93 @@
+"""Prompts in, scored groups out: every trajectory is a task of its own, with no barrier between them.
+
+One asyncio loop drives all of them. A trajectory that meets a fault is started again once; if that fails too it is
+counted, logged and left out. Contract: `collect` returns only whole trajectories, each exactly once.
+Not covered: sampling while the trainer updates (see `max_staleness`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+from torl_mega.errors import GenerationError
+from torl_mega.interfaces import RewardFn
+from torl_mega.rollout.episode import Episode, SandboxFault
+from torl_mega.types import GraderStatus, Group, Prompt, Reward, Rollout, Trajectory
+
+log = logging.getLogger(__name__)
+
+ATTEMPTS = 2
+
+
+@dataclass(slots=True)
+class AsyncCollector:
+    """`run` executes a coroutine on the loop that the episode's clients belong to."""
+
+    reward_fn: RewardFn
+    run: Callable[[Awaitable[Rollout]], Rollout]
+    max_concurrency: int
+    deadline_s: float
+    progress: Callable[[int, int], None] | None = None  # (finished, total) trajectories
+    _faults: Counter[str] = field(default_factory=Counter)
+
+    def collect(self, episode: Episode, prompts: Sequence[Prompt], *, group_size: int, seed: int) -> Rollout:
+        """`group_size` attempts at each prompt. `seed` must differ between steps."""
+        return self.run(self._collect(episode, prompts, group_size, seed))
+
+    async def _collect(self, episode: Episode, prompts: Sequence[Prompt], group_size: int, seed: int) -> Rollout:
+        start, total, finished = time.monotonic(), len(prompts) * group_size, 0
+        self._faults = Counter()
+        slots = asyncio.Semaphore(self.max_concurrency)
+
+        async def one(prompt: Prompt, index: int) -> tuple[Trajectory, Reward] | None:
+            nonlocal finished
+            async with slots:
+                scored = await self._attempt(episode, prompt, index, seed)
+            finished += 1
+            if self.progress:
+                self.progress(finished, total)
+            return scored
+
+        async with asyncio.TaskGroup() as tasks:
+            groups = [[tasks.create_task(one(p, i)) for i in range(group_size)] for p in prompts]
+        done = [[t.result() for t in group] for group in groups]
+        return Rollout(
+            groups=tuple(_group(p, [s for s in scored if s]) for p, scored in zip(prompts, done, strict=True)),
+            faults=dict(self._faults),
+            wall_s=time.monotonic() - start,
+        )
+
+    async def _attempt(
+        self, episode: Episode, prompt: Prompt, index: int, seed: int
+    ) -> tuple[Trajectory, Reward] | None:
+        for attempt in range(ATTEMPTS):
+            try:
+                async with asyncio.timeout(self.deadline_s):
+                    trajectory = await episode.run(prompt, index, seed=seed)
+                    reward = await self.reward_fn.score(trajectory)
+            except (GenerationError, SandboxFault, TimeoutError) as exc:
+                kind = "deadline" if isinstance(exc, TimeoutError) else type(exc).__name__
+                self._faults[f"{kind}_retry" if attempt + 1 < ATTEMPTS else f"{kind}_lost"] += 1
+                log.warning("%s, sample %d: %s: %s", prompt.problem.problem_id, index, kind, exc)
+                continue
+            if reward.status is GraderStatus.FAULT:
+                self._faults["grader_lost"] += 1
+                return None
+            if reward.status is GraderStatus.TIMEOUT:
+                self._faults["grader_timeout"] += 1
+            return trajectory, reward
+        return None
+
+
+def lost_trajectories(faults: dict[str, int]) -> int:
+    """Trajectories that were left out, among the fault counts of a rollout."""
+    return sum(count for kind, count in faults.items() if kind.endswith("_lost"))
+
+
+def _group(prompt: Prompt, scored: Sequence[tuple[Trajectory, Reward]]) -> Group:
+    return Group(prompt, tuple(t for t, _ in scored), tuple(r for _, r in scored))
