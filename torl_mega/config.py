@@ -248,6 +248,39 @@ class LoggingConfig(Section):
     tensorboard: bool = True
 
 
+class ClusterConfig(Section):
+    """Where the processes of a run go on a Slurm allocation; `torl plan` turns it into a placement."""
+
+    nodes: PositiveInt = 1
+    """Nodes this config is laid out for; a job plans again with the nodes it was really given."""
+    gpus_per_node: PositiveInt = 8
+    gpu: Literal["a100", "h100", "h200", "b200", "cpu"] = "h100"
+    """Kind of GPU (table in planner/hardware.py); `cpu` runs every engine on cores, one rank per would-be GPU."""
+    placement: Literal["colocated", "disaggregated"] = "colocated"
+    """Ranks and servers share each GPU in turns, or each has GPUs of its own."""
+    server_nodes: int = Field(default=0, ge=0)
+    """Disaggregated: how many nodes, the last of the allocation, only serve."""
+    server_gpus_per_node: int = Field(default=0, ge=0)
+    """Disaggregated inside every node instead: how many of its GPUs, the last ones, only serve."""
+    ranks_per_node: PositiveInt | None = None
+    """Trainer ranks on a training node; None = one per training GPU."""
+    servers_per_node: PositiveInt | None = None
+    """SGLang servers on a serving node; None = as many as serving.tensor fits into its GPUs."""
+    sandbox_cores: PositiveInt = 32
+    """Cores per node kept for the sandbox pool; the rest is split over ranks and servers. Halved on small nodes."""
+
+    @model_validator(mode="after")
+    def _split(self) -> Self:
+        split = (self.server_nodes > 0) + (self.server_gpus_per_node > 0)
+        if self.placement == "colocated" and split:
+            raise ValueError("cluster.server_nodes and server_gpus_per_node need cluster.placement = disaggregated")
+        if self.placement == "disaggregated" and split != 1:
+            raise ValueError(
+                "cluster.placement = disaggregated needs exactly one of cluster.server_nodes and server_gpus_per_node"
+            )
+        return self
+
+
 class Config(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Run folder below `runs_dir`; a run of the same name is resumed."""
@@ -265,6 +298,7 @@ class Config(Section):
     algo: AlgoConfig
     optim: OptimConfig
     parallel: ParallelConfig = ParallelConfig()
+    cluster: ClusterConfig = ClusterConfig()
     trainer: TrainerConfig
     eval: EvalConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
