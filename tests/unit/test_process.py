@@ -1,0 +1,139 @@
+"""The guardian: nothing survives, however the tree or its owner ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from torl_mega import process
+
+STUBBORN = textwrap.dedent("""
+    import os, signal, sys, time
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for detach in (False, True):
+        if os.fork() == 0:
+            if detach:
+                os.setsid()
+                if os.fork():
+                    os._exit(0)
+            open(sys.argv[1] + f"/{os.getpid()}", "w").close()
+            time.sleep(600)
+    open(sys.argv[1] + f"/{os.getpid()}", "w").close()
+    time.sleep(600)
+""")
+OWNER = textwrap.dedent("""
+    import sys, time, pathlib
+    from torl_mega import process
+    child = process.start([sys.executable, "-c", sys.argv[1], sys.argv[2]], name="tree")
+    print(child.pid, flush=True)
+    time.sleep(600)
+""")
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state not in "ZX"
+
+
+def wait_for(condition, limit_s: float = 10.0) -> bool:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def tree(folder: Path) -> list[int]:
+    assert wait_for(lambda: len(list(folder.iterdir())) == 3)
+    return [int(p.name) for p in folder.iterdir()]
+
+
+def test_stop_ends_a_tree_that_ignores_sigterm_and_detaches(tmp_path: Path) -> None:
+    child = process.start([sys.executable, "-c", STUBBORN, str(tmp_path)], name="stubborn")
+    pids = tree(tmp_path)
+    assert child.pid in pids
+    assert child.poll() is None
+    assert child.stop(grace_s=0.2) == -signal.SIGKILL
+    assert not any(map(alive, pids))
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_the_tree_dies_with_its_owner(tmp_path: Path, how: signal.Signals) -> None:
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, STUBBORN, str(tmp_path)], stdout=subprocess.PIPE, stderr=-3)
+    assert owner.stdout is not None
+    owner.stdout.readline()
+    pids = tree(tmp_path)
+    owner.send_signal(how)
+    owner.wait()
+    assert wait_for(lambda: not any(map(alive, pids)), 5.0)
+    owner.stdout.close()
+
+
+def test_a_killed_guardian_takes_the_command_along() -> None:
+    child = process.start(["sleep", "600"], name="sleep")
+    guardian = int(Path(f"/proc/{child.pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    os.kill(guardian, signal.SIGKILL)
+    assert wait_for(lambda: not alive(child.pid))
+    child.stop()
+
+
+def test_a_finished_command_leaves_no_background_job(tmp_path: Path) -> None:
+    script = f"(setsid sleep 600 & echo $! > {tmp_path}/pid); exit 7"
+    child = process.start(["sh", "-c", script], name="sh")
+    assert child.wait(10) == 7
+    assert not alive(int((tmp_path / "pid").read_text()))
+
+
+def test_exit_codes_are_the_commands_own() -> None:
+    assert process.start(["sh", "-c", "exit 3"], name="sh").wait(10) == 3
+    assert process.start(["sh", "-c", "kill -SEGV $$"], name="sh").wait(10) == -signal.SIGSEGV
+    assert process.start(["sh", "-c", "trap 'exit 5' TERM; while :; do sleep 0.01; done"], name="sh").stop(5) in (5, -15)
+
+
+def test_a_missing_command_is_said_at_once() -> None:
+    with pytest.raises(FileNotFoundError, match=r"ghost: No such file or directory: /no/such/command"):
+        process.start(["/no/such/command"], name="ghost")
+
+
+def test_environment_log_and_stdin(tmp_path: Path) -> None:
+    log = tmp_path / "deep" / "log"
+    child = process.start(
+        ["sh", "-c", 'read line; echo "$line $COLOUR"; echo loud >&2'],
+        name="echo", log_path=log, env={"COLOUR": "green", "PATH": os.environ["PATH"]}, stdin=subprocess.PIPE,
+    )  # fmt: skip
+    assert child.stdin is not None
+    child.stdin.write(b"sea\n")
+    child.stdin.close()
+    assert child.wait(10) == 0
+    assert log.read_text() == "sea green\nloud\n"
+    assert process.tail(log, 1) == "loud"
+    assert process.tail(tmp_path / "none") == ""
+
+
+def test_start_is_cheap() -> None:
+    begin = time.monotonic()
+    for _ in range(5):
+        process.start(["true"], name="true").wait(10)
+    assert (time.monotonic() - begin) / 5 < 1.0
+
+
+def test_ports() -> None:
+    import socket
+
+    port = process.free_port()
+    assert not process.port_in_use("127.0.0.1", port)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        assert process.port_in_use("127.0.0.1", port)
