@@ -110,17 +110,34 @@ class RewardConfig(Section):
     """Reward of a wrong or missing answer (paper: -1)."""
     code_error: float = Field(default=0.0, le=0)
     """Added when a program of the trajectory did not run (paper tried -0.5: no gain, off)."""
+    overlong: float = Field(default=0.0, le=0)
+    """Added to a response that uses up its token budget, growing from 0 over the buffer before it (DAPO, 2503.14476); 0 = off."""
+    overlong_buffer_tokens: PositiveInt = 512
+    """Tokens before rollout.max_response_tokens over which `overlong` grows."""
+    tool_cost: float = Field(default=0.0, le=0)
+    """Added for every program that ran; 0 = off."""
+    tool_cost_floor: float = Field(default=-0.5, le=0)
+    """What `tool_cost` comes to at most, however many programs ran."""
+    format_error: float = Field(default=0.0, le=0)
+    """Added to a response without a final box; 0 = off."""
     grader_timeout_s: PositiveFloat = 5.0
     """Limit of one answer check; past it the answer is wrong and counted as `grader_timeout`."""
     grader_workers: PositiveInt = 2
-    """Killable grader processes."""
+    """Killable grader processes that check at once; hanging ones are set aside and do not take a place."""
+    grader_memory_mb: PositiveInt = 1024
+    """Address space one check may add to the interpreter's own."""
 
     @model_validator(mode="after")
     def _bounded(self) -> Self:
-        if self.correct + self.code_error <= self.wrong:
+        if self.correct <= self.wrong:
+            raise ValueError(f"reward.correct = {self.correct} is not above reward.wrong = {self.wrong}")
+        names = ["code_error", "overlong", "tool_cost", "format_error"]
+        penalties = [self.code_error, self.overlong, self.tool_cost and self.tool_cost_floor, self.format_error]
+        if self.correct + sum(penalties) <= (self.correct + self.wrong) / 2:
+            active = ", ".join(f"{n} {p}" for n, p in zip(names, penalties, strict=True) if p)
             raise ValueError(
-                f"reward.code_error = {self.code_error} makes a correct answer worth no more than a wrong one "
-                f"(correct {self.correct}, wrong {self.wrong}); take a value above {self.wrong - self.correct}"
+                f"reward penalties ({active}) together bring a correct answer ({self.correct}) down to the middle between "
+                f"correct and wrong or below; their sum must stay above {(self.wrong - self.correct) / 2}"
             )
         return self
 

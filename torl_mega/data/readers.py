@@ -1,0 +1,187 @@
+"""Reads problems out of files: one function per layout, streaming, with the file and the row in every complaint.
+
+Layouts, told apart by the file's ending and by the columns of its rows:
+
+    ToRL / verl     data_source, prompt: [{role, content}], reward_model: {ground_truth}, extra_info: {id}
+    plain           problem | question, answer | final_answer | ground_truth; optional id, source
+    MATH            problem, solution (the answer is the last \\boxed{} of the solution)
+    NuminaMath      problem, solution, answer, problem_type, question_type, source
+    DeepScaleR      problem, answer, solution
+
+`read_rows` yields raw rows, `to_problem` makes one `Problem` of a row. Neither holds more than one batch of a file in
+memory. Nothing here drops or mends a row: `tools/prepare_data.py` does that and reports it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torl_mega.errors import DataError
+from torl_mega.reward.extract import last_boxed
+from torl_mega.types import Problem
+
+Row = Mapping[str, Any]
+
+_PROBLEM_KEYS = ("problem", "question")
+_ANSWER_KEYS = ("answer", "final_answer", "ground_truth", "expected_answer")
+_ID_KEYS = ("id", "unique_id", "uuid", "problem_id")
+_TEMPLATE_HEAD = "A conversation between User and Assistant."
+_TEMPLATE_ASK = "put your final answer within \\boxed{}.\n"
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
+    """(row number from 0, row) of a .parquet, .jsonl or .json file or of a folder of them; a row that is not an object comes as text saying why.
+
+    Row numbers of a .jsonl are line numbers from 0. Raises DataError when the file is missing, unreadable or of an unknown ending.
+    """
+    if not path.exists():
+        raise DataError(f"{path}: no such data file; data.train and eval.data take .parquet, .jsonl or arithmetic:SEED")
+    if path.suffix == ".parquet":
+        yield from _parquet_rows(path)
+    elif path.suffix in (".jsonl", ".ndjson"):
+        yield from _jsonl_rows(path)
+    elif path.suffix == ".json":
+        yield from _json_rows(path)
+    elif path.suffix == ".arrow":
+        yield from _arrow_rows(path)
+    else:
+        raise DataError(
+            f"{path}: ending {path.suffix!r} is not a known data layout; expected .parquet, .jsonl, .json or .arrow"
+        )
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        number = 0
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    yield number, row
+                    number += 1
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as exc:
+        raise DataError(f"{path}: not readable as parquet: {' '.join(str(exc).split())}") from None
+
+
+def _arrow_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
+    """A file that `datasets.save_to_disk` wrote."""
+    import pyarrow as pa
+
+    try:
+        number = 0
+        with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
+            for batch in stream:
+                for row in batch.to_pylist():
+                    yield number, row
+                    number += 1
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as exc:
+        raise DataError(f"{path}: not readable as an arrow stream: {' '.join(str(exc).split())}") from None
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file):
+            if line.strip():
+                yield number, parse_line(line)
+
+
+def parse_line(line: bytes) -> Row | str:
+    """One line of a .jsonl file; text saying what is wrong with it when it is not a JSON object."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as exc:
+        return f"not JSON ({exc})"
+    return row if isinstance(row, dict) else f"expected a JSON object, found {type(row).__name__}"
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as exc:
+        raise DataError(f"{path}: not readable as JSON: {exc}") from None
+    rows = content if isinstance(content, list) else [content]
+    for number, row in enumerate(rows):
+        yield number, row if isinstance(row, dict) else f"expected a JSON object, found {type(row).__name__}"
+
+
+def to_problem(row: Row, *, path: Path, number: int) -> Problem:
+    """The problem in one row of any known layout. Raises DataError with file and row when a part is missing or of a wrong type."""
+    where = f"{path}: row {number}"
+    row = {str(key).lower(): value for key, value in row.items()}  # AIME's public files write Problem and Answer
+    if "reward_model" in row or isinstance(row.get("prompt"), list):
+        return _verl_problem(row, where=where, default_source=_default_source(path), number=number)
+    problem = _first_text(row, _PROBLEM_KEYS)
+    if problem is None:
+        raise DataError(
+            f"{where}: no problem text; expected a column {' or '.join(_PROBLEM_KEYS)}, found {', '.join(map(str, row)) or 'none'}"
+        )
+    answer = _first_text(row, _ANSWER_KEYS)
+    if answer is None and isinstance(row.get("solution"), str):
+        answer = last_boxed(row["solution"])
+    if answer is None:
+        raise DataError(
+            f"{where}: no answer; expected a column {' or '.join(_ANSWER_KEYS)}, or a solution with a \\boxed{{}} in it"
+        )
+    source = str(row.get("source") or row.get("data_source") or _default_source(path))
+    return Problem(problem_id=f"{source}/{_row_id(row, number)}", problem=problem, answer=answer, source=source)
+
+
+def _default_source(path: Path) -> str:
+    """`aime24/test.jsonl` and `aime24.jsonl` are both aime24."""
+    return path.resolve().parent.name if path.stem in ("test", "train", "validation", "data") else path.stem
+
+
+def _verl_problem(row: Row, *, where: str, default_source: str, number: int) -> Problem:
+    messages, reward_model = row.get("prompt"), row.get("reward_model")
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{where}: prompt = {messages!r} is not a list of chat messages, as in the verl layout")
+    user = [
+        m for m in messages if isinstance(m, Mapping) and m.get("role") == "user" and isinstance(m.get("content"), str)
+    ]
+    if not user or not user[-1]["content"].strip():
+        raise DataError(f"{where}: prompt holds no message of role user with text")
+    answer = reward_model.get("ground_truth") if isinstance(reward_model, Mapping) else None
+    answer = _as_text(answer)
+    if answer is None:
+        raise DataError(f"{where}: reward_model.ground_truth is missing or empty; expected the gold answer as text")
+    source = str(row.get("data_source") or default_source)
+    extra = row.get("extra_info")
+    identity = _row_id(extra if isinstance(extra, Mapping) else {}, number)
+    return Problem(
+        problem_id=f"{source}/{identity}", problem=bare_problem(user[-1]["content"]), answer=answer, source=source
+    )
+
+
+def bare_problem(content: str) -> str:
+    """The problem without the ToRL prompt around it; text that carries no such prompt comes back as it is."""
+    if not content.startswith(_TEMPLATE_HEAD) or _TEMPLATE_ASK not in content:
+        return content
+    inner = content.split(_TEMPLATE_ASK, 1)[1].rstrip("\n")
+    return inner.removesuffix("Assistant:").rstrip("\n")
+
+
+def _row_id(row: Row, number: int) -> str:
+    """The row's own id made unique by its number: released files repeat ids where they repeat rows."""
+    own = next((str(row[key]) for key in _ID_KEYS if row.get(key) not in (None, "")), None)
+    return str(number) if own is None else f"{number}-{own}"
+
+
+def _first_text(row: Row, keys: tuple[str, ...]) -> str | None:
+    return next((text for key in keys if (text := _as_text(row.get(key))) is not None), None)
+
+
+def _as_text(value: Any) -> str | None:
+    """Text of an answer column: strings and numbers, and lists that hold exactly one of them (OlympiadBench)."""
+    if isinstance(value, (list, tuple)) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, bool) or value is None:
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = str(value).strip() if isinstance(value, (str, int, float)) else ""
+    return text or None

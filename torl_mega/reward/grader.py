@@ -1,0 +1,143 @@
+"""Checks answers without ever blocking the caller: an asyncio client of the grader process in `pool.py`.
+
+Contract: `check` returns a verdict for every pair, or `FAULT` when the grader process failed on it twice; it never
+raises for what an answer does. A hang costs its own limit. Repeated pairs are answered from memory; timeouts and faults
+are not remembered. Nothing of math-verify or sympy is imported into the caller's process.
+
+One event loop at a time: `start` binds to the running loop, `close` ends the process; then `start` may be called again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import sys
+from collections import OrderedDict
+from enum import StrEnum
+from pathlib import Path
+
+from torl_mega.errors import TorlError
+
+_CACHE_PAIRS = 65_536
+_START_TIMEOUT_S = 120.0
+
+
+class Verdict(StrEnum):
+    RIGHT = "right"
+    WRONG = "wrong"
+    TIMEOUT = "timeout"
+    FAULT = "fault"
+
+
+class Grader:
+    """`workers` checks run at once, each for at most `timeout_s` seconds and with `memory_mb` above the interpreter's own."""
+
+    def __init__(self, workers: int, timeout_s: float, *, memory_mb: int = 1024) -> None:
+        self._workers, self._timeout_s, self._memory_mb = workers, timeout_s, memory_mb
+        self._process: asyncio.subprocess.Process | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self._lock = asyncio.Lock()
+        self._open: dict[int, asyncio.Future[Verdict]] = {}
+        self._next_id = 0
+        self._cache: OrderedDict[tuple[str, str], Verdict] = OrderedDict()
+        self.num_restarts = 0
+
+    async def start(self) -> None:
+        """Starts the grader process when it does not run. Raises TorlError when it cannot come up."""
+        async with self._lock:
+            if self._process is not None and self._process.returncode is None:
+                return
+            await self._spawn()
+
+    async def close(self) -> None:
+        """Ends the grader process; what is still open becomes a FAULT."""
+        async with self._lock:
+            process, self._process = self._process, None
+            if process is None:
+                return
+            assert process.stdin is not None
+            process.stdin.close()  # the process ends its children and itself
+            try:
+                await asyncio.wait_for(process.wait(), timeout=10)
+            except TimeoutError:
+                process.kill()
+                await process.wait()
+            if self._reader is not None:
+                await self._reader
+
+    async def check(self, answer: str, gold: str) -> Verdict:
+        pair = (answer, gold)
+        known = self._cache.get(pair)
+        if known is not None:
+            self._cache.move_to_end(pair)
+            return known
+        verdict = await self._ask(answer, gold)
+        if verdict is Verdict.FAULT:
+            verdict = await self._ask(answer, gold)  # the grader process itself may have died under it
+        if verdict in (Verdict.RIGHT, Verdict.WRONG):
+            self._cache[pair] = verdict
+            if len(self._cache) > _CACHE_PAIRS:
+                self._cache.popitem(last=False)
+        return verdict
+
+    async def _ask(self, answer: str, gold: str) -> Verdict:
+        await self.start()
+        process = self._process
+        assert process is not None
+        assert process.stdin is not None
+        identity, self._next_id = self._next_id, self._next_id + 1
+        future: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
+        self._open[identity] = future
+        try:
+            process.stdin.write(json.dumps([identity, answer, gold]).encode() + b"\n")
+            with contextlib.suppress(ConnectionError):
+                await process.stdin.drain()
+            if process.returncode is not None and not future.done():
+                return Verdict.FAULT
+            return await future
+        finally:
+            self._open.pop(identity, None)
+
+    async def _spawn(self) -> None:
+        root = str(Path(__file__).resolve().parents[2])
+        path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
+        command = [sys.executable, "-m", "torl_mega.reward.pool", "--workers", str(self._workers)]
+        command += ["--timeout-s", str(self._timeout_s), "--memory-mb", str(self._memory_mb)]
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        )
+        assert process.stdout is not None
+        try:
+            ready = await asyncio.wait_for(process.stdout.readline(), _START_TIMEOUT_S)
+        except TimeoutError:
+            ready = b""
+        if not ready:
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
+            raise TorlError(
+                f"the grader process did not come up (exit code {process.returncode}); try `{' '.join(command)}`"
+            )
+        if self._reader is not None:
+            self.num_restarts += 1
+        self._process = process
+        self._reader = asyncio.create_task(self._read(process))
+
+    async def _read(self, process: asyncio.subprocess.Process) -> None:
+        """Hands replies to those who wait; when the process ends, whoever still waits on it gets a FAULT."""
+        assert process.stdout is not None
+        while line := await process.stdout.readline():
+            identity, outcome = json.loads(line)
+            future = self._open.pop(identity, None)
+            if future is not None and not future.done():
+                future.set_result(Verdict(outcome))
+        await process.wait()
+        for identity in list(self._open):
+            future = self._open.pop(identity)
+            if not future.done():
+                future.set_result(Verdict.FAULT)
