@@ -93,8 +93,17 @@ class ServingConfig(Section):
     """One generation; past it the request is aborted and tried again."""
     max_retries: int = Field(default=3, ge=0)
     """Tries after the first for a request that met a dead, hanging or failing server."""
+    hang_timeout_s: PositiveFloat = 120.0
+    """A server whose scheduler says nothing for this long hangs: its requests move on and it is started anew. Above one
+    bucket's transfer and one prefill, during which the scheduler is deaf."""
+    max_restarts: int = Field(default=20, ge=0)
+    """Unexpected deaths of one server in one run; past it the side-car ends and says so."""
     transport: Literal["broadcast", "handles", "disk"] = "broadcast"
     """How weights travel: process-group broadcast (gloo/NCCL), colocated handles (by value/CUDA IPC), or safetensors on disk."""
+    sync_host: str = "127.0.0.1"
+    """Address of rank 0 that servers reach for the broadcast group; on a cluster the rank's own host name."""
+    disk_dir: str | None = None
+    """Folder on a file system that trainer and servers share, for transport = disk; one copy of the weights at a time."""
     bucket_mb: PositiveInt = 512
     """Size of one flattened weight bucket; the sync needs at most two of them."""
     sync_timeout_s: PositiveFloat = 600.0
