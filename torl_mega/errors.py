@@ -33,3 +33,7 @@ class CheckpointError(TorlError):
 
 class GuardError(TorlError):
     """A rate that `guards` watches went over its limit."""
+
+
+class Preempted(Exception):
+    """SIGTERM or SIGUSR1 arrived while a step was being collected: the step is dropped, the run is saved."""

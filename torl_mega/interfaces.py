@@ -5,25 +5,27 @@ Implementations are passed in as objects by `train.py`; nothing here has state o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from torl_mega.types import (
     ExecutionRequest,
     ExecutionResult,
     Generation,
     GenerationRequest,
-    Prompt,
     Reward,
-    Rollout,
     Sample,
+    StepBatch,
     TrainSample,
     Trajectory,
 )
 
 if TYPE_CHECKING:
     import torch
+
+
+T = TypeVar("T")
 
 
 class Generator(Protocol):
@@ -44,10 +46,28 @@ class RewardFn(Protocol):
     async def score(self, trajectory: Trajectory) -> Reward: ...
 
 
-class Collector(Protocol):
-    """Turns prompts into scored groups of trajectories, `group_size` attempts each."""
+class Rollouts(Protocol):
+    """Rank 0's half of a step: everything that talks to servers, sandboxes, graders and files."""
 
-    def collect(self, prompts: Sequence[Prompt], *, step: int, policy_version: int) -> Rollout: ...
+    def collect(self, step: int) -> StepBatch:
+        """The samples of one step, sampled, scored and recorded. Raises `Preempted` when told to stop meanwhile."""
+        ...
+
+    def evaluate(self, step: int) -> Mapping[str, float]:
+        """Metrics of the benchmarks under the current weights; does not touch cursor or seeds of training."""
+        ...
+
+    def state(self) -> Mapping[str, Any]:
+        """JSON-able: where the next `collect` goes on. Restored by `restore`."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Share(Protocol):
+    """Calls `make` on rank 0 and gives its result, or its exception, to every rank."""
+
+    def __call__(self, make: Callable[[], T]) -> T: ...
 
 
 NamedTensor = tuple[str, "torch.Tensor"]
@@ -86,8 +106,9 @@ class Trainer(Protocol):
     def export_hf(self, path: Path) -> None: ...
 
 
-class Logger(Protocol):
-    def log(self, step: int, metrics: Mapping[str, float | int]) -> None: ...
+class RunLog(Protocol):
+    """The run's own account of itself; writes on rank 0 only."""
 
+    def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
-__all__ = ["Collector", "Generator", "Logger", "NamedTensor", "RewardFn", "Sandbox", "Trainer", "WeightSink"]
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None: ...

@@ -240,6 +240,14 @@ class Sample:
     advantage: float
 
 
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """What rank 0 hands to every rank for one step."""
+
+    samples: tuple[Sample, ...]
+    metrics: Mapping[str, float]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainSample:
     """A Sample with what the trainer said of it before the update."""

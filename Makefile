@@ -1,0 +1,59 @@
+# Two commands do everything on a fresh machine: `make quickstart` and `make test`.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+HAVE_CUDA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
+
+.PHONY: quickstart install test test-slow test-gpu lint format mcore-next tiny-base clean
+
+quickstart: install
+	$(BIN)/torl train conf/quickstart.yaml
+
+install: $(STAMP)
+
+# pip >= 25.1 reads the dependency groups of pyproject.toml, where all pins stand
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(if $(HAVE_CUDA),--system-site-packages) $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1" "setuptools>=77" wheel
+ifeq ($(HAVE_CUDA),yes)
+	$(BIN)/python -m pip install --quiet --group gpu --group dev
+	$(BIN)/python -m venv $(VENV)/sglang && $(VENV)/sglang/bin/python -m pip install --quiet --upgrade "pip>=25.1" \
+	  && $(VENV)/sglang/bin/python -m pip install --quiet --group sglang-gpu
+else
+	$(BIN)/python -m pip install --quiet --group cpu --group dev
+	$(BIN)/python -m pip install --quiet --no-deps --group sglang-cpu
+endif
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $(STAMP)
+
+test: install
+	$(BIN)/python -m pytest
+
+test-slow: install mcore-next
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: install
+	$(BIN)/python -m pytest -m gpu tests/gpu
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# the other megatron-core version, unpacked where the parallel tests look for it
+mcore-next: build/mcore-next/megatron
+build/mcore-next/megatron: pyproject.toml | install
+	rm -rf build/mcore-next && mkdir -p build
+	$(BIN)/python -m pip install --quiet --no-deps --group mcore-next --target build/mcore-next
+
+tiny-base: install
+	$(BIN)/python tools/make_tiny_base.py
+
+clean:
+	rm -rf build .pytest_cache .ruff_cache

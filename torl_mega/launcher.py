@@ -1,0 +1,164 @@
+"""`torl train` on one machine: side-cars and ranks, started together, watched, and ended together.
+
+    launcher ─┬─ sandbox side-car     (torl_mega.sandbox.serve)
+              ├─ server side-cars     (torl_mega.serving.serve, one SGLang server each)
+              └─ ranks 0 … N-1        (torl_mega.train)
+
+The launcher imports no engine. Every child dies with its whole tree when the launcher dies, even by SIGKILL (see
+`process.py`). On a cluster srun takes this place; the ranks and side-cars are the same programs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from torl_mega import process
+from torl_mega.config import Config
+from torl_mega.errors import ServerError, TorlError
+from torl_mega.process import GuardedProcess
+from torl_mega.run_folder import RunFolder, lock_run, open_run
+
+POLL_S = 0.2
+GRACE_S = 60.0  # for ranks that were told to stop: finish or drop the step, write a checkpoint
+EXIT_REQUEUE = 85
+
+
+def train(config: Config, config_args: Sequence[str]) -> int:
+    """Runs the whole job; returns rank 0's exit code. `config_args`: CONF and overrides as given."""
+    folder = open_run(config)
+    lock = lock_run(folder)
+    try:
+        return _run(config, config_args, folder)
+    finally:
+        os.close(lock)
+
+
+def _run(config: Config, config_args: Sequence[str], folder: RunFolder) -> int:
+    stop = _StopSignal()
+    with tempfile.TemporaryDirectory(prefix="torl-") as scratch:
+        sidecars: list[GuardedProcess] = []
+        ranks: list[GuardedProcess] = []
+        try:
+            env = {}
+            if config.rollout.replay is None:
+                sandbox, env["TORL_SANDBOX"] = _sandbox(config, config_args, folder, Path(scratch))
+                servers, env["TORL_SERVERS"] = _servers(config, config_args, folder)
+                sidecars = [*sandbox, *servers]
+            ranks = _ranks(config, config_args, folder, env)
+            return _watch(ranks, sidecars, stop, folder)
+        finally:
+            for child in (*ranks, *sidecars):
+                child.stop(grace_s=5.0)
+
+
+def _sandbox(
+    config: Config, config_args: Sequence[str], folder: RunFolder, scratch: Path
+) -> tuple[list[GuardedProcess], str]:
+    if config.sandbox.address is not None:
+        return [], config.sandbox.address
+    socket_path = scratch / "sandbox.sock"
+    command = [sys.executable, "-m", "torl_mega.sandbox.serve", "--socket", str(socket_path)]
+    return [process.start(command, name="sandbox", log_path=_log(folder, "sandbox"))], f"unix:{socket_path}"
+
+
+def _servers(config: Config, config_args: Sequence[str], folder: RunFolder) -> tuple[list[GuardedProcess], str]:
+    if config.serving.urls:
+        return [], ",".join(config.serving.urls)
+    started, urls = [], []
+    for index in range(config.serving.num_servers):
+        port = process.free_port()
+        command = [sys.executable, "-m", "torl_mega.serving.serve", *config_args, "--port", str(port)]
+        command += ["--log", str(folder.logs / f"sglang_{index}.log")]
+        name = f"server_{index}"
+        started.append(process.start(command, name=name, log_path=_log(folder, name)))
+        urls.append(f"http://127.0.0.1:{port}")
+    return started, ",".join(urls)
+
+
+def _ranks(
+    config: Config, config_args: Sequence[str], folder: RunFolder, env: dict[str, str]
+) -> list[GuardedProcess]:
+    world_size = config.parallel.world_size
+    shared = {
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(process.free_port()),
+        **env,
+    }
+    command = [sys.executable, "-m", "torl_mega.train", *config_args]
+    return [
+        process.start(
+            command,
+            name=f"rank_{rank}",
+            log_path=_log(folder, f"rank_{rank}") if rank else None,  # rank 0 speaks for the run
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(world_size)
+    ]
+
+
+def _watch(
+    ranks: Sequence[GuardedProcess], sidecars: Sequence[GuardedProcess], stop: _StopSignal, folder: RunFolder
+) -> int:
+    """Until all ranks ended well, or the first of anything ended badly, or a signal said stop."""
+    deadline: float | None = None
+    while True:
+        codes = [r.poll() for r in ranks]
+        if all(code is not None for code in codes):
+            return next((c for c in codes if c), 0) or 0
+        for rank, code in zip(ranks, codes, strict=True):
+            if code not in (None, 0, EXIT_REQUEUE):
+                return _rank_failed(rank, code, folder)
+        for sidecar in sidecars:
+            code = sidecar.poll()
+            if code is not None:
+                log = _log(folder, sidecar.name)
+                raise ServerError(f"{sidecar.name} ended with code {code}: {process.tail(log, 1) or 'no output'} (log: {log})")
+        if stop.requested and deadline is None:
+            deadline = time.monotonic() + GRACE_S
+            for rank in ranks:
+                with contextlib.suppress(ProcessLookupError):  # it ended by itself
+                    os.kill(rank.pid, signal.SIGTERM)
+        if deadline is not None and time.monotonic() > deadline:
+            raise TorlError(f"the ranks did not stop within {GRACE_S:g} s after {stop.requested}; killed")
+        stop.wait(POLL_S)
+
+
+def _rank_failed(rank: GuardedProcess, code: int, folder: RunFolder) -> int:
+    if code < 0:
+        raise TorlError(f"{rank.name} was killed by {signal.Signals(-code).name}; run the same command to resume")
+    log = _log(folder, rank.name)
+    if log.exists():  # rank 0 has spoken already
+        print(f"torl: {rank.name} failed: {process.tail(log, 1)} (log: {log})", file=sys.stderr)
+    return code
+
+
+def _log(folder: RunFolder, name: str) -> Path:
+    return folder.logs / f"{name}.log"
+
+
+class _StopSignal:
+    """Turns SIGTERM, SIGUSR1 and Ctrl-C into a flag that wakes the watcher at once."""
+
+    def __init__(self) -> None:
+        self.requested = ""
+        self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._on)
+
+    def _on(self, number: int, _frame: object) -> None:
+        self.requested = signal.Signals(number).name
+        os.write(self._write, b"x")
+
+    def wait(self, timeout_s: float) -> None:
+        if select.select([self._read], [], [], timeout_s)[0]:
+            os.read(self._read, 64)

@@ -1,0 +1,138 @@
+"""The run's account of itself: metrics.jsonl (one row a step or evaluation), TensorBoard, one console line a step.
+
+metrics.jsonl is the single source of what happened; `summary.json` and `torl report` are computed from it. On resume
+the rows of steps that will be repeated are dropped. Only rank 0 holds a `RunMetrics`; other ranks hold a `Silent`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+class Silent:
+    """The log of ranks other than 0."""
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+
+class RunMetrics:
+    def __init__(self, folder: Path, *, num_steps: int, resume_at: int, tensorboard: bool) -> None:
+        self.path = folder / "metrics.jsonl"
+        self._num_steps = num_steps
+        self.rows = [r for r in read_rows(self.path) if _survives(r, resume_at)]
+        _rewrite(self.path, self.rows)
+        self._board = _board(folder / "tensorboard", resume_at) if tensorboard else None
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._write({"kind": "train", "step": step, **metrics})
+        print(console_line(step, self._num_steps, metrics), flush=True)
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        if metrics:
+            self._write({"kind": "eval", "step": step, **metrics})
+            print(
+                f"eval after {step} steps: accuracy {metrics['accuracy']:.3f}  code ratio {metrics['code_ratio']:.3f}  "
+                f"pass ratio {metrics['pass_ratio']:.3f}",
+                flush=True,
+            )
+
+    def evaluated_steps(self) -> set[int]:
+        return {r["step"] for r in self.rows if r["kind"] == "eval"}
+
+    def close(self) -> None:
+        if self._board:
+            self._board.close()
+
+    def _write(self, row: Row) -> None:
+        self.rows.append(row)
+        with self.path.open("a") as out:
+            out.write(json.dumps(row) + "\n")
+        if self._board:
+            for name, value in row.items():
+                if isinstance(value, int | float) and name != "step":
+                    self._board.add_scalar(f"{row['kind']}/{name}", value, row["step"])
+            self._board.flush()
+
+
+def console_line(step: int, num_steps: int, m: Mapping[str, float]) -> str:
+    return (
+        f"step {step + 1:>4}/{num_steps}  acc {m['accuracy']:.3f}  code {m['code_ratio']:.2f}  pass {m['pass_ratio']:.2f}  "
+        f"reward {m['reward']:+.2f}  len {m['response_length']:.0f}  |g| {m['grad_norm']:.2f}  "
+        f"dlogp {m['max_abs_logprob_diff']:.0e}  rollout {m['rollout_s']:.1f}s train {m['train_s']:.1f}s sync {m['sync_s']:.1f}s"
+    )
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a metrics.jsonl; a half-written last line (a killed run) is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def summarize(rows: Sequence[Row], *, config_hash: str, wall_s: float) -> dict[str, Any]:
+    """summary.json of a run (design, section 8). `wall_s`: of the last process; the parts are sums over all steps."""
+    steps, evals = [r for r in rows if r["kind"] == "train"], [r for r in rows if r["kind"] == "eval"]
+    last = steps[-1] if steps else {}
+    faults: dict[str, float] = {}
+    for row in steps:
+        for name, value in row.items():
+            if name.startswith("faults/"):
+                faults[name.removeprefix("faults/")] = faults.get(name.removeprefix("faults/"), 0) + value
+    parts = {part: sum(r[f"{part}_s"] for r in steps) for part in ("rollout", "train", "sync")}
+    return {
+        "config_hash": config_hash,
+        "steps": len(steps),
+        "eval": {"before": _measures(evals[0]) if evals else {}, "after": _measures(evals[-1]) if evals else {}},
+        "train": {name: last.get(name) for name in ("accuracy", "code_ratio", "pass_ratio", "reward")},
+        "mismatch": {
+            "max_abs_logprob_diff": max((r["max_abs_logprob_diff"] for r in steps), default=0.0),
+            "k3": max((r["k3"] for r in steps), default=0.0),
+        },
+        "weight_sync": {
+            "num_syncs": sum(r.get("sync/num_syncs", 1) for r in steps) + 1,
+            "num_verified": sum(r.get("sync/num_verified", 0) for r in steps) + 1,
+        },
+        "faults": faults,
+        "wall_s": {**parts, "total": wall_s},
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def _measures(row: Row) -> Row:
+    return {k: v for k, v in row.items() if k not in ("kind", "step")}
+
+
+def _survives(row: Row, resume_at: int) -> bool:
+    return row["step"] < resume_at if row["kind"] == "train" else row["step"] <= resume_at
+
+
+def _rewrite(path: Path, rows: Sequence[Row]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    os.replace(temporary, path)
+
+
+def _board(folder: Path, purge_step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=purge_step)

@@ -1,0 +1,143 @@
+"""What rank 0 alone has: the clients of servers, sandbox and graders, the prompts, the log and the weight sink."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections import Counter
+from collections.abc import Awaitable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torl_mega.config import Config
+from torl_mega.data.prompts import PromptSource
+from torl_mega.data.tokenizer import Tokenizer
+from torl_mega.errors import ConfigError, Preempted
+from torl_mega.evaluate import Evaluation
+from torl_mega.interfaces import Rollouts, Sandbox, WeightSink
+from torl_mega.metrics import RunMetrics
+from torl_mega.reward.function import AnswerReward
+from torl_mega.rollout.collector import AsyncCollector
+from torl_mega.rollout.episode import Episode, EpisodeSettings
+from torl_mega.rollout.replay import NoServers, ReplayRollouts
+from torl_mega.rollout.service import RolloutService
+from torl_mega.run_folder import RunFolder
+from torl_mega.serving.client import SGLangClient
+from torl_mega.stop_flag import StopFlag
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Rank0:
+    rollouts: Rollouts
+    sink: WeightSink
+    log: RunMetrics
+    tokenizer: Tokenizer
+    server_urls: tuple[str, ...]  # empty when recorded trajectories are replayed
+    run: AsyncRunner
+
+
+class AsyncRunner:
+    """The event loop that every client of rank 0 belongs to. A stop request cancels what runs on it: `Preempted`."""
+
+    def __init__(self, stop: StopFlag) -> None:
+        self._runner = asyncio.Runner()
+        self._stop = stop
+
+    def __call__(self, work: Awaitable[T]) -> T:
+        loop = self._runner.get_loop()
+        task = asyncio.ensure_future(work, loop=loop)
+        self._stop.on_request = lambda: loop.call_soon_threadsafe(task.cancel)
+        try:
+            return loop.run_until_complete(task)
+        except asyncio.CancelledError:
+            raise Preempted from None
+        finally:
+            self._stop.on_request = None
+
+    def close(self) -> None:
+        self._runner.close()
+
+
+@contextlib.contextmanager
+def build_rank0(config: Config, folder: RunFolder, saved: Mapping[str, Any], stop: StopFlag) -> Iterator[Rank0]:
+    """Everything of rank 0, closed again on the way out. Raises TorlError before anything was sampled."""
+    with contextlib.ExitStack() as stack:
+        run = AsyncRunner(stop)
+        stack.callback(run.close)
+        tokenizer = Tokenizer(config.model.path)
+        tokenizer.check_lossless()
+        log = RunMetrics(
+            folder.path,
+            num_steps=config.num_steps,
+            resume_at=int(saved["steps_done"]),
+            tensorboard=config.logging.tensorboard,
+        )
+        stack.callback(log.close)
+        if config.rollout.replay is not None:
+            yield Rank0(ReplayRollouts(config), NoServers(), log, tokenizer, (), run)
+            return
+        urls = _urls("TORL_SERVERS")
+        rollouts, sink = _live(config, folder, tokenizer, urls, run, stack)
+        if saved["rollouts"] is not None:
+            rollouts.restore(saved["rollouts"])
+        yield Rank0(rollouts, sink, log, tokenizer, urls, run)
+
+
+def _live(
+    config: Config, folder: RunFolder, tokenizer: Tokenizer, urls: tuple[str, ...], run: AsyncRunner, stack: contextlib.ExitStack
+) -> tuple[RolloutService, WeightSink]:
+    from torl_mega.serving.weights import make_weight_sink
+
+    prompts = PromptSource(config.data, tokenizer.encode, seed=config.seed)  # a wrong data file shows before any wait
+    client = SGLangClient(urls, config.serving, vocab_size=tokenizer.vocab_size)
+    sandbox, reward = _sandbox(config), AnswerReward(config.reward, max_response_tokens=config.rollout.max_response_tokens)
+    for part in (client, sandbox, reward):
+        run(part.start())
+        stack.callback(lambda part=part: run(part.close()))
+    collector = AsyncCollector(
+        reward, run, max_concurrency=config.rollout.max_concurrency, deadline_s=config.rollout.trajectory_deadline_s
+    )
+    evaluation = Evaluation(config.eval, config.data, tokenizer.encode, folder.path / "eval")
+    rollouts = RolloutService(
+        config=config,
+        prompts=prompts,
+        episode=Episode(client, sandbox, tokenizer.encode, _episode_settings(config)),
+        collector=collector,
+        run_evaluation=evaluation.run,
+        trajectories_dir=folder.trajectories,
+        expect_version=client.expect_version,
+        counters=lambda: Counter(client.counters) + Counter(sandbox.counters),
+    )
+    return rollouts, make_weight_sink(config.serving, urls)
+
+
+def _episode_settings(config: Config) -> EpisodeSettings:
+    rollout, sandbox = config.rollout, config.sandbox
+    return EpisodeSettings(
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        max_response_tokens=rollout.max_response_tokens,
+        max_tool_calls=rollout.max_tool_calls,
+        wall_s=sandbox.wall_s,
+        cpu_s=sandbox.cpu_s,
+        memory_mb=sandbox.memory_mb,
+        output_bytes=sandbox.output_bytes,
+    )
+
+
+def _sandbox(config: Config) -> Any:
+    from torl_mega.sandbox.client import SandboxClient
+    from torl_mega.sandbox.fusion_client import FusionClient
+
+    address = _urls("TORL_SANDBOX")
+    return SandboxClient(address[0]) if address[0].startswith("unix:") else FusionClient(address)
+
+
+def _urls(variable: str) -> tuple[str, ...]:
+    value = os.environ.get(variable, "")
+    if not value:
+        raise ConfigError(f"{variable} is not set; start the run with `torl train`, or set it to the addresses of the side-cars")
+    return tuple(value.split(","))

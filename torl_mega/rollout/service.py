@@ -1,0 +1,83 @@
+"""Rank 0's half of a step: next prompts, collect, score, record, turn into samples. Implements `Rollouts`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from torl_mega.config import Config
+from torl_mega.data.prompts import PromptSource
+from torl_mega.data.samples import make_samples
+from torl_mega.rollout.collector import AsyncCollector, lost_trajectories
+from torl_mega.rollout.episode import Episode, sampling_seed
+from torl_mega.rollout.recorder import write_step
+from torl_mega.rollout.statistics import rollout_metrics
+from torl_mega.types import Prompt, Rollout, StepBatch
+
+EVAL_STEP = "eval"
+
+
+@dataclass(slots=True)
+class RolloutService:
+    config: Config
+    prompts: PromptSource
+    episode: Episode
+    collector: AsyncCollector
+    run_evaluation: Callable[[Callable[..., Rollout], int], Mapping[str, float]]
+    trajectories_dir: Path
+    expect_version: Callable[[int], None]  # tells the generator which weights its answers must come from
+    counters: Callable[[], Mapping[str, int]]  # the clients' fault counters, since start
+
+    def collect(self, step: int) -> StepBatch:
+        settings = self.config.rollout
+        self.expect_version(step)
+        cursor, before = self.prompts.state(), dict(self.counters())
+        try:
+            prompts = self.prompts.next(settings.prompts_per_step)
+            seed = sampling_seed(self.config.seed, "step", step, 0)
+            rollout = self.collector.collect(self.episode, prompts, group_size=settings.group_size, seed=seed)
+        except BaseException:
+            self.prompts.restore(cursor)  # a dropped step is collected again with the same prompts
+            raise
+        samples = make_samples(rollout.groups, self.config.algo)
+        if self.config.logging.trajectories:
+            write_step(self.trajectories_dir, step, rollout.groups, [s.advantage for s in samples])
+        return StepBatch(tuple(samples), self._metrics(rollout, before))
+
+    def evaluate(self, step: int) -> Mapping[str, float]:
+        self.expect_version(step)
+        return self.run_evaluation(self._collect_for_evaluation, step)
+
+    def state(self) -> Mapping[str, Any]:
+        return {"prompts": self.prompts.state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.prompts.restore(state["prompts"])
+
+    def _collect_for_evaluation(
+        self, prompts: Sequence[Prompt], *, temperature: float, samples_per_prompt: int
+    ) -> Rollout:
+        settings = dataclasses.replace(self.episode.settings, temperature=temperature)
+        episode = dataclasses.replace(self.episode, settings=settings)
+        seed = sampling_seed(self.config.seed, EVAL_STEP, 0, 0)
+        return self.collector.collect(episode, prompts, group_size=samples_per_prompt, seed=seed)
+
+    def _metrics(self, rollout: Rollout, before: Mapping[str, int]) -> dict[str, float]:
+        faults = dict(rollout.faults)
+        for name, count in self.counters().items():
+            if count > before.get(name, 0):
+                faults[name] = faults.get(name, 0) + count - before.get(name, 0)
+        wanted = self.config.rollout.prompts_per_step * self.config.rollout.group_size
+        tokens = sum(int(np.sum(t.loss_mask)) for g in rollout.groups for t in g.trajectories)
+        return {
+            **rollout_metrics(rollout, max_tool_calls=self.config.rollout.max_tool_calls),
+            **{f"faults/{name}": count for name, count in sorted(faults.items())},
+            "fault_rate": lost_trajectories(faults) / wanted,
+            "num_sampled_tokens": tokens,
+            "rollout_tokens_per_s": tokens / max(rollout.wall_s, 1e-9),
+        }
