@@ -230,8 +230,12 @@ class TrainerConfig(Section):
     """Overlap gradient reduction and parameter gathering with compute."""
     optimizer_offload: bool = False
     """Keep optimizer state in host memory (colocated runs)."""
+    gradient_bucket_parameters: PositiveInt = 40_000_000
+    """Parameters per gradient bucket when `overlap` is on (Megatron's own default)."""
     collective_timeout_s: PositiveFloat = 1800.0
     """Process-group time limit; a rank that hangs ends the run instead of blocking it."""
+    share_timeout_s: PositiveFloat = 14400.0
+    """How long ranks wait for rank 0 while it samples or evaluates."""
 
 
 class EvalConfig(Section):

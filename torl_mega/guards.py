@@ -18,4 +18,6 @@ def check_guards(step: int, metrics: Mapping[str, float], config: GuardsConfig) 
     for setting, (metric, remedy) in WATCHED.items():
         limit = getattr(config, setting)
         if limit is not None and metrics.get(metric, 0.0) > limit:
-            raise GuardError(f"step {step}: {metric} = {metrics[metric]:.4g} is above guards.{setting} = {limit}; {remedy}")
+            raise GuardError(
+                f"step {step}: {metric} = {metrics[metric]:.4g} is above guards.{setting} = {limit}; {remedy}"
+            )

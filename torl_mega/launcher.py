@@ -83,9 +83,7 @@ def _servers(config: Config, config_args: Sequence[str], folder: RunFolder) -> t
     return started, ",".join(urls)
 
 
-def _ranks(
-    config: Config, config_args: Sequence[str], folder: RunFolder, env: dict[str, str]
-) -> list[GuardedProcess]:
+def _ranks(config: Config, config_args: Sequence[str], folder: RunFolder, env: dict[str, str]) -> list[GuardedProcess]:
     world_size = config.parallel.world_size
     shared = {
         "WORLD_SIZE": str(world_size),
@@ -122,7 +120,9 @@ def _watch(
             code = sidecar.poll()
             if code is not None:
                 log = _log(folder, sidecar.name)
-                raise ServerError(f"{sidecar.name} ended with code {code}: {process.tail(log, 1) or 'no output'} (log: {log})")
+                raise ServerError(
+                    f"{sidecar.name} ended with code {code}: {process.tail(log, 1) or 'no output'} (log: {log})"
+                )
         if stop.requested and deadline is None:
             deadline = time.monotonic() + GRACE_S
             for rank in ranks:

@@ -18,6 +18,7 @@ from torl_mega.data.samples import split_mini_batches
 from torl_mega.errors import Preempted
 from torl_mega.interfaces import Rollouts, RunLog, Share, Trainer, WeightSink
 
+
 @dataclass(frozen=True, slots=True)
 class Loop:
     trainer: Trainer

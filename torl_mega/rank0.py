@@ -15,7 +15,7 @@ from torl_mega.data.prompts import PromptSource
 from torl_mega.data.tokenizer import Tokenizer
 from torl_mega.errors import ConfigError, Preempted
 from torl_mega.evaluate import Evaluation
-from torl_mega.interfaces import Rollouts, Sandbox, WeightSink
+from torl_mega.interfaces import Rollouts, WeightSink
 from torl_mega.metrics import RunMetrics
 from torl_mega.reward.function import AnswerReward
 from torl_mega.rollout.collector import AsyncCollector
@@ -87,13 +87,21 @@ def build_rank0(config: Config, folder: RunFolder, saved: Mapping[str, Any], sto
 
 
 def _live(
-    config: Config, folder: RunFolder, tokenizer: Tokenizer, urls: tuple[str, ...], run: AsyncRunner, stack: contextlib.ExitStack
+    config: Config,
+    folder: RunFolder,
+    tokenizer: Tokenizer,
+    urls: tuple[str, ...],
+    run: AsyncRunner,
+    stack: contextlib.ExitStack,
 ) -> tuple[RolloutService, WeightSink]:
     from torl_mega.serving.weights import make_weight_sink
 
     prompts = PromptSource(config.data, tokenizer.encode, seed=config.seed)  # a wrong data file shows before any wait
     client = SGLangClient(urls, config.serving, vocab_size=tokenizer.vocab_size)
-    sandbox, reward = _sandbox(config), AnswerReward(config.reward, max_response_tokens=config.rollout.max_response_tokens)
+    sandbox, reward = (
+        _sandbox(config),
+        AnswerReward(config.reward, max_response_tokens=config.rollout.max_response_tokens),
+    )
     for part in (client, sandbox, reward):
         run(part.start())
         stack.callback(lambda part=part: run(part.close()))
@@ -139,5 +147,7 @@ def _sandbox(config: Config) -> Any:
 def _urls(variable: str) -> tuple[str, ...]:
     value = os.environ.get(variable, "")
     if not value:
-        raise ConfigError(f"{variable} is not set; start the run with `torl train`, or set it to the addresses of the side-cars")
+        raise ConfigError(
+            f"{variable} is not set; start the run with `torl train`, or set it to the addresses of the side-cars"
+        )
     return tuple(value.split(","))

@@ -18,7 +18,19 @@ from torl_mega.errors import ConfigError
 from torl_mega.metrics import write_json
 
 # What may differ when a run goes on: where and how it runs and how often it reports, not what it learns from.
-FREE = ("name", "runs_dir", "num_steps", "sandbox", "serving", "parallel", "eval", "checkpoint", "guards", "logging", "cluster")
+FREE = (
+    "name",
+    "runs_dir",
+    "num_steps",
+    "sandbox",
+    "serving",
+    "parallel",
+    "eval",
+    "checkpoint",
+    "guards",
+    "logging",
+    "cluster",
+)
 FREE_TRAINER = ("micro_batch_tokens", "logprob_chunk_tokens", "recompute", "overlap", "collective_timeout_s")
 
 

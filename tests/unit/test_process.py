@@ -98,7 +98,10 @@ def test_a_finished_command_leaves_no_background_job(tmp_path: Path) -> None:
 def test_exit_codes_are_the_commands_own() -> None:
     assert process.start(["sh", "-c", "exit 3"], name="sh").wait(10) == 3
     assert process.start(["sh", "-c", "kill -SEGV $$"], name="sh").wait(10) == -signal.SIGSEGV
-    assert process.start(["sh", "-c", "trap 'exit 5' TERM; while :; do sleep 0.01; done"], name="sh").stop(5) in (5, -15)
+    assert process.start(["sh", "-c", "trap 'exit 5' TERM; while :; do sleep 0.01; done"], name="sh").stop(5) in (
+        5,
+        -15,
+    )
 
 
 def test_a_missing_command_is_said_at_once() -> None:

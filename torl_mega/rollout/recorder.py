@@ -62,17 +62,21 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_groups(path: Path) -> tuple[Group, ...]:
-    """The groups of one step, as they were collected."""
-    grouped: dict[str, list[tuple[Trajectory, Reward]]] = {}
+    """The groups of one step, as they were collected: a new one begins with another problem or a lower sample index."""
+    grouped: list[list[tuple[Trajectory, Reward]]] = []
     for number, row in enumerate(read_rows(path), 1):
         try:
-            trajectory, reward = trajectory_from_json(row)
+            scored = trajectory_from_json(row)
         except (KeyError, TypeError, ValueError) as exc:
             raise DataError(f"{path}:{number}: not a trajectory: {type(exc).__name__} {exc}") from None
-        grouped.setdefault(trajectory.prompt.problem.problem_id, []).append((trajectory, reward))
-    return tuple(
-        Group(rows[0][0].prompt, tuple(t for t, _ in rows), tuple(r for _, r in rows)) for rows in grouped.values()
-    )
+        if not grouped or not _same_group(grouped[-1][-1][0], scored[0]):
+            grouped.append([])
+        grouped[-1].append(scored)
+    return tuple(Group(rows[0][0].prompt, tuple(t for t, _ in rows), tuple(r for _, r in rows)) for rows in grouped)
+
+
+def _same_group(before: Trajectory, after: Trajectory) -> bool:
+    return before.prompt == after.prompt and after.sample_index > before.sample_index
 
 
 def trajectory_to_json(step: int, trajectory: Trajectory, reward: Reward, advantage: float) -> dict[str, Any]:

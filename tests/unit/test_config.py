@@ -1,0 +1,91 @@
+"""The config tree: every shipped file loads; every kind of mistake is one clear line."""
+
+from pathlib import Path
+
+import pytest
+
+from torl_mega.config_file import config_hash, load_config
+from torl_mega.errors import ConfigError
+
+CONF = Path(__file__).parents[2] / "conf"
+QUICKSTART = CONF / "quickstart.yaml"
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda p: p.name)
+def test_every_shipped_config_loads(path):
+    assert load_config(path).num_steps > 0
+
+
+def test_base_is_the_papers_recipe():
+    config = load_config(CONF / "base.yaml")
+    rollout, algo = config.rollout, config.algo
+    assert (rollout.prompts_per_step, rollout.group_size, rollout.temperature) == (128, 16, 1.0)
+    assert (config.data.max_prompt_tokens, rollout.max_response_tokens, rollout.max_tool_calls) == (400, 3072, 1)
+    assert (config.trainer.mini_batch_samples, config.optim.lr) == (1024, 1e-6)
+    assert (algo.advantage, algo.kl_coef, algo.entropy_coef) == ("grpo", 0.0, 0.0)
+    assert (config.reward.correct, config.reward.wrong, config.reward.code_error) == (1.0, -1.0, 0.0)
+    assert config.eval.temperature == 0.0
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("algo.clip_hgih=0.3", "algo.clip_hgih = 0.3 is not a setting; did you mean algo.clip_high?"),
+        ("clip_high=0.3", "did you mean algo.clip_high?"),
+        ("roolout.group_size=4", "did you mean rollout?"),
+        ("optim.lr=fast", "optim.lr = 'fast': input should be a valid number"),
+        ("rollout.group_size=0", "rollout.group_size = 0: input should be greater than 0"),
+        ("data.overlong_prompts=skip", "input should be 'error' or 'drop'"),
+        ("trainer.mini_batch_samples=100", "trainer.mini_batch_samples = 100 does not divide the 256 samples"),
+        ("trainer.mini_batch_samples=512", "is more than a step collects"),
+        ("trainer.micro_batch_tokens=64", "cannot hold one sequence"),
+        ("reward.code_error=-2", "their sum must stay above -1.0"),
+        ("parallel.sequence=true", "needs parallel.tensor > 1"),
+        ("name=../evil", "name = '../evil'"),
+        ("no_equals", "is not of the form section.key=value"),
+        ("seed.x=1", "seed is a value, not a section"),
+    ],
+)
+def test_wrong_settings_are_one_clear_line(override, expected):
+    with pytest.raises(ConfigError) as error:
+        load_config(QUICKSTART, [override])
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_overrides_the_rightmost_wins_and_lists_replace():
+    config = load_config(QUICKSTART, ["optim.lr=1e-5", "optim.lr=2e-5", "eval.data=[a.jsonl]", "rollout.replay=null"])
+    assert config.optim.lr == 2e-5
+    assert config.eval.data == ("a.jsonl",)
+    assert config.rollout.replay is None
+
+
+def test_base_chain_merges_by_key(tmp_path):
+    (tmp_path / "a.yaml").write_text(f"base: {CONF / 'base.yaml'}\nname: a\noptim: {{lr: 1e-4}}\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\nname: b\n")
+    config = load_config(tmp_path / "b.yaml")
+    assert (config.name, config.optim.lr, config.optim.clip_grad) == ("b", 1e-4, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("base: self.yaml\n", "goes round in a circle"),
+        ("base: nowhere.yaml\n", "no such config file"),
+        ("- a\n- b\n", "expected a mapping"),
+        ("a: [1\n", "not readable as YAML"),
+        ("name: x\nname: y\n", "stands twice"),
+        ("name: x\n", "model is missing"),
+    ],
+)
+def test_broken_files(tmp_path, text, expected):
+    path = tmp_path / "self.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=expected):
+        load_config(path)
+
+
+def test_hash_covers_the_recipe_and_not_the_name():
+    one = config_hash(load_config(QUICKSTART))
+    assert one == config_hash(load_config(QUICKSTART, ["name=other"]))
+    assert one != config_hash(load_config(QUICKSTART, ["optim.lr=1e-5"]))

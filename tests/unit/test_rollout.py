@@ -1,0 +1,222 @@
+"""Episodes, collector, samples and recorder with a scripted generator: exact budgets, masks, faults, round trips."""
+
+import asyncio
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+
+from torl_mega.config_file import load_config
+from torl_mega.data.samples import make_samples, split_mini_batches
+from torl_mega.errors import DataError, GenerationError
+from torl_mega.rollout.collector import AsyncCollector, lost_trajectories
+from torl_mega.rollout.episode import Episode, EpisodeSettings, sampling_seed
+from torl_mega.rollout.recorder import read_groups, read_rows, step_path, write_step
+from torl_mega.types import (
+    ExecutionResult,
+    ExecutionStatus,
+    FinishReason,
+    Generation,
+    GraderStatus,
+    Problem,
+    Prompt,
+    Reward,
+    StopReason,
+)
+
+SETTINGS = EpisodeSettings(
+    1.0, 1.0, max_response_tokens=100, max_tool_calls=1, wall_s=5, cpu_s=5, memory_mb=64, output_bytes=999
+)
+CALL = "```python\nprint(6*7)\n```\n```output"
+
+
+def encode(text):
+    return tuple(ord(c) for c in text)
+
+
+class Script:
+    """A Generator that says what it is told, character by character, and remembers what it was asked."""
+
+    def __init__(self, *texts, version=3):
+        self.texts, self.requests, self.version = list(texts), [], version
+
+    async def generate(self, request):
+        self.requests.append(request)
+        text = self.texts.pop(0)
+        if isinstance(text, Exception):
+            raise text
+        finish = FinishReason.EOS
+        if request.stop and request.stop[0] in text:
+            text, finish = text[: text.index(request.stop[0]) + len(request.stop[0])], FinishReason.STOP_STRING
+        if len(text) > request.max_new_tokens:
+            text, finish = text[: request.max_new_tokens], FinishReason.LENGTH
+        n = len(text)
+        return Generation(encode(text), tuple(-0.5 * (i + 1) for i in range(n)), (self.version,) * n, text, finish)
+
+
+class Box:
+    """A Sandbox that answers the same to everything."""
+
+    def __init__(self, stdout="42\n", status=ExecutionStatus.OK):
+        self.stdout, self.status, self.codes = stdout, status, []
+
+    async def run(self, request):
+        self.codes.append(request.code)
+        return ExecutionResult(self.status, 0, self.stdout, "", 0.01, 0.01, 5.0, message="down")
+
+
+class Judge:
+    async def score(self, trajectory):
+        correct = "\\boxed{42}" in trajectory.turns[-1].text
+        value = 1.0 if correct else -1.0
+        return Reward(value, correct, GraderStatus.OK, "42" if correct else None, {"answer": value})
+
+
+PROMPT = Prompt(Problem("arithmetic/1/0", "6*7", "42", "arithmetic"), encode("Q: 6*7=?\nA:"))
+
+
+def episode(script, box=None, **settings):
+    return Episode(script, box or Box(), encode, dataclasses.replace(SETTINGS, **settings))
+
+
+def run(script, box=None, **settings):
+    return asyncio.run(episode(script, box, **settings).run(PROMPT, 0, seed=7))
+
+
+def test_one_call_and_an_answer():
+    script, box = Script(CALL, " so \\boxed{42}"), Box()
+    trajectory = run(script, box)
+    assert box.codes == ["print(6*7)\n"]
+    observation = "\n42\n```\n"
+    assert trajectory.response_text == CALL + observation + " so \\boxed{42}"
+    assert trajectory.response_ids == encode(trajectory.response_text)
+    expected = [True] * len(CALL) + [False] * len(observation) + [True] * len(" so \\boxed{42}")
+    assert list(trajectory.loss_mask) == expected
+    assert trajectory.stop_reason is StopReason.EOS
+    # the second request continues from exactly those ids, without the stop string once C is used up
+    assert script.requests[1].token_ids == PROMPT.token_ids + encode(CALL + observation)
+    assert script.requests[0].stop == ("```output",)
+    assert script.requests[1].stop == ()
+    assert script.requests[0].max_new_tokens == 100
+    assert script.requests[1].max_new_tokens == 100 - len(CALL) - len(observation)
+    assert {r.seed for r in script.requests} == {sampling_seed(7, "arithmetic/1/0", 0, t) for t in (0, 1)}
+
+
+def test_without_calls_the_stop_string_is_never_set():
+    script = Script(CALL + " text goes on")
+    trajectory = run(script, max_tool_calls=0)
+    assert script.requests[0].stop == ()
+    assert trajectory.tool_calls == ()
+    assert all(trajectory.loss_mask)
+
+
+@pytest.mark.parametrize("room", [-1, 0, 1])
+def test_an_observation_is_inserted_only_if_it_fits(room):
+    observation = "\n42\n```\n"
+    budget = len(CALL) + len(observation) + room
+    trajectory = run(Script(CALL, "x" * 50), max_response_tokens=budget)
+    assert len(trajectory.response_ids) <= budget
+    assert trajectory.stop_reason is StopReason.LENGTH
+    assert (trajectory.turns[0].observation_ids == ()) == (room < 0)
+    assert len(trajectory.turns) == (2 if room == 1 else 1)
+    assert trajectory.tool_calls[0].observation == observation  # recorded even when it was not inserted
+
+
+def test_a_call_without_a_program_runs_nothing():
+    box = Box()
+    trajectory = run(Script("```output", "\\boxed{1}"), box)
+    assert box.codes == []
+    assert "no python code block" in trajectory.tool_calls[0].observation
+
+
+def collect(script, box=None, *, prompts=(PROMPT,), group_size=1, deadline_s=5.0):
+    with asyncio.Runner() as runner:
+        collector = AsyncCollector(Judge(), runner.run, max_concurrency=8, deadline_s=deadline_s)
+        return collector.collect(episode(script, box), list(prompts), group_size=group_size, seed=7)
+
+
+def test_a_failed_trajectory_is_tried_again_then_left_out():
+    again = collect(Script(GenerationError("gone"), "\\boxed{42}"))
+    assert [len(g.trajectories) for g in again.groups] == [1]
+    assert again.faults == {"GenerationError_retry": 1}
+    lost = collect(Script(GenerationError("gone"), GenerationError("gone")))
+    assert [len(g.trajectories) for g in lost.groups] == [0]
+    assert lost_trajectories(lost.faults) == 1
+
+
+def test_a_sandbox_fault_never_becomes_an_observation():
+    rollout = collect(Script(CALL, CALL), Box(status=ExecutionStatus.INFRA))
+    assert rollout.groups[0].trajectories == ()
+    assert rollout.faults == {"SandboxFault_retry": 1, "SandboxFault_lost": 1}
+
+
+def test_a_bug_is_not_taken_for_a_fault():
+    with pytest.raises(ExceptionGroup) as error:
+        collect(Script(ZeroDivisionError("a bug")))
+    assert isinstance(error.value.exceptions[0], ZeroDivisionError)
+
+
+class Hanging:
+    async def generate(self, request):
+        await asyncio.Event().wait()
+
+
+def test_the_deadline_drops_a_hanging_trajectory():
+    rollout = collect(Hanging(), deadline_s=0.05)
+    assert rollout.faults == {"deadline_retry": 1, "deadline_lost": 1}
+
+
+def test_samples_align_masks_logprobs_and_versions():
+    script = Script(CALL, " \\boxed{42}", "\\boxed{41}")
+    rollout = collect(script, group_size=2)
+    samples = make_samples(rollout.groups, load_config("conf/base.yaml").algo)
+    assert [s.advantage for s in samples] == pytest.approx([math.sqrt(0.5), -math.sqrt(0.5)], rel=1e-5)
+    first, trajectory = samples[0], rollout.groups[0].trajectories[0]
+    n = len(PROMPT.token_ids)
+    assert not first.loss_mask[:n].any()
+    assert tuple(first.token_ids) == PROMPT.token_ids + trajectory.response_ids
+    assert (first.policy_versions[first.loss_mask] == 3).all()
+    assert (first.policy_versions[~first.loss_mask] == -1).all()
+    assert (first.rollout_logprobs[~first.loss_mask] == 0).all()
+    np.testing.assert_array_equal(first.rollout_logprobs[n:], np.array(trajectory.rollout_logprobs, np.float32))
+
+
+def test_filters_mask_the_sample_but_keep_the_baseline():
+    rollout = collect(Script("only words", "\\boxed{42}"), group_size=2)
+    algo = load_config("conf/base.yaml", ["algo.void_turns=mask"]).algo
+    samples = make_samples(rollout.groups, algo)
+    by_advantage = sorted(samples, key=lambda s: s.advantage)
+    assert not by_advantage[0].loss_mask.any()
+    assert by_advantage[1].loss_mask.any()
+    assert by_advantage[1].advantage == pytest.approx(math.sqrt(0.5), rel=1e-5)
+
+
+def test_mini_batches_are_consecutive_and_complete():
+    assert split_mini_batches(list(range(10)), 3) == [[0, 1, 2], [3, 4, 5, 6], [7, 8, 9]]
+    assert split_mini_batches([1], 2) == [[1]]
+
+
+def test_recorded_groups_come_back_equal(tmp_path):
+    rollout = collect(Script(CALL, " \\boxed{42}", "\ud800 lone surrogate \x00 <|endoftext|>"), group_size=2)
+    write_step(tmp_path, 4, rollout.groups, [0.5, -0.5])
+    path = step_path(tmp_path, 4)
+    again = read_groups(path)
+    assert again[0].prompt == rollout.groups[0].prompt
+    assert again[0].rewards == rollout.groups[0].rewards
+    assert again[0].trajectories[0] == rollout.groups[0].trajectories[0]
+    assert [row["advantage"] for row in read_rows(path)] == [0.5, -0.5]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_damaged_record_is_named_with_its_line(tmp_path):
+    import zstandard
+
+    path = step_path(tmp_path, 0)
+    path.write_bytes(zstandard.compress(json.dumps({"step": 0}).encode() + b"\n"))
+    with pytest.raises(DataError, match=r"step_00000.jsonl.zst:1: not a trajectory"):
+        read_groups(path)
+    path.write_bytes(b"garbage")
+    with pytest.raises(DataError, match="not readable as trajectories"):
+        read_groups(path)
