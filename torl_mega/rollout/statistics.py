@@ -1,0 +1,121 @@
+"""What a rollout looked like, as numbers: the quantities of the paper's figures 5 and 6 and what else tells a run's health.
+
+Each quantity is defined once, in the docstring of the function that computes it. "Response" is one trajectory's text
+without the prompt, "program" a piece of code the policy called the sandbox with (one `ToolCall`). A share over nothing (no
+program ran, no response was wrong) is 0.0; the names are the same for every rollout.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from torl_mega.rollout.code_block import last_code_block
+from torl_mega.rollout.filters import has_void_turn
+from torl_mega.types import ExecutionStatus, GraderStatus, Reward, Rollout, StopReason, Trajectory
+
+Scored = tuple[Trajectory, Reward]
+
+
+def rollout_metrics(rollout: Rollout, *, max_tool_calls: int) -> dict[str, float]:
+    """All metrics of a rollout by name. `max_tool_calls` is C.
+
+    `entropy` is not here: it needs the trainer's distribution and is logged by it.
+    """
+    scored = [pair for group in rollout.groups for pair in zip(group.trajectories, group.rewards, strict=True)]
+    return {
+        "reward": _mean([reward.value for _, reward in scored]),
+        "accuracy": accuracy(scored),
+        "code_ratio": code_ratio(scored),
+        "executed_code_ratio": executed_code_ratio(scored),
+        "pass_ratio": pass_ratio(scored),
+        "pass_ratio_correct": pass_ratio([(t, r) for t, r in scored if r.correct]),
+        "pass_ratio_incorrect": pass_ratio([(t, r) for t, r in scored if not r.correct]),
+        "code_before_answer_ratio": code_before_answer_ratio(scored),
+        "tool_calls": _mean([len(t.tool_calls) for t, _ in scored]),
+        "tool_calls_at_limit_ratio": _share(scored, lambda t, r: len(t.tool_calls) >= max_tool_calls > 0),
+        "void_turn_ratio": _share(scored, lambda t, r: has_void_turn(t)),
+        "response_length": _mean([len(t.response_ids) for t, _ in scored]),
+        "response_length_max": float(max((len(t.response_ids) for t, _ in scored), default=0)),
+        "turns": _mean([len(t.turns) for t, _ in scored]),
+        "truncated_ratio": _share(scored, lambda t, r: t.stop_reason is StopReason.LENGTH),
+        "no_answer_ratio": _share(scored, lambda t, r: r.status is GraderStatus.NO_ANSWER),
+        "grader_timeout_ratio": _share(scored, lambda t, r: r.status is GraderStatus.TIMEOUT),
+        "group_zero_signal_ratio": group_zero_signal_ratio(rollout),
+        **execution_ratios(scored),
+        **reward_parts(scored),
+    }
+
+
+def accuracy(scored: Sequence[Scored]) -> float:
+    """Responses whose final answer is correct / all responses."""
+    return _share(scored, lambda trajectory, reward: reward.correct)
+
+
+def code_ratio(scored: Sequence[Scored]) -> float:
+    """Responses with at least one complete ```python block, run or not / all responses (figure 5, "code ratio")."""
+    return _share(scored, lambda trajectory, reward: writes_code(trajectory))
+
+
+def executed_code_ratio(scored: Sequence[Scored]) -> float:
+    """Responses of which at least one program ran / responses with code.
+
+    Below 1 where code was written but not called, or written after the C calls were used up.
+    """
+    return _share([(t, r) for t, r in scored if writes_code(t)], lambda trajectory, reward: bool(trajectory.tool_calls))
+
+
+def pass_ratio(scored: Sequence[Scored]) -> float:
+    """Programs that ended OK / programs that ran (figure 5, "pass ratio"; over correct or incorrect responses where named so).
+
+    A program counts by its exit status, never by what it printed: one that prints "Error" and exits with 0 passes.
+    """
+    statuses = [call.status for trajectory, _ in scored for call in trajectory.tool_calls]
+    return _mean([status is ExecutionStatus.OK for status in statuses])
+
+
+def code_before_answer_ratio(scored: Sequence[Scored]) -> float:
+    """Responses whose first program ran before their first final box / responses of which a program ran and that have a box.
+
+    1 is reasoning by code; below it the policy answers first and lets code confirm.
+    """
+    boxed_after_code = []
+    for trajectory, _ in scored:
+        first_box = next((i for i, turn in enumerate(trajectory.turns) if "\\boxed" in turn.text), None)
+        first_run = next((i for i, turn in enumerate(trajectory.turns) if turn.tool_call is not None), None)
+        if first_box is not None and first_run is not None:
+            boxed_after_code.append(
+                first_run < first_box
+            )  # a call ends its turn: a box in the same turn came before it
+    return _mean(boxed_after_code)
+
+
+def group_zero_signal_ratio(rollout: Rollout) -> float:
+    """Groups whose rewards are all the same, so that their advantages are zero / all groups."""
+    return _mean([len({reward.value for reward in group.rewards}) <= 1 for group in rollout.groups])
+
+
+def execution_ratios(scored: Sequence[Scored]) -> dict[str, float]:
+    """`execution/<status>`: programs that ended so / programs that ran, for every status there is but OK."""
+    counts = Counter(call.status for trajectory, _ in scored for call in trajectory.tool_calls)
+    total = counts.total()
+    failures = [status for status in ExecutionStatus if status not in (ExecutionStatus.OK, ExecutionStatus.INFRA)]
+    return {f"execution/{status.value}": counts[status] / max(total, 1) for status in failures}
+
+
+def reward_parts(scored: Sequence[Scored]) -> dict[str, float]:
+    """`reward/<part>`: mean of each named summand of the reward over all responses."""
+    names = sorted({name for _, reward in scored for name in reward.parts})
+    return {f"reward/{name}": sum(r.parts.get(name, 0.0) for _, r in scored) / len(scored) for name in names}
+
+
+def writes_code(trajectory: Trajectory) -> bool:
+    return any(turn.tool_call is not None or last_code_block(turn.text) is not None for turn in trajectory.turns)
+
+
+def _share(scored: Sequence[Scored], holds: Callable[[Trajectory, Reward], bool]) -> float:
+    return _mean([holds(trajectory, reward) for trajectory, reward in scored])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
