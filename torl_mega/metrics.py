@@ -38,11 +38,7 @@ class RunMetrics:
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         if metrics:
             self._write({"kind": "eval", "step": step, **metrics})
-            print(
-                f"eval after {step} steps: accuracy {metrics['accuracy']:.3f}  code ratio {metrics['code_ratio']:.3f}  "
-                f"pass ratio {metrics['pass_ratio']:.3f}",
-                flush=True,
-            )
+            print(f"eval after {step} steps: {_shown(metrics, EVAL_LINE)}", flush=True)
 
     def evaluated_steps(self) -> set[int]:
         return {r["step"] for r in self.rows if r["kind"] == "eval"}
@@ -62,11 +58,20 @@ class RunMetrics:
             self._board.flush()
 
 
-def console_line(step: int, num_steps: int, m: Mapping[str, float]) -> str:
-    return (
-        f"step {step + 1:>4}/{num_steps}  acc {m['accuracy']:.3f}  code {m['code_ratio']:.2f}  pass {m['pass_ratio']:.2f}  "
-        f"reward {m['reward']:+.2f}  len {m['response_length']:.0f}  |g| {m['grad_norm']:.2f}  "
-        f"dlogp {m['max_abs_logprob_diff']:.0e}  rollout {m['rollout_s']:.1f}s train {m['train_s']:.1f}s sync {m['sync_s']:.1f}s"
+LINE = {"accuracy": "acc {:.3f}", "code_ratio": "code {:.2f}", "pass_ratio": "pass {:.2f}", "reward": "reward {:+.2f}"}
+LINE |= {"response_tokens": "len {:.0f}", "grad_norm": "|g| {:.2f}", "max_abs_logprob_diff": "dlogp {:.0e}"}
+LINE |= {"rollout_s": "rollout {:.1f}s", "train_s": "train {:.1f}s", "sync_s": "sync {:.1f}s"}
+EVAL_LINE = {"accuracy": "accuracy {:.3f}", "code_ratio": "code ratio {:.3f}", "pass_ratio": "pass ratio {:.3f}"}
+
+
+def console_line(step: int, num_steps: int, metrics: Mapping[str, float]) -> str:
+    return f"step {step + 1:>4}/{num_steps}  {_shown(metrics, LINE)}"
+
+
+def _shown(metrics: Mapping[str, float], line: Mapping[str, str]) -> str:
+    """A ratio over nothing (no program ran) is absent from the metrics and shown as a dash."""
+    return "  ".join(
+        text.format(metrics[name]) if name in metrics else text.partition("{")[0] + "-" for name, text in line.items()
     )
 
 

@@ -65,7 +65,9 @@ def train(config: Config) -> int:
             start = int(saved["steps_done"])
             loop.sink.update(trainer.weights(), version=start)
             check_engines(trainer, rank0, config, parallel.share)
-            if not loop.run(start, evaluate_first=_lacks_evaluation(config, rank0, start)):
+            complete = loop.run(start, evaluate_first=_lacks_evaluation(config, rank0, start))
+            trainer.finish_saves()
+            if not complete:
                 return EXIT_REQUEUE
             if config.checkpoint.export_hf:
                 trainer.export_hf(folder.hf)

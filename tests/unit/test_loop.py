@@ -1,0 +1,125 @@
+"""The loop with recording fakes: order of the verbs, versions, when it evaluates and saves, how it stops."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+
+from torl_mega.config import GuardsConfig
+from torl_mega.errors import GuardError, Preempted
+from torl_mega.guards import check_guards
+from torl_mega.loop import Loop
+from torl_mega.types import Sample, StepBatch, TrainSample
+
+
+def sample():
+    mask = np.array([False, True])
+    return Sample(np.arange(2), mask, np.zeros(2, np.float32), np.zeros(2, np.int32), 1.0)
+
+
+class Recorder:
+    """Trainer, sink, rollouts and log in one, writing down every call."""
+
+    def __init__(self, *, preempt_at: int | None = None, stop_after: int | None = None) -> None:
+        self.calls: list[str] = []
+        self.preempt_at, self.stop_after, self.collected = preempt_at, stop_after, 0
+
+    def collect(self, step: int) -> StepBatch:
+        if step == self.preempt_at:
+            raise Preempted
+        self.calls.append(f"collect {step}")
+        self.collected += 1
+        return StepBatch((sample(),) * 4, {"fault_rate": 0.0})
+
+    def old_logprobs(self, samples):
+        self.calls.append("old")
+        return [TrainSample(s, np.array([0, 0.25], np.float32), np.zeros(2, np.float32)) for s in samples]
+
+    def forward_backward(self, batch):
+        self.calls.append(f"update {len(batch)}")
+        return {"loss": float(len(self.calls)), "ratio_max": float(len(self.calls))}
+
+    def optim_step(self):
+        return {"grad_norm": 1.0}
+
+    def weights(self):
+        return iter(())
+
+    def update(self, tensors, *, version: int) -> Mapping[str, float]:
+        self.calls.append(f"sync {version}")
+        return {"bytes": 8.0}
+
+    def evaluate(self, step: int):
+        self.calls.append(f"eval {step}")
+        return {"accuracy": 1.0}
+
+    def step(self, step, metrics):
+        self.metrics = metrics
+        self.calls.append(f"log {step}")
+
+    def evaluation(self, step, metrics):
+        pass
+
+    def stop(self):
+        return self.stop_after is not None and self.collected >= self.stop_after
+
+
+def loop(fake, **over):
+    settings = {"num_steps": 2, "num_mini_batches": 2, "eval_every": 0, "save_every": 1} | over
+    return Loop(
+        trainer=fake,
+        sink=fake,
+        rollouts=fake,
+        share=lambda make: make(),
+        log=fake,
+        check_guards=lambda step, metrics: None,
+        save=lambda done: fake.calls.append(f"save {done}"),
+        stop_requested=fake.stop,
+        **settings,
+    )
+
+
+def one_step(step):
+    return [f"collect {step}", "old", "update 2", "update 2", f"sync {step + 1}", f"log {step}"]
+
+
+def test_the_order_of_a_run():
+    fake = Recorder()
+    assert loop(fake).run(0, evaluate_first=True)
+    assert fake.calls == ["eval 0", *one_step(0), "save 1", *one_step(1), "eval 2", "save 2"]
+
+
+def test_a_resumed_run_starts_where_it_was_saved():
+    fake = Recorder()
+    assert loop(fake).run(1, evaluate_first=False)
+    assert fake.calls == [*one_step(1), "eval 2", "save 2"]
+
+
+def test_metrics_are_means_over_updates_and_maxima_where_named():
+    fake = Recorder()
+    loop(fake, num_steps=1).run(0, evaluate_first=False)
+    assert fake.metrics["loss"] == pytest.approx(3.5)  # calls were 3 and 4 long
+    assert fake.metrics["ratio_max"] == 4.0
+    assert fake.metrics["max_abs_logprob_diff"] == pytest.approx(0.25)
+    assert fake.metrics["sync/bytes"] == 8.0
+    assert fake.metrics["step_s"] == pytest.approx(sum(fake.metrics[f"{n}_s"] for n in ("rollout", "train", "sync")))
+
+
+def test_a_preempted_collection_is_dropped_and_the_run_saved_before_it():
+    fake = Recorder(preempt_at=1)
+    assert not loop(fake, save_every=0).run(0, evaluate_first=False)
+    assert fake.calls == [*one_step(0), "save 1"]
+
+
+def test_a_stop_request_ends_the_run_after_the_step():
+    fake = Recorder(stop_after=1)
+    assert not loop(fake, num_steps=5, save_every=0).run(0, evaluate_first=False)
+    assert fake.calls == [*one_step(0), "save 1"]
+
+
+def test_guards_name_metric_setting_and_remedy():
+    check_guards(3, {"fault_rate": 0.1, "max_abs_logprob_diff": 9.0}, GuardsConfig())
+    with pytest.raises(GuardError, match=r"step 3: fault_rate = 0.2 is above guards.max_fault_rate = 0.1; see faults/"):
+        check_guards(3, {"fault_rate": 0.2}, GuardsConfig())
+    with pytest.raises(GuardError, match="max_logprob_diff"):
+        check_guards(3, {"max_abs_logprob_diff": 2e-4}, GuardsConfig(max_logprob_diff=1e-4))
