@@ -69,9 +69,47 @@ class SandboxConfig(Section):
     cpu_s: PositiveFloat = 5.0
     """CPU limit of one snippet."""
     memory_mb: PositiveInt = 512
-    """Address space a snippet may add to the interpreter's own."""
+    """Address space a snippet may add to the interpreter's own; over HTTP the default of `memory_limit_MB`."""
     output_bytes: PositiveInt = 65536
-    """Kept per stream, head and tail; far above it the snippet is stopped."""
+    """Kept per stream, head and tail; far above it (`flood_bytes`) the snippet is stopped."""
+    tier: Literal["auto", "A", "B", "C"] = "auto"
+    """Confinement: auto takes the strongest of A (namespaces) and B (none) that works; C does not isolate and must be asked for."""
+    max_running: int = Field(default=0, ge=0)
+    """Snippets running at once; the rest wait in the queue. 0: cores + 2, so that a sleeping snippet idles no core."""
+    zygotes: int = Field(default=0, ge=0)
+    """Fork servers for ordinary snippets; each forks one snippet at a time. 0: one per four cores."""
+    data_libraries: bool = True
+    """Keep a second kind of zygote with scipy, pandas and matplotlib, about 150 MB each; without, importing them costs 1.5 s."""
+    recycle_after: PositiveInt = 50_000
+    """Snippets after which a zygote is replaced, so that nothing that might creep can creep for ever."""
+    max_threads: PositiveInt = 64
+    """Threads of one snippet."""
+    scratch_mb: PositiveInt = 32
+    """Files of one snippet, together (tmpfs in tier A), and the size of a single one."""
+    scratch_inodes: PositiveInt = 1024
+    """Number of files and folders of one snippet."""
+    flood_bytes: PositiveInt = 16 << 20
+    """Output of one stream past which a snippet is killed as `output_limit`."""
+    max_output_bytes: PositiveInt = 8 << 20
+    """Ceiling for `output_bytes` of a request."""
+    max_fetch_bytes: PositiveInt = 32 << 20
+    """Ceiling for the files read back from one snippet, together."""
+    max_wall_s: PositiveFloat = 600.0
+    """Ceiling for a request's wall and CPU limits; larger ones are cut to it."""
+    max_memory_mb: PositiveInt = 8192
+    """Ceiling for a request's memory limit; larger ones are cut to it."""
+    max_queue: PositiveInt = 16384
+    """Requests over HTTP that may wait; beyond it the answer is 503 with Retry-After."""
+    nice: int = Field(default=0, ge=0, le=19)
+    """Niceness of snippets, for nodes whose cores they share with a trainer."""
+    deterministic_random: bool = False
+    """Seed `random`, numpy and sympy from the program's own text instead of from the system, for runs that must repeat exactly."""
+    uid_base: PositiveInt = 65000
+    """As root: the user snippets run as in tier A, and the first of one user per slot in tier B. No account may use them."""
+    readable_paths: tuple[str, ...] = ()
+    """Further paths snippets may read, such as libraries outside the interpreter's prefix."""
+    scratch_dir: str | None = None
+    """Where tier B puts working folders; None is the system's temporary folder. Tier A writes nothing to disk."""
 
 
 class ServingConfig(Section):
@@ -297,7 +335,9 @@ class ClusterConfig(Section):
     servers_per_node: PositiveInt | None = None
     """SGLang servers on a serving node; None = as many as serving.tensor fits into its GPUs."""
     sandbox_cores: PositiveInt = 32
-    """Cores per node kept for the sandbox pool; the rest is split over ranks and servers. Halved on small nodes."""
+    """Cores per node kept for the sandbox pool; the rest is split over ranks and servers. A quarter of a small node."""
+    hang_s: PositiveFloat = 7200.0
+    """No metrics, trajectories or checkpoint written for this long: every rank prints its stacks and the step ends."""
 
     @model_validator(mode="after")
     def _split(self) -> Self:

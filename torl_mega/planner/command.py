@@ -1,0 +1,87 @@
+"""`torl plan`: what a run will do on a cluster, in seconds and without a GPU."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from torl_mega.config_file import load_config
+from torl_mega.errors import ConfigError
+from torl_mega.planner import report
+from torl_mega.planner.analyse import Hardware, analyse
+from torl_mega.planner.hardware import Assumptions, name_of
+from torl_mega.planner.search import search as search_layouts
+
+WIDTH = 170  # of the tables where stdout is a file
+
+
+def run(
+    conf: Path,
+    overrides: Sequence[str] = (),
+    *,
+    nodes: int | None = None,
+    gpus: int | None = None,
+    gpu: str = "auto",
+    search: bool = False,
+    json_output: bool = False,
+    mean_response: int | None = None,
+    hosts: str = "",
+    cores: int = 0,
+    base_port: int = 20000,
+    out: Path | None = None,
+) -> int:
+    """Prints the plan of CONF; returns 0 when it can run and 1 when it cannot. Raises ConfigError.
+
+    nodes, gpus: the allocation, None takes `cluster.nodes` and `cluster.gpus_per_node`; gpu: a name of the table or
+    `auto` (this machine's, else `cluster.gpu`); mean_response: tokens; hosts: comma-separated node names; cores: per
+    node, 0 takes the usual for that GPU; out: where the placement is written for the launch scripts (only if it fits).
+    """
+    config = load_config(conf, overrides)
+    if mean_response is not None and not 0 < mean_response <= config.rollout.max_response_tokens:
+        raise ConfigError(
+            f"--mean-response {mean_response}: must lie between 1 and rollout.max_response_tokens = "
+            f"{config.rollout.max_response_tokens}"
+        )
+    hardware = Hardware(
+        nodes=config.cluster.nodes if nodes is None else nodes,
+        gpus=config.cluster.gpus_per_node if gpus is None else gpus,
+        gpu=_which_gpu(gpu, config.cluster.gpu),
+        hosts=tuple(name for name in hosts.split(",") if name),
+        cores=cores,
+        base_port=base_port,
+    )
+    assume = Assumptions()
+    analysis = analyse(config, hardware, assume, mean_response)
+    found = search_layouts(config, hardware, assume, mean_response) if search and hardware.gpu != "cpu" else []
+    if json_output:
+        print(json.dumps(report.as_json(config, analysis, assume, found), indent=1))
+    else:
+        width = None if sys.stdout.isatty() else WIDTH
+        report.print_plan(Console(width=width), config, analysis, assume, found, searched=search)
+    if analysis.fits and out is not None and analysis.placement is not None:
+        out.write_text(analysis.placement.to_json())
+    return 0 if analysis.fits else 1
+
+
+def _which_gpu(asked: str, configured: str) -> str:
+    """`auto` on a CPU config stays `cpu`: the config says that the engines run there."""
+    if asked != "auto":
+        return asked
+    if configured == "cpu" or shutil.which("nvidia-smi") is None:
+        return configured
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+    first = done.stdout.strip().splitlines()[:1] if done.returncode == 0 else []
+    if not first:
+        return configured
+    product, _, memory = first[0].rpartition(",")
+    known = name_of(product, int(memory))
+    if known is None:
+        raise ConfigError(f"--gpu auto: {product.strip()} ({memory.strip()} MiB) is not in the table; name the nearest one")
+    return known

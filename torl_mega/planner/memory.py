@@ -1,0 +1,198 @@
+"""Memory of one GPU (or one rank's process on a CPU) in every phase of a step.
+
+Contract: `trainer_memory` and `server_memory` are closed forms over the model's shape, `parallel`, `trainer` and
+`serving`; `phases` adds them up per phase the way the processes really overlap: a colocated server keeps its weights
+and KV cache all the time, and the trainer keeps weights, gradients and (unless `trainer.optimizer_offload`) optimizer
+state all the time. Everything is in bytes.
+
+Source of the transformer terms: Korthikanti et al. 2205.05198 section 4, redone for what is trained here: SwiGLU,
+grouped queries, flash attention, no dropout, packed sequences, a chunked output head. Megatron's own report
+(`megatron/training/theoretical_memory_usage.py`) is compared in docs/cluster.md.
+Limits: dense models; evenly cut stages; allocator behaviour is one percentage.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from torl_mega.config import Config, ParallelConfig
+from torl_mega.planner import shapes
+from torl_mega.planner.hardware import GIB, Assumptions, Gpu
+from torl_mega.trainer.layout import ModelShape, padded_vocab
+
+GRAD_BYTES = 4  # Megatron accumulates and reduces gradients in fp32
+LOGIT_BYTES = 16  # per logit of the chunk at work: four fp32 tensors at the worst moment of trainer/vocab_parallel.py
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerMemory:
+    """Of the most loaded rank. Persistent parts first, then what one phase adds at its peak."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float  # of all micro-batches in flight, at the peak of the backward pass
+    forward_only: float  # of the log-prob pass: one layer at work
+    logits: float  # of one chunk of tokens
+    head_gradient: float  # fp32 gradient of the output head while its chunks are summed
+    batch: float  # token ids, masks, log-probs of a step's samples
+    sync: float  # two buckets and the largest tensor, gathered
+    fixed: float  # context, NCCL
+
+    @property
+    def resident(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.batch + self.fixed
+
+
+@dataclass(frozen=True, slots=True)
+class ServerMemory:
+    """Of one server rank."""
+
+    weights: float
+    kv_pool: float
+    kv_tokens: float  # that fit into the pool
+    fixed: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.kv_pool + self.fixed
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseMemory:
+    """One phase on the fullest GPU of a kind: named parts, their sum and what is there."""
+
+    phase: str
+    where: str  # "trainer", "server" or "shared"
+    parts: dict[str, float] = field(default_factory=dict)
+    available: float = math.inf
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def spare(self) -> float:
+        return self.available - self.total
+
+
+def dtype_bytes(config: Config) -> int:
+    return 4 if config.model.dtype == "float32" else 2
+
+
+def layer_activation_bytes(shape: ModelShape, parallel: ParallelConfig, width: int, on_cpu: bool) -> float:
+    """Bytes per token that one layer keeps for its backward pass, `width` bytes per element.
+
+    Kept whole on each tensor rank without sequence parallelism, cut with it: the inputs of both norms and their outputs.
+    Always cut: fused q/k/v, rotated q and k, attention output; gate and up, and their product.
+    The local (CPU) layers keep more, because nothing is fused: see CPU_EXTRA_* and docs/cluster.md.
+    """
+    h, f = shape.hidden, shape.ffn
+    q, kv = shape.num_heads * shape.head_dim, shape.num_kv_groups * shape.head_dim
+    whole = 4 * h
+    cut = (q + 2 * kv) + (q + kv) + q + 3 * f
+    if on_cpu:
+        whole += CPU_EXTRA_WHOLE * h
+        cut += CPU_EXTRA_Q * q + CPU_EXTRA_KV * kv + CPU_EXTRA_F * f
+    whole_share = parallel.tensor if parallel.sequence else 1
+    return width * (whole / whole_share + cut / parallel.tensor) + 4 * shape.num_heads / parallel.tensor
+
+
+# What the local layers keep beyond the fused ones, in tensors of that width; counted with
+# torch.autograd.graph.saved_tensors_hooks on the CPU trainer (tests/unit/test_planner_memory_cpu.py checks the sum).
+CPU_EXTRA_WHOLE = 0.0
+CPU_EXTRA_Q = 2.0
+CPU_EXTRA_KV = 2.0
+CPU_EXTRA_F = 1.0
+
+
+def micro_batches_in_flight(parallel: ParallelConfig, num_micro_batches: int) -> float:
+    """Micro-batches whose activations the first stage holds at once, counted in whole-stage activations (1F1B)."""
+    pp, vpp = parallel.pipeline, parallel.virtual_pipeline
+    if pp == 1:
+        return 1.0
+    if vpp == 1:
+        return float(min(pp, num_micro_batches))
+    return min(pp * (1 + (pp - 1) / (pp * vpp)), num_micro_batches)
+
+
+def num_micro_batches(config: Config, data: int, mean_tokens: float) -> int:
+    """Per data-parallel rank and optimizer step."""
+    tokens = config.trainer.mini_batch_samples * mean_tokens / data
+    return max(1, math.ceil(tokens / config.trainer.micro_batch_tokens))
+
+
+def trainer_memory(
+    shape: ModelShape, config: Config, data: int, mean_tokens: float, assume: Assumptions, on_cpu: bool
+) -> TrainerMemory:
+    """Memory of the most loaded trainer rank.
+
+    data: data-parallel size; mean_tokens: prompt plus response of an average trajectory.
+    """
+    parallel, trainer, width = config.parallel, config.trainer, dtype_bytes(config)
+    params = max(stage.total for stage in shapes.stage_params(shape, parallel))
+    shard = data * parallel.context if trainer.distributed_optimizer else 1
+    master = 0 if width == 4 else 4  # fp32 weights are their own masters
+    tokens = trainer.micro_batch_tokens / parallel.context
+    layers = shape.num_layers / parallel.pipeline
+    flight = micro_batches_in_flight(parallel, num_micro_batches(config, data, mean_tokens))
+    cut = parallel.tensor if parallel.sequence else 1
+    layer = layer_activation_bytes(shape, parallel, width, on_cpu)
+    hidden = width * shape.hidden / cut
+    if trainer.recompute == "full":  # `selective` recomputes the attention core, of which flash attention keeps nothing
+        activations = tokens * (layers * hidden * flight + layer)
+    else:
+        activations = tokens * layers * layer * flight
+    chunk = min(trainer.logprob_chunk_tokens, tokens)
+    samples = config.rollout.prompts_per_step * config.rollout.group_size
+    dynamic = 1 + (0 if on_cpu else assume.fragmentation)
+    largest = padded_vocab(shape.vocab, parallel.tensor) * shape.hidden
+    return TrainerMemory(
+        weights=params * width,
+        gradients=params * GRAD_BYTES,
+        optimizer=0.0 if trainer.optimizer_offload and not on_cpu else params * (8 + master) / shard,
+        activations=dynamic * (activations + tokens * 3 * hidden),
+        forward_only=dynamic * tokens * (layer + 3 * hidden),
+        logits=dynamic * chunk * padded_vocab(shape.vocab, parallel.tensor) / parallel.tensor * LOGIT_BYTES,
+        head_gradient=2 * GRAD_BYTES * largest / parallel.tensor,
+        batch=samples * mean_tokens * 25 / data,
+        sync=min(2 * config.serving.bucket_mb * 2**20, shape.num_parameters * width) + 2 * width * largest,
+        fixed=0.0 if on_cpu else (assume.context_gib + assume.nccl_gib) * GIB,
+    )
+
+
+def server_memory(shape: ModelShape, config: Config, gpu: Gpu, assume: Assumptions) -> ServerMemory:
+    """Memory of one server rank. SGLang takes `mem_fraction` of the GPU for weights and KV pool together."""
+    serving, width = config.serving, dtype_bytes(config)
+    weights = shape.num_parameters * width / serving.tensor
+    per_token = shapes.kv_bytes_per_token(shape, width) / min(serving.tensor, shape.num_kv_groups)
+    if math.isinf(gpu.memory):
+        pool = (serving.max_total_tokens or 8 * config.max_context_tokens) * per_token
+    else:
+        pool = max(0.0, serving.mem_fraction * gpu.memory - weights)
+    if serving.max_total_tokens:
+        pool = min(pool, serving.max_total_tokens * per_token)
+    fixed = 0.0 if math.isinf(gpu.memory) else (assume.context_gib + assume.server_gib) * GIB
+    return ServerMemory(weights, pool, pool / per_token, fixed)
+
+
+def phases(trainer: TrainerMemory, server: ServerMemory, gpu: Gpu, colocated: bool) -> list[PhaseMemory]:
+    """Every phase of a step, on a GPU of each kind that takes part in it."""
+    keep = {
+        "weights": trainer.weights, "gradients": trainer.gradients, "optimizer": trainer.optimizer,
+        "batch": trainer.batch, "context + NCCL": trainer.fixed,
+    }  # fmt: skip
+    serve = {"server weights": server.weights, "KV cache": server.kv_pool, "server context + graphs": server.fixed}
+    own = {**keep, **(serve if colocated else {})}
+    where = "shared" if colocated else "trainer"
+    backward = {"activations": trainer.activations, "logits": trainer.logits, "head gradient": trainer.head_gradient}
+    found = [
+        PhaseMemory("rollout", "shared" if colocated else "server", own if colocated else serve, gpu.memory),
+        PhaseMemory("log-probs", where, {**own, "activations": trainer.forward_only, "logits": trainer.logits}, gpu.memory),
+        PhaseMemory("training", where, {**own, **backward}, gpu.memory),
+        PhaseMemory("weight sync", where, {**own, "sync buckets": trainer.sync}, gpu.memory),
+    ]  # fmt: skip
+    if not colocated:
+        found.append(PhaseMemory("weight sync", "server", {**serve, "sync buckets": trainer.sync / 2}, gpu.memory))
+    return found

@@ -1,0 +1,92 @@
+"""Tries every sensible layout for a config on given hardware and ranks those that fit by predicted step time.
+
+Contract: `search` returns override lists that can be pasted behind `torl train CONF`; each was analysed in full.
+Limits: context and virtual pipeline parallelism are left as the config has them; tensor sizes stay inside a node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torl_mega.config import Config
+from torl_mega.planner.analyse import Analysis, Hardware, analyse
+from torl_mega.planner.hardware import Assumptions
+
+Overrides = dict[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    overrides: tuple[str, ...]  # a.b=value, only what differs from the config
+    analysis: Analysis
+
+    @property
+    def step_s(self) -> float:
+        assert self.analysis.time is not None
+        return self.analysis.time.step_s
+
+
+def search(
+    config: Config, hardware: Hardware, assume: Assumptions, mean_response: int | None = None, keep: int = 5
+) -> list[Candidate]:
+    """The `keep` fastest layouts that fit, fastest first; at equal times the one nearest to the config."""
+    found = []
+    for overrides in _candidates(config, hardware):
+        changed = _changed(config, overrides)
+        analysis = analyse(changed, hardware, assume, mean_response)
+        if analysis.fits:
+            texts = [f"{key}={_text(value)}" for key, value in overrides.items() if _get(config, key) != value]
+            found.append(Candidate(tuple(texts), analysis))
+    return sorted(found, key=lambda c: (round(c.step_s, 1), len(c.overrides)))[:keep]
+
+
+def _candidates(config: Config, hardware: Hardware) -> Iterator[Overrides]:
+    sizes = [n for n in (1, 2, 4, 8, 16) if n <= hardware.gpus]
+    longest = config.max_context_tokens
+    budgets = sorted({n for n in (8192, 16384, 32768, config.trainer.micro_batch_tokens) if n >= longest})
+    splits: list[Overrides] = [{"cluster.placement": "colocated", "cluster.server_nodes": 0, "cluster.server_gpus_per_node": 0}]
+    if config.serving.transport != "handles":
+        splits += [
+            {"cluster.placement": "disaggregated", "cluster.server_nodes": n, "cluster.server_gpus_per_node": 0}
+            for n in range(1, hardware.nodes)
+        ]
+    for split in splits:
+        fractions = (0.2, 0.3, 0.4, 0.5) if split["cluster.placement"] == "colocated" else (config.serving.mem_fraction,)
+        for tensor in sizes:
+            for pipeline in (1, 2, 4, 8):
+                for budget in budgets:
+                    for recompute in ("none", "full"):
+                        for serve in sizes:
+                            for fraction in fractions:
+                                yield {
+                                    **split,
+                                    "parallel.tensor": tensor,
+                                    "parallel.pipeline": pipeline,
+                                    "parallel.data": "auto",
+                                    "parallel.sequence": tensor > 1,
+                                    "trainer.micro_batch_tokens": budget,
+                                    "trainer.recompute": recompute,
+                                    "serving.tensor": serve,
+                                    "serving.mem_fraction": fraction,
+                                }
+
+
+def _changed(config: Config, overrides: Overrides) -> Config:
+    """A copy with other values. Validation is done once by the caller's config; each value here is valid by itself."""
+    sections: dict[str, dict[str, object]] = {}
+    for dotted, value in overrides.items():
+        section, field = dotted.split(".")
+        sections.setdefault(section, {})[field] = value
+    return config.model_copy(
+        update={name: getattr(config, name).model_copy(update=update) for name, update in sections.items()}
+    )
+
+
+def _get(config: Config, dotted: str) -> object:
+    section, field = dotted.split(".")
+    return getattr(getattr(config, section), field)
+
+
+def _text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
