@@ -1,0 +1,341 @@
+"""The Trainer Protocol on Megatron-Core.
+
+    samples -> plan (data/packing) -> micro-batches -> Megatron's pipeline schedule -> hidden states
+            -> log-probs and entropy of the sampled tokens (vocab_parallel) -> [old_logprobs] or policy loss -> gradients
+            -> optim_step (clip, Adam, schedule)
+
+Contract: every method is a collective with the same arguments on every rank; results are equal on all of them. The
+old-log-prob pass and the update run the same code. Losses are sums of weighted tokens, so micro-batches, packing and
+layout change rounding only.
+Limits: dense models of `layout.SUPPORTED_ARCHITECTURES`; see docs/trainer.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from torl_mega.algo.loss import loss_weights, policy_loss
+from torl_mega.config import Config
+from torl_mega.data.packing import Plan, plan
+from torl_mega.errors import ConfigError, GuardError
+from torl_mega.interfaces import NamedTensor
+from torl_mega.trainer import checkpoint, cpu_backend, parallel
+from torl_mega.trainer.hf_io import HfReader, write_hf
+from torl_mega.trainer.layer_spec import choose_spec
+from torl_mega.trainer.layout import check_layout, describe_model, read_hf_config
+from torl_mega.trainer.micro_batch import MicroBatch, build_micro_batch
+from torl_mega.trainer.model import build_chunks, transformer_config
+from torl_mega.trainer.optimizer import build_optimizer, finalize_without_division, wrap_ddp
+from torl_mega.trainer.pipeline import schedule_arguments
+from torl_mega.trainer.precision import check_precision, this_machine, token_multiple
+from torl_mega.trainer.reshard import WeightMap
+from torl_mega.trainer.vocab_parallel import token_logprobs
+from torl_mega.types import Sample, TrainSample
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+LossFn = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]
+
+
+class MegatronTrainer:
+    """See the module's docstring. `parallel.init_distributed` must have run."""
+
+    def __init__(self, config: Config) -> None:
+        """Build the model and load `model.path`. Raises ConfigError when model, layout or precision do not fit."""
+        self.config = config
+        self.hf_config = parallel.share(lambda: read_hf_config(config.model.path))
+        problems = check_layout(self.hf_config, config.parallel, parallel.world_size())
+        if problems:
+            raise ConfigError("; ".join(problems))
+        check_precision(config.trainer.precision, this_machine())
+        self.on_cpu = cpu_backend.install()
+        self.shape = describe_model(self.hf_config)
+        self.model_config: Any = transformer_config(
+            self.shape, config.parallel, config.trainer, _DTYPES[config.model.dtype], choose_spec()
+        )
+        chunks = build_chunks(self.shape, self.model_config, config.parallel, choose_spec())
+        self.weight_map = WeightMap(chunks, self.shape)
+        self._load_start()
+        self._reference = self._copy_weights() if config.algo.kl_coef > 0 else None
+        self.model_config.finalize_model_grads_func = finalize_without_division
+        self.model = wrap_ddp(chunks, self.model_config, config.trainer)
+        self.optimizer, self.schedule = build_optimizer(
+            self.model, self.model_config, config.optim, config.trainer, total_steps=self._total_steps()
+        )
+        self.checkpoints = checkpoint.Checkpoints(config.checkpoint, self.shape)
+        self._metric_names: tuple[str, ...] = ()
+        self._num_micro_batches = 0
+
+    def _load_start(self) -> None:
+        error: BaseException | None = None
+        try:
+            self.weight_map.load(HfReader(self.config.model.path, self.shape))
+        except ConfigError as exc:
+            error = exc
+        parallel.raise_together(error)
+
+    def _total_steps(self) -> int:
+        rollout = self.config.rollout
+        per_step = rollout.prompts_per_step * rollout.group_size // self.config.trainer.mini_batch_samples
+        return self.config.num_steps * max(per_step, 1)
+
+    # ------------------------------------------------------------------------------------------------ verbs
+
+    def old_logprobs(self, samples: Sequence[Sample]) -> list[TrainSample]:
+        """Log-probs and entropies of every sampled token under the current weights (and the starting ones for the KL)."""
+        logprobs, entropies = self._score(samples)
+        reference = None
+        if self._reference is not None:
+            self._swap_reference()
+            try:
+                reference, _ = self._score(samples)
+            finally:
+                self._swap_reference()
+        return [
+            TrainSample(s, logprobs[i], entropies[i], reference[i] if reference is not None else None)
+            for i, s in enumerate(samples)
+        ]
+
+    def forward_backward(self, batch: Sequence[TrainSample]) -> Mapping[str, float]:
+        """Gradients of one mini-batch. Metrics: those of `policy_loss`, num_tokens, padding_share, dp_imbalance."""
+        algo = self.config.algo
+        weights = loss_weights(batch, algo, max_response_tokens=self.config.rollout.max_response_tokens)
+        samples = [b.sample for b in batch]
+        flat = {
+            "weights_T": _concat(weights),
+            "old_logprobs_T": _concat([b.old_logprobs for b in batch]),
+            "advantages_T": _concat([np.full(len(s.token_ids), s.advantage) for s in samples]),
+        }
+        if self._reference is not None:
+            flat["ref_logprobs_T"] = _concat([b.ref_logprobs for b in batch])
+
+        def loss_of(micro: MicroBatch, logprobs: torch.Tensor, entropies: torch.Tensor) -> Any:
+            tensors = {k: torch.from_numpy(v[micro.where]).to(logprobs.device) for k, v in flat.items()}
+            tensors.setdefault("ref_logprobs_T", None)  # type: ignore[arg-type]
+            loss, metrics = policy_loss(logprobs_T=logprobs, entropy_T=entropies, config=algo, **tensors)
+            if not micro.rows.numel():
+                loss = loss + 0.0 * logprobs.sum()
+            return loss, metrics
+
+        for chunk in self.model:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        layout, micros = self._micro_batches(samples)
+        outputs = self._run(micros, loss_of, forward_only=False)
+        return {**self._reduce_metrics(outputs), **_packing_metrics(samples, layout, micros)}
+
+    def optim_step(self) -> Mapping[str, float]:
+        """Clip, step, advance the schedule. Raises GuardError when the gradient norm is not a number."""
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        _, norm, _ = self.optimizer.step()
+        norm = float(norm)
+        if not math.isfinite(norm):
+            raise GuardError(
+                f"the gradient norm is {norm} at optimizer step {self.schedule.num_steps + 1}; the weights in memory are "
+                "lost, the last checkpoint is not: lower optim.lr or look at that step's data, then resume"
+            )
+        self.schedule.step(1)
+        self.checkpoints.poll()
+        return {"grad_norm": norm, "lr": lr}
+
+    def weights(self) -> Iterator[NamedTensor]:
+        self._settle_weights()
+        return self.weight_map.gather()
+
+    def save(self, path: Path, *, extra: Mapping[str, Any]) -> None:
+        self._settle_weights()
+        self.checkpoints.save(path, self.model, self.optimizer, self.schedule, extra)
+
+    def load(self, path: Path) -> Mapping[str, Any]:
+        return self.checkpoints.load(path, self.model, self.optimizer, self.schedule)
+
+    def finish_saves(self) -> None:
+        """Wait for checkpoints that are still being written (checkpoint.async_save)."""
+        self.checkpoints.poll(wait=True)
+
+    def export_hf(self, path: Path) -> None:
+        """An HF folder that plain `transformers` loads, with the tokenizer of `model.path`."""
+        error: BaseException | None = None
+        tensors = self.weights()
+        if parallel.is_rank0():
+            try:
+                write_hf(path, tensors, config=self.hf_config, source=Path(self.config.model.path))
+            except Exception as exc:
+                error = exc
+        for _ in tensors:  # the other ranks send; rank 0 drains what a failed write left
+            pass
+        parallel.raise_together(error)
+
+    # ------------------------------------------------------------------------------------------------ passes
+
+    def _score(self, samples: Sequence[Sample]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Per sample [T] log-probs and entropies, 0 where not sampled."""
+        found: list[tuple[np.ndarray, torch.Tensor, torch.Tensor]] = []
+
+        def keep(micro: MicroBatch, logprobs: torch.Tensor, entropies: torch.Tensor) -> Any:
+            found.append((micro.where, logprobs.detach(), entropies.detach()))
+            return logprobs.sum(), {}
+
+        _, micros = self._micro_batches(samples)
+        with torch.no_grad():
+            self._run(micros, keep, forward_only=True)
+        offsets = _offsets(samples)
+        flat = torch.zeros(2, int(offsets[-1]), dtype=torch.float32)
+        if parallel_state.get_tensor_model_parallel_rank() == 0:
+            for where, logprobs, entropies in found:
+                flat[0, where], flat[1, where] = logprobs.cpu(), entropies.cpu()
+        if parallel.world_size() > 1:
+            # each token has exactly one non-zero summand, so the sum is exact
+            on_device = flat if self.on_cpu else flat.cuda()
+            dist.all_reduce(on_device)
+            flat = on_device.cpu()
+        values = flat.numpy()
+        pieces = [slice(int(a), int(b)) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+        return [values[0, p].copy() for p in pieces], [values[1, p].copy() for p in pieces]
+
+    def _micro_batches(self, samples: Sequence[Sample]) -> tuple[Plan, list[MicroBatch]]:
+        """This rank's share of the batch, packed."""
+        cut, trainer = self.config.parallel, self.config.trainer
+        align = 2 * cut.context if cut.context > 1 else 1
+        layout = plan(
+            [len(s.token_ids) for s in samples],
+            max_tokens=trainer.micro_batch_tokens,
+            num_ranks=parallel_state.get_data_parallel_world_size(),
+            quadratic_at=self.shape.quadratic_at,
+            align=align,
+            multiple=cut.pipeline if cut.virtual_pipeline > 1 else 1,
+        )
+        offsets = _offsets(samples)
+        build = partial(
+            build_micro_batch,
+            samples,
+            offsets,
+            align=align,
+            total_align=(cut.tensor if cut.sequence else 1) * token_multiple(trainer.precision),
+            context_size=cut.context,
+            context_rank=parallel_state.get_context_parallel_rank(),
+            on_cpu=self.on_cpu,
+        )
+        mine = layout.micro_batches[parallel_state.get_data_parallel_rank()]
+        return layout, [build(members) for members in mine]
+
+    def _run(self, micros: list[MicroBatch], use: Callable[..., Any], *, forward_only: bool) -> list[dict[str, Any]]:
+        """Drive Megatron's schedule; `use` turns (micro-batch, log-probs, entropies) into (loss, metrics) on the last stage."""
+
+        def loss_func(micro: MicroBatch, model: Any, output: torch.Tensor) -> Any:
+            logprobs, entropies = self._token_logprobs(model, micro, output)
+            loss, metrics = use(micro, logprobs, entropies)
+            return loss, torch.tensor(micro.rows.numel(), dtype=torch.int, device=output.device), metrics
+
+        def forward_step(iterator: Iterator[MicroBatch], model: Any) -> Any:
+            micro = next(iterator)
+            output = model(micro.token_ids, None, None, packed_seq_params=micro.packed)
+            return output, partial(loss_func, micro, _unwrap(model))
+
+        chunks = len(self.model)
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[iter(micros) for _ in range(chunks)] if chunks > 1 else iter(micros),
+            model=self.model if chunks > 1 else self.model[0],
+            num_microbatches=len(micros),
+            seq_length=self.config.trainer.micro_batch_tokens,
+            micro_batch_size=1,
+            forward_only=forward_only,
+            **schedule_arguments(self.model_config),
+        )
+
+    def _token_logprobs(self, model: Any, micro: MicroBatch, output: torch.Tensor) -> Any:
+        rows, targets = micro.rows, micro.targets
+        empty = rows.numel() == 0
+        if empty:  # nothing to train here: one row of weight zero keeps the collectives and the graph alive
+            rows = targets = torch.zeros(1, dtype=torch.int64, device=output.device)
+        logprobs, entropies = token_logprobs(
+            model,
+            output,
+            rows,
+            targets,
+            valid_vocab=self.shape.vocab,
+            temperature=self.config.rollout.temperature,
+            chunk=self.config.trainer.logprob_chunk_tokens,
+        )
+        return (logprobs[:0], entropies[:0]) if empty else (logprobs, entropies)
+
+    # ------------------------------------------------------------------------------------------------ pieces
+
+    def _reduce_metrics(self, outputs: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, float]:
+        """Sum (or, for names in `_max`, maximise) over micro-batches and ranks; the same on every rank."""
+        last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+        if not self._metric_names:
+            source = parallel_state.get_pipeline_model_parallel_last_rank()
+            names: list[Any] = [tuple(sorted(outputs[0])) if last else ()]
+            dist.broadcast_object_list(names, src=source, group=parallel_state.get_pipeline_model_parallel_group())
+            self._metric_names = names[0]
+        speaks = last and parallel_state.get_tensor_model_parallel_rank() == 0
+        is_max = np.array([n.endswith("_max") for n in self._metric_names])
+        rows = [[float(o[n]) for n in self._metric_names] for o in outputs] if speaks else []
+        table = np.array(rows).reshape(-1, len(self._metric_names))
+        sums = torch.from_numpy(table.sum(0))
+        tops = torch.from_numpy(table.max(0, initial=-np.inf))
+        if parallel.world_size() > 1:
+            if not self.on_cpu:
+                sums, tops = sums.cuda(), tops.cuda()
+            dist.all_reduce(sums)
+            dist.all_reduce(tops, op=dist.ReduceOp.MAX)
+        values = np.where(is_max, tops.cpu().numpy(), sums.cpu().numpy())
+        return dict(zip(self._metric_names, values.tolist(), strict=True))
+
+    def _settle_weights(self) -> None:
+        """With overlapped gathering the weights of other data-parallel ranks arrive in the next forward pass; fetch them now."""
+        if self.config.trainer.overlap and self.config.trainer.distributed_optimizer:
+            for chunk in self.model:
+                chunk.start_param_sync(force_sync=True)
+
+    def _copy_weights(self) -> list[torch.Tensor]:
+        return [p.detach().to("cpu", copy=True) for names in self.weight_map.parameters for p in names.values()]
+
+    @torch.no_grad()
+    def _swap_reference(self) -> None:
+        """Exchange the policy's weights with the starting ones, in place and bit for bit; called twice it undoes itself."""
+        assert self._reference is not None
+        self._settle_weights()
+        parameters = [p for names in self.weight_map.parameters for p in names.values()]
+        for parameter, kept in zip(parameters, self._reference, strict=True):
+            now = parameter.detach().to("cpu", copy=True)
+            parameter.copy_(kept)
+            kept.copy_(now)
+
+
+def _offsets(samples: Sequence[Sample]) -> np.ndarray:
+    return np.cumsum([0, *(len(s.token_ids) for s in samples)])
+
+
+def _concat(arrays: Sequence[Any]) -> np.ndarray:
+    return np.concatenate([np.zeros(0, np.float32), *arrays]).astype(np.float32)
+
+
+def _unwrap(model: Any) -> Any:
+    while hasattr(model, "module"):
+        model = model.module
+    return model
+
+
+def _packing_metrics(samples: Sequence[Sample], layout: Plan, micros: Sequence[MicroBatch]) -> dict[str, float]:
+    """Totals of the mini-batch; the padding share is rank 0's (other ranks differ in the last few tokens only)."""
+    real, padding = sum(m.num_tokens for m in micros), sum(m.num_padding for m in micros)
+    return {
+        "num_tokens": float(sum(len(s.token_ids) for s in samples)),
+        "num_trained_tokens": float(sum(int(s.loss_mask.sum()) for s in samples)),
+        "num_micro_batches": float(len(micros)),
+        "padding_share": parallel.share(padding / max(real + padding, 1)),
+        "dp_imbalance": layout.imbalance,
+    }

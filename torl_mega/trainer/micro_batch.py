@@ -1,0 +1,111 @@
+"""One packed micro-batch as tensors: what the model eats and what the loss needs, for this context-parallel rank.
+
+Positions: the model's output at token t-1 predicts token t, so a sampled token t is read off row t-1 of its sequence. Only
+those rows go through the head; prompts and observations never do.
+
+    tokens    7 8 1 2 5 3      (prompt 7 8, sampled 1 2, observation 5, sampled 3)
+    rows        1 2   4        -> targets 1 2 3
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+
+from torl_mega.types import Sample
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """n = trained tokens on this rank, t = packed tokens on this rank."""
+
+    token_ids: torch.Tensor  # [1, t] int64
+    packed: PackedSeqParams
+    rows: torch.Tensor  # [n] int64, over the t of all tensor ranks together
+    targets: torch.Tensor  # [n] int64
+    where: np.ndarray  # [n] index of each target in the concatenation of the batch's samples
+    num_tokens: int  # real tokens, all context ranks together
+    num_padding: int
+
+
+def build_micro_batch(
+    samples: Sequence[Sample],
+    offsets: np.ndarray,  # [len(samples) + 1] start of each sample in the concatenation
+    members: Sequence[int],
+    *,
+    align: int,  # every sequence is padded to this multiple (2 * context, 1 without)
+    total_align: int,  # and this rank's total to this one (tensor under sequence parallelism, FP8's block)
+    context_size: int,
+    context_rank: int,
+    on_cpu: bool,
+) -> MicroBatch:
+    """Pack the samples `members` of the batch; an empty list gives one dummy sequence that trains nothing."""
+    lengths = [len(samples[i].token_ids) for i in members]
+    padded = [-(-n // align) * align for n in lengths]
+    tail = _tail(sum(padded), align, total_align * context_size)
+    if tail or not padded:
+        padded.append(max(tail, align * total_align))
+    bounds = np.concatenate([[0], np.cumsum(padded)])
+    ids = np.zeros(bounds[-1], np.int64)
+    rows, targets, where = [], [], []
+    for slot, i in enumerate(members):
+        start, sample = int(bounds[slot]), samples[i]
+        ids[start : start + lengths[slot]] = sample.token_ids
+        sampled = np.flatnonzero(sample.loss_mask)
+        rows.append(start + sampled - 1)
+        targets.append(sample.token_ids[sampled])
+        where.append(offsets[i] + sampled)
+    row = np.concatenate(rows) if rows else np.zeros(0, np.int64)
+    target = np.concatenate(targets) if targets else np.zeros(0, np.int64)
+    place = np.concatenate(where) if where else np.zeros(0, np.int64)
+    if context_size > 1:
+        from torl_mega.trainer.cpu_attention import zigzag
+
+        held = zigzag(bounds.tolist(), context_size, context_rank)
+        local = np.full(len(ids), -1, np.int64)
+        local[held] = np.arange(len(held))
+        keep = local[row] >= 0
+        ids, row, target, place = ids[held], local[row[keep]], target[keep], place[keep]
+    device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
+    return MicroBatch(
+        token_ids=torch.from_numpy(ids)[None].to(device),
+        packed=_packed_params(np.asarray(padded), bounds, on_cpu, context_size, device),
+        rows=torch.from_numpy(row).to(device),
+        targets=torch.from_numpy(np.ascontiguousarray(target, np.int64)).to(device),
+        where=place,
+        num_tokens=sum(lengths),
+        num_padding=int(bounds[-1]) - sum(lengths),
+    )
+
+
+def _tail(total: int, align: int, total_align: int) -> int:
+    """Fewest further tokens, in steps of `align`, that make the total a multiple of `total_align`."""
+    tail = 0
+    while (total + tail) % total_align:
+        tail += align
+    return tail
+
+
+def _packed_params(
+    lengths: np.ndarray, bounds: np.ndarray, on_cpu: bool, context_size: int, device: torch.device
+) -> PackedSeqParams:
+    edges = torch.from_numpy(bounds.astype(np.int32)).to(device)
+    common = {
+        "qkv_format": "thd",
+        "cu_seqlens_q": edges,
+        "cu_seqlens_kv": edges,
+        "max_seqlen_q": int(lengths.max()),
+        "max_seqlen_kv": int(lengths.max()),
+    }
+    if not on_cpu:
+        return PackedSeqParams(**common)
+    from torl_mega.trainer.cpu_attention import CpuPackedSeqParams, length_groups
+
+    if context_size > 1:
+        return CpuPackedSeqParams(**common)
+    groups, restore = length_groups(lengths)
+    return CpuPackedSeqParams(**common, groups=groups, restore=restore)

@@ -1,0 +1,91 @@
+"""Megatron's DDP, optimizer and schedule for the model chunks of this rank.
+
+Contract: gradients are plain sums over micro-batches, data and context ranks (the loss carries the global divisor), the
+norm is clipped over the whole model, weight decay is on matrices only, and lr and decay follow Megatron's scheduler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import finalize_model_grads as megatron_finalize
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from torl_mega.config import OptimConfig, TrainerConfig
+
+
+def wrap_ddp(chunks: Sequence[Any], config: Any, trainer: TrainerConfig) -> list[DistributedDataParallel]:
+    """Every chunk behind Megatron's DDP, with the overlap hooks of the schedule where they are asked for."""
+    settings = DistributedDataParallelConfig(
+        use_distributed_optimizer=trainer.distributed_optimizer,
+        overlap_grad_reduce=trainer.overlap,
+        overlap_param_gather=trainer.overlap and trainer.distributed_optimizer,
+        grad_reduce_in_fp32=True,
+        bucket_size=trainer.gradient_bucket_parameters if trainer.overlap else None,
+    )
+    wrapped = [
+        DistributedDataParallel(config, settings, chunk, disable_bucketing=n > 0 and not trainer.overlap)
+        for n, chunk in enumerate(chunks)
+    ]
+    if trainer.overlap:
+        single = len(wrapped) == 1
+        config.no_sync_func = wrapped[0].no_sync if single else [w.no_sync for w in wrapped]
+        if trainer.distributed_optimizer:
+            starts = [w.start_param_sync for w in wrapped]
+            config.param_sync_func = starts[0] if single else starts
+    return wrapped
+
+
+def finalize_without_division(model: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
+    """Megatron's gradient all-reduces without its division by the token count: the loss has divided already."""
+    del num_tokens
+    megatron_finalize(model, None, **kwargs)
+
+
+def build_optimizer(
+    wrapped: list[DistributedDataParallel],
+    config: TransformerConfig,
+    optim: OptimConfig,
+    trainer: TrainerConfig,
+    *,
+    total_steps: int,
+) -> tuple[Any, OptimizerParamScheduler]:
+    """The optimizer over all chunks and its schedule over `total_steps` optimizer steps."""
+    dtype = config.params_dtype
+    settings = OptimizerConfig(
+        optimizer="adam",
+        lr=optim.lr,
+        min_lr=0.0,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.betas[0],
+        adam_beta2=optim.betas[1],
+        adam_eps=optim.eps,
+        clip_grad=optim.clip_grad,
+        use_distributed_optimizer=trainer.distributed_optimizer,
+        bf16=dtype is torch.bfloat16,
+        params_dtype=dtype,
+        overlap_param_gather=trainer.overlap and trainer.distributed_optimizer,
+        optimizer_cpu_offload=trainer.optimizer_offload,
+        optimizer_offload_fraction=1.0 if trainer.optimizer_offload else 0.0,
+    )
+    optimizer = get_megatron_optimizer(settings, wrapped)
+    config.grad_scale_func = optimizer.scale_loss
+    schedule = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0 if optim.warmup_steps else optim.lr,
+        max_lr=optim.lr,
+        min_lr=optim.lr if optim.schedule == "constant" else 0.0,
+        lr_warmup_steps=optim.warmup_steps,
+        lr_decay_steps=max(total_steps, optim.warmup_steps + 1),
+        lr_decay_style=optim.schedule,
+        start_wd=optim.weight_decay,
+        end_wd=optim.weight_decay,
+        wd_incr_steps=max(total_steps, 1),
+        wd_incr_style="constant",
+    )
+    return optimizer, schedule

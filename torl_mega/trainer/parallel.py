@@ -1,0 +1,241 @@
+"""The process group of the trainer ranks, and `share`: what rank 0 has, every rank gets.
+
+Contract: `init_distributed` reads torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT; absent =
+one rank) and builds Megatron's groups: gloo on CPU, NCCL on GPU, with `trainer.collective_timeout_s`. `share` travels on
+a gloo group of its own with `trainer.share_timeout_s`, because the other ranks wait in it while rank 0 samples; an
+exception on rank 0 is raised on every rank, so nobody hangs.
+Limits: values are pickled; the records of `torl_mega.types` travel as flat arrays (long tuples of numbers become numpy
+arrays on the way), everything else as pickle sends it.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import dataclasses
+import datetime
+import io
+import os
+import pickle
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from torl_mega.config import ParallelConfig, TrainerConfig
+from torl_mega.errors import ConfigError, TorlError
+
+T = TypeVar("T")
+
+_CHUNK_BYTES = 1 << 28
+_share_group: dist.ProcessGroup | None = None
+
+
+def init_distributed(parallel: ParallelConfig, trainer: TrainerConfig) -> None:
+    """Join the process group and build Megatron's parallel groups. Raises ConfigError when the sizes do not fit."""
+    global _share_group
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size % parallel.model_size or (
+        parallel.data != "auto" and parallel.data * parallel.model_size != world_size
+    ):
+        raise ConfigError(
+            f"{world_size} trainer ranks do not fit tensor {parallel.tensor} x pipeline {parallel.pipeline} x context "
+            f"{parallel.context} x data {parallel.data}; start a multiple of {parallel.model_size}"
+        )
+    timeout = datetime.timedelta(seconds=trainer.collective_timeout_s)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        backend = "gloo"
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(_threads_per_rank(world_size))
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+    _share_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=trainer.share_timeout_s))
+    _init_megatron(parallel, trainer)
+
+
+def _threads_per_rank(world_size: int) -> int:
+    """Cores of this machine over the ranks on it; results do not depend on it at a fixed value."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    return max(1, len(os.sched_getaffinity(0)) // local) if world_size > 1 else min(2, len(os.sched_getaffinity(0)))
+
+
+def _init_megatron(parallel: ParallelConfig, trainer: TrainerConfig) -> None:
+    from torl_mega.trainer import cpu_backend
+
+    on_cpu = cpu_backend.install()
+    from megatron.core import parallel_state, tensor_parallel
+
+    if on_cpu:
+        from torl_mega.trainer import cpu_adam
+
+        cpu_adam.install()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=parallel.context,
+        distributed_timeout_minutes=max(1, round(trainer.collective_timeout_s / 60)),
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(1)  # dropout is 0: the trainer draws no random numbers
+
+
+def destroy() -> None:
+    """Leave the process group; safe to call twice."""
+    global _share_group
+    _share_group = None
+    if dist.is_initialized():
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def is_rank0() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def share_group() -> dist.ProcessGroup | None:
+    """The gloo group of `share`: for objects, outside of Megatron's groups."""
+    return _share_group
+
+
+def barrier() -> None:
+    """Wait for every rank, on the share group (its time limit covers a long rollout on rank 0)."""
+    if world_size() > 1:
+        dist.barrier(group=_share_group)
+
+
+def share(value: T | Callable[[], T]) -> T:
+    """Rank 0's value on every rank. A callable is called on rank 0 alone; what it raises is raised on every rank.
+
+    The other ranks' arguments are ignored. Rank 0 gets its own object back, the others an equal one.
+    """
+    if world_size() == 1:
+        return value() if callable(value) else value
+    if not is_rank0():
+        return _unwrap(_receive())
+    try:
+        result = value() if callable(value) else value
+        payload = _dumps((True, result))
+    except BaseException as exc:
+        _send(_dumps((False, _portable(exc))))
+        raise
+    _send(payload)
+    return result
+
+
+def raise_together(error: BaseException | None) -> None:
+    """Collective: raise on every rank when any rank has an error (the lowest such rank's)."""
+    if world_size() == 1:
+        if error is not None:
+            raise error
+        return
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, None if error is None else _portable(error), group=_share_group)
+    first = next((e for e in found if e is not None), None)
+    if first is not None:
+        raise first from error
+
+
+def _unwrap(message: tuple[bool, Any]) -> Any:
+    ok, value = message
+    if not ok:
+        raise value
+    return value
+
+
+def _portable(exc: BaseException) -> BaseException:
+    """The exception itself when it survives pickling, else one of the same text."""
+    try:
+        pickle.loads(pickle.dumps(exc))
+    except Exception:
+        kind = TorlError if isinstance(exc, TorlError) else RuntimeError
+        return kind(f"{type(exc).__name__}: {exc}")
+    return exc
+
+
+def _send(payload: bytes) -> None:
+    dist.broadcast(torch.tensor([len(payload)], dtype=torch.int64), src=0, group=_share_group)
+    data = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+    for piece in data.split(_CHUNK_BYTES):
+        dist.broadcast(piece, src=0, group=_share_group)
+
+
+def _receive() -> Any:
+    size = torch.empty(1, dtype=torch.int64)
+    dist.broadcast(size, src=0, group=_share_group)
+    data = torch.empty(int(size), dtype=torch.uint8)
+    for piece in data.split(_CHUNK_BYTES):
+        dist.broadcast(piece, src=0, group=_share_group)
+    return pickle.loads(memoryview(data.numpy()))
+
+
+# ------------------------------------------------------------------------------- records as flat arrays
+
+_MIN_ARRAY = 16  # shorter tuples are not worth an array
+
+
+class _RecordPickler(pickle.Pickler):
+    """Sends dataclasses field by field, with long tuples of ints or floats as numpy arrays (exact: int64, float64)."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if not dataclasses.is_dataclass(obj) or isinstance(obj, type) or not _has_long_tuple(obj):
+            return NotImplemented
+        values = [_to_array(getattr(obj, f.name)) for f in dataclasses.fields(obj)]
+        return _rebuild, (type(obj), values)
+
+
+def _has_long_tuple(obj: Any) -> bool:
+    return any(_is_number_tuple(getattr(obj, f.name)) for f in dataclasses.fields(obj))
+
+
+def _is_number_tuple(value: Any) -> bool:
+    return type(value) is tuple and len(value) >= _MIN_ARRAY and type(value[0]) in (int, float)
+
+
+class _Numbers:
+    """A tuple of numbers on its way."""
+
+    __slots__ = ("array",)
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+
+
+copyreg.pickle(_Numbers, lambda n: (_Numbers, (n.array,)))  # type: ignore[arg-type]
+
+
+def _to_array(value: Any) -> Any:
+    if not _is_number_tuple(value):
+        return value
+    kind = type(value[0])
+    if not all(type(x) is kind for x in value):
+        return value
+    try:
+        return _Numbers(np.fromiter(value, dtype=np.int64 if kind is int else np.float64, count=len(value)))
+    except OverflowError:
+        return value
+
+
+def _rebuild(cls: type, values: list[Any]) -> Any:
+    fields = dataclasses.fields(cls)
+    record = object.__new__(cls)
+    for field, value in zip(fields, values, strict=True):
+        object.__setattr__(record, field.name, tuple(value.array.tolist()) if type(value) is _Numbers else value)
+    return record
+
+
+def _dumps(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    _RecordPickler(buffer, protocol=5).dump(value)
+    return buffer.getvalue()
