@@ -59,7 +59,7 @@ class RunMetrics:
 
 
 LINE = {"accuracy": "acc {:.3f}", "code_ratio": "code {:.2f}", "pass_ratio": "pass {:.2f}", "reward": "reward {:+.2f}"}
-LINE |= {"response_tokens": "len {:.0f}", "grad_norm": "|g| {:.2f}", "max_abs_logprob_diff": "dlogp {:.0e}"}
+LINE |= {"response_length": "len {:.0f}", "grad_norm": "|g| {:.2f}", "max_abs_logprob_diff": "dlogp {:.0e}"}
 LINE |= {"rollout_s": "rollout {:.1f}s", "train_s": "train {:.1f}s", "sync_s": "sync {:.1f}s"}
 EVAL_LINE = {"accuracy": "accuracy {:.3f}", "code_ratio": "code ratio {:.3f}", "pass_ratio": "pass ratio {:.3f}"}
 

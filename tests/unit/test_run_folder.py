@@ -43,7 +43,7 @@ def test_an_unwritable_runs_dir_is_one_line(tmp_path):
 
 
 def metrics(step):
-    row = {"accuracy": 0.5, "code_ratio": 0.9, "reward": 0.0, "response_tokens": 10, "grad_norm": 1.0, "k3": 1e-9}
+    row = {"accuracy": 0.5, "code_ratio": 0.9, "reward": 0.0, "response_length": 10, "grad_norm": 1.0, "k3": 1e-9}
     return {**row, "max_abs_logprob_diff": 1e-6 * (step + 1), "rollout_s": 2.0, "train_s": 1.0, "sync_s": 0.5}
 
 
