@@ -19,7 +19,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,13 @@ def complete(root: Path) -> list[Path]:
     return [p for _, p in sorted(named)]
 
 
+@dataclass(frozen=True, slots=True)
+class _Save:
+    temporary: Path
+    path: Path
+    extra: str  # JSON
+
+
 class Checkpoints:
     """Saves and loads what one trainer rank holds; every method is a collective."""
 
@@ -58,7 +65,7 @@ class Checkpoints:
         self.config = config
         self.shape = shape
         self._queue: Any = None
-        self._pending: list[tuple[Path, Path]] = []  # (temporary, final) of saves under way, oldest first
+        self._pending: list[_Save] = []  # under way, oldest first
 
     def save(self, path: Path, model: Sequence[Any], optimizer: Any, schedule: Any, extra: Mapping[str, Any]) -> None:
         """Write a checkpoint to `path`; with async_save return as soon as the state is copied."""
@@ -67,7 +74,7 @@ class Checkpoints:
 
         self.poll(wait=True)
         temporary = path.with_name(f".{path.name}.tmp")
-        parallel.share(lambda: _prepare(temporary, extra))
+        text = parallel.share(lambda: _prepare(temporary, extra))
         metadata = _metadata()
         state = _state(model, optimizer, schedule, metadata, loading=False)
         request = dist_checkpointing.save(
@@ -77,7 +84,7 @@ class Checkpoints:
             async_sharded_save=self.config.async_save,
             content_metadata={k: v for k, v in metadata.items() if k != "dp_cp_group"},
         )
-        self._pending.append((temporary, path))
+        self._pending.append(_Save(temporary, path, text))
         if self.config.async_save:
             self._async_queue().schedule_async_request(request)
         else:
@@ -139,7 +146,9 @@ class Checkpoints:
         return self._queue
 
     def _publish(self) -> None:
-        temporary, path = self._pending.pop(0)
+        save = self._pending.pop(0)
+        temporary = save.temporary
+        parallel.share(lambda: (temporary / _EXTRA).write_text(save.extra))
         files = sorted(p for p in temporary.rglob("*") if p.is_file())
         mine = {str(p.relative_to(temporary)): _fingerprint(p) for p in files[_rank() :: parallel.world_size()]}
         for name in mine:
@@ -148,14 +157,15 @@ class Checkpoints:
         if parallel.world_size() > 1:
             prints = [None] * parallel.world_size()
             dist.all_gather_object(prints, mine, group=parallel.share_group())
-        parallel.share(lambda: _finish(temporary, path, self.shape, prints, self.config.keep_last))
+        parallel.share(lambda: _finish(temporary, save.path, self.shape, prints, self.config.keep_last))
 
 
 def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def _prepare(temporary: Path, extra: Mapping[str, Any]) -> None:
+def _prepare(temporary: Path, extra: Mapping[str, Any]) -> str:
+    """An empty folder to write to; returns `extra` as text."""
     try:
         text = json.dumps(dict(extra))
     except TypeError as exc:
@@ -163,9 +173,9 @@ def _prepare(temporary: Path, extra: Mapping[str, Any]) -> None:
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        (temporary / _EXTRA).write_text(text)
     except OSError as exc:
         raise CheckpointError(f"{temporary}: cannot be written ({exc}); free space or choose another runs_dir") from None
+    return text
 
 
 def _finish(temporary: Path, path: Path, shape: ModelShape, prints: list[Any], keep_last: int) -> None:

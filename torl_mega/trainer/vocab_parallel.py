@@ -26,7 +26,8 @@ class _DeferredOutputLayer(ColumnParallelLinear):
     """Leaves the projection to the loss: the model returns hidden states, this layer remembers the weight."""
 
     def forward(self, input_: torch.Tensor, weight: Any = None, runtime_gather_output: Any = None) -> Any:
-        self.projection = self.weight if weight is None else weight
+        # in a tuple: a Parameter as attribute would register, and then be saved under a second name
+        self.projection = (self.weight if weight is None else weight,)
         return input_, None
 
 
@@ -154,5 +155,5 @@ def token_logprobs(
         hidden = copy_to_tensor_model_parallel_region(hidden)
     group = parallel_state.get_tensor_model_parallel_group()
     return _LogProbEntropy.apply(
-        hidden.index_select(0, rows), layer.projection, targets, group, valid_vocab, temperature, chunk
+        hidden.index_select(0, rows), layer.projection[0], targets, group, valid_vocab, temperature, chunk
     )  # type: ignore[return-value]
