@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from torl_mega.config import Config
 from torl_mega.errors import TorlError
+from torl_mega.run_folder import RunFolder
 
 app = typer.Typer(
     name="torl",
@@ -33,6 +36,30 @@ def train(conf: Conf, overrides: Overrides = None) -> None:
 
     args = [str(conf), *(overrides or [])]
     raise typer.Exit(launcher.train(load_config(conf, overrides or []), args))
+
+
+@app.command("eval")
+def evaluate(conf: Conf, overrides: Overrides = None, json: Json = False) -> None:
+    """Score the checkpoint at model.path on eval.data; prints a table beside the paper's."""
+    from torl_mega import standalone
+
+    _with_servers(conf, overrides, lambda config, folder: standalone.evaluate(config, folder, as_json=json))
+
+
+@app.command()
+def rollout(conf: Conf, overrides: Overrides = None, json: Json = False) -> None:
+    """Collect trajectories without training; `rollout.replay=RUN` trains on them later."""
+    from torl_mega import standalone
+
+    _with_servers(conf, overrides, lambda config, folder: standalone.collect(config, folder, as_json=json))
+
+
+def _with_servers(conf: Path, overrides: list[str] | None, program: Callable[[Config, RunFolder], int]) -> None:
+    from torl_mega import launcher
+    from torl_mega.config_file import load_config
+
+    args = [str(conf), *(overrides or [])]
+    raise typer.Exit(launcher.with_servers(load_config(conf, overrides or []), args, program))
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from torl_mega import process
@@ -28,40 +28,61 @@ from torl_mega.run_folder import RunFolder, lock_run, open_run
 
 POLL_S = 0.2
 GRACE_S = 60.0  # for ranks that were told to stop: finish or drop the step, write a checkpoint
+STOP_S = 5.0  # for side-cars and ranks that are ended because the run is over
 EXIT_REQUEUE = 85
 
 
 def train(config: Config, config_args: Sequence[str]) -> int:
     """Runs the whole job; returns rank 0's exit code. `config_args`: CONF and overrides as given."""
+    with _held(config) as folder, _sidecars(config, config_args, folder) as (sidecars, env):
+        stop = _StopSignal()
+        ranks = _ranks(config, config_args, folder, env)
+        try:
+            return _watch(ranks, sidecars, stop, folder)
+        finally:
+            for rank in ranks:
+                rank.stop(STOP_S)
+
+
+def with_servers(config: Config, config_args: Sequence[str], program: Callable[[Config, RunFolder], int]) -> int:
+    """Runs `program` in this process beside a sandbox and servers of its own, without a trainer (`torl eval`)."""
+    with _held(config) as folder, _sidecars(config, config_args, folder) as (_, env):
+        os.environ.update(env)
+        return program(config, folder)
+
+
+@contextlib.contextmanager
+def _held(config: Config) -> Iterator[RunFolder]:
     folder = open_run(config)
     lock = lock_run(folder)
     try:
-        return _run(config, config_args, folder)
+        yield folder
     finally:
         os.close(lock)
 
 
-def _run(config: Config, config_args: Sequence[str], folder: RunFolder) -> int:
-    stop = _StopSignal()
+@contextlib.contextmanager
+def _sidecars(
+    config: Config, config_args: Sequence[str], folder: RunFolder
+) -> Iterator[tuple[list[GuardedProcess], dict[str, str]]]:
+    """Sandbox and servers, and the environment that tells a rank where they are. Nothing when a recording is replayed."""
+    if config.rollout.replay is not None:
+        yield [], {}
+        return
     with tempfile.TemporaryDirectory(prefix="torl-") as scratch:
-        sidecars: list[GuardedProcess] = []
-        ranks: list[GuardedProcess] = []
+        started: list[GuardedProcess] = []
         try:
-            env = {}
-            if config.rollout.replay is None:
-                sandbox, env["TORL_SANDBOX"] = _sandbox(config, config_args, folder, Path(scratch))
-                servers, env["TORL_SERVERS"] = _servers(config, config_args, folder)
-                sidecars = [*sandbox, *servers]
-            ranks = _ranks(config, config_args, folder, env)
-            return _watch(ranks, sidecars, stop, folder)
+            sandbox, sandbox_address = _sandbox(config, folder, Path(scratch))
+            started += sandbox
+            servers, urls = _servers(config, config_args, folder)
+            started += servers
+            yield started, {"TORL_SANDBOX": sandbox_address, "TORL_SERVERS": urls}
         finally:
-            for child in (*ranks, *sidecars):
-                child.stop(grace_s=5.0)
+            for child in started:
+                child.stop(STOP_S)
 
 
-def _sandbox(
-    config: Config, config_args: Sequence[str], folder: RunFolder, scratch: Path
-) -> tuple[list[GuardedProcess], str]:
+def _sandbox(config: Config, folder: RunFolder, scratch: Path) -> tuple[list[GuardedProcess], str]:
     if config.sandbox.address is not None:
         return [], config.sandbox.address
     socket_path = scratch / "sandbox.sock"

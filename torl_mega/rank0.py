@@ -24,6 +24,7 @@ from torl_mega.rollout.replay import NoServers, ReplayRollouts
 from torl_mega.rollout.service import RolloutService
 from torl_mega.run_folder import RunFolder
 from torl_mega.serving.client import SGLangClient
+from torl_mega.serving.server import wait_ready
 from torl_mega.stop_flag import StopFlag
 
 T = TypeVar("T")
@@ -79,47 +80,55 @@ def build_rank0(config: Config, folder: RunFolder, saved: Mapping[str, Any], sto
         if config.rollout.replay is not None:
             yield Rank0(ReplayRollouts(config), NoServers(), log, tokenizer, (), run)
             return
-        urls = _urls("TORL_SERVERS")
-        rollouts, sink = _live(config, folder, tokenizer, urls, run, stack)
+        from torl_mega.serving.weights import make_weight_sink
+
+        rollouts = build_rollouts(config, folder, tokenizer, run, stack)
         if saved["rollouts"] is not None:
             rollouts.restore(saved["rollouts"])
-        yield Rank0(rollouts, sink, log, tokenizer, urls, run)
+        urls = wait_for_servers(config, run)
+        yield Rank0(rollouts, make_weight_sink(config.serving, urls), log, tokenizer, urls, run)
 
 
-def _live(
+def build_rollouts(
     config: Config,
     folder: RunFolder,
     tokenizer: Tokenizer,
-    urls: tuple[str, ...],
     run: AsyncRunner,
     stack: contextlib.ExitStack,
-) -> tuple[RolloutService, WeightSink]:
-    from torl_mega.serving.weights import make_weight_sink
-
+    *,
+    any_version: bool = False,
+) -> RolloutService:
+    """The collecting half alone. `any_version`: no trainer sends weights, the servers hold what they loaded."""
     prompts = PromptSource(config.data, tokenizer.encode, seed=config.seed)  # a wrong data file shows before any wait
-    client = SGLangClient(urls, config.serving, vocab_size=tokenizer.vocab_size)
-    sandbox, reward = (
-        _sandbox(config),
-        AnswerReward(config.reward, max_response_tokens=config.rollout.max_response_tokens),
+    evaluation = Evaluation(
+        config.eval, config.data, tokenizer.encode, folder.path / "eval", max_tool_calls=config.rollout.max_tool_calls
     )
+    client = SGLangClient(addresses("TORL_SERVERS"), config.serving, vocab_size=tokenizer.vocab_size)
+    sandbox = _sandbox(config)
+    reward = AnswerReward(config.reward, max_response_tokens=config.rollout.max_response_tokens)
     for part in (client, sandbox, reward):
         run(part.start())
         stack.callback(lambda part=part: run(part.close()))
-    collector = AsyncCollector(
-        reward, run, max_concurrency=config.rollout.max_concurrency, deadline_s=config.rollout.trajectory_deadline_s
-    )
-    evaluation = Evaluation(config.eval, config.data, tokenizer.encode, folder.path / "eval")
-    rollouts = RolloutService(
+    return RolloutService(
         config=config,
         prompts=prompts,
         episode=Episode(client, sandbox, tokenizer.encode, _episode_settings(config)),
-        collector=collector,
+        collector=AsyncCollector(
+            reward, run, max_concurrency=config.rollout.max_concurrency, deadline_s=config.rollout.trajectory_deadline_s
+        ),
         run_evaluation=evaluation.run,
         trajectories_dir=folder.trajectories,
-        expect_version=client.expect_version,
+        expect_version=(lambda _: client.expect_version(None)) if any_version else client.expect_version,
         counters=lambda: Counter(client.counters) + Counter(sandbox.counters),
     )
-    return rollouts, make_weight_sink(config.serving, urls)
+
+
+def wait_for_servers(config: Config, run: AsyncRunner) -> tuple[str, ...]:
+    """The servers' URLs, once all of them answer."""
+    urls = addresses("TORL_SERVERS")
+    for url in urls:
+        run(wait_ready(url, config.serving.startup_timeout_s))
+    return urls
 
 
 def _episode_settings(config: Config) -> EpisodeSettings:
@@ -140,11 +149,12 @@ def _sandbox(config: Config) -> Any:
     from torl_mega.sandbox.client import SandboxClient
     from torl_mega.sandbox.fusion_client import FusionClient
 
-    address = _urls("TORL_SANDBOX")
+    address = addresses("TORL_SANDBOX")
     return SandboxClient(address[0]) if address[0].startswith("unix:") else FusionClient(address)
 
 
-def _urls(variable: str) -> tuple[str, ...]:
+def addresses(variable: str) -> tuple[str, ...]:
+    """What the launcher put into the environment."""
     value = os.environ.get(variable, "")
     if not value:
         raise ConfigError(
