@@ -336,6 +336,6 @@ def _packing_metrics(samples: Sequence[Sample], layout: Plan, micros: Sequence[M
         "num_tokens": float(sum(len(s.token_ids) for s in samples)),
         "num_trained_tokens": float(sum(int(s.loss_mask.sum()) for s in samples)),
         "num_micro_batches": float(len(micros)),
-        "padding_share": parallel.share(padding / max(real + padding, 1)),
+        "padding_share": parallel.share(lambda: padding / max(real + padding, 1)),
         "dp_imbalance": layout.imbalance,
     }

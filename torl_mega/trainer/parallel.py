@@ -115,17 +115,16 @@ def barrier() -> None:
         dist.barrier(group=_share_group)
 
 
-def share(value: T | Callable[[], T]) -> T:
-    """Rank 0's value on every rank. A callable is called on rank 0 alone; what it raises is raised on every rank.
-
-    The other ranks' arguments are ignored. Rank 0 gets its own object back, the others an equal one.
+def share(make: Callable[[], T]) -> T:
+    """Rank 0's value on every rank. `make` is called on rank 0 alone; what it raises is raised on every rank.
+ Rank 0 gets its own object back, the others an equal one.
     """
     if world_size() == 1:
-        return value() if callable(value) else value
+        return make()
     if not is_rank0():
         return _unwrap(_receive())
     try:
-        result = value() if callable(value) else value
+        result = make()
         payload = _dumps((True, result))
     except BaseException as exc:
         _send(_dumps((False, _portable(exc))))
