@@ -117,7 +117,8 @@ def barrier() -> None:
 
 def share(make: Callable[[], T]) -> T:
     """Rank 0's value on every rank. `make` is called on rank 0 alone; what it raises is raised on every rank.
- Rank 0 gets its own object back, the others an equal one.
+
+    Rank 0 gets its own object back, the others an equal one.
     """
     if world_size() == 1:
         return make()
