@@ -10,6 +10,7 @@ Limits: bandwidth of NCCL is not measured; GPUs are seen through nvidia-smi only
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import importlib.util
 import json
@@ -44,6 +45,7 @@ MIN_WRITE_MB_S = 20.0  # below it a checkpoint of a 7B takes an hour
 MIN_SHM_GB = 1.0  # NCCL, Gloo and SGLang share memory there
 MIN_OPEN_FILES = 4096
 BUSY_GPU_MIB = 2000
+SANDBOX_LIMIT_S = 90.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,7 +343,11 @@ def _sandbox(config: Config) -> Iterator[Check]:
             assert pool.plan is not None
             return f"tier {pool.plan.tier}: {', '.join(pool.plan.mechanisms)}"
 
-    found = asyncio.run(tier())
+    try:
+        found = asyncio.run(asyncio.wait_for(tier(), SANDBOX_LIMIT_S))
+    except TimeoutError:
+        yield Check("sandbox", "fail", f"no snippet ran within {SANDBOX_LIMIT_S:g} s")
+        return
     yield Check("sandbox", "warn" if found.startswith("tier C") else "ok", found)
 
 
@@ -404,14 +410,28 @@ def _print(nodes: dict[str, list[Check]], *, everything: bool) -> None:
     console.print(table)
 
 
-def _main(arguments: list[str]) -> int:
-    """python -m torl_mega.doctor REPORT PLACEMENT: the table of all nodes' reports."""
+def main() -> None:
+    """python -m torl_mega.doctor: the command line of `torl doctor` plus what the launch scripts need."""
+    parser = argparse.ArgumentParser(prog="torl doctor", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("conf", nargs="?", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value")
+    parser.add_argument("--json", action="store_true", dest="json_output")
+    parser.add_argument("--placement", type=Path, help="what `torl plan --out` wrote")
+    parser.add_argument("--report", type=Path, help="folder for <node>.json instead of a table")
+    parser.add_argument("--collect", type=Path, help="print the table of that folder's reports; needs --placement")
+    args = parser.parse_intermixed_args()
     try:
-        return collect(Path(arguments[0]), read_placement(arguments[1]))
+        if args.collect is not None:
+            code = collect(args.collect, read_placement(args.placement))
+        else:
+            code = run(
+                args.conf, args.overrides, json_output=args.json_output, placement=args.placement, report=args.report
+            )
     except TorlError as exc:
         print(f"torl: error: {exc}", file=sys.stderr)
-        return 1
+        code = 1
+    sys.exit(code)
 
 
 if __name__ == "__main__":
-    sys.exit(_main(sys.argv[1:]))
+    main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from torl_mega.config_file import load_config
-from torl_mega.errors import ConfigError
+from torl_mega.errors import ConfigError, TorlError
 from torl_mega.planner import report
 from torl_mega.planner.analyse import Hardware, analyse
 from torl_mega.planner.hardware import Assumptions, name_of
@@ -58,7 +59,8 @@ def run(
     )
     assume = Assumptions()
     analysis = analyse(config, hardware, assume, mean_response)
-    found = search_layouts(config, hardware, assume, mean_response) if search and hardware.gpu != "cpu" else []
+    wanted = (search or not analysis.fits) and hardware.gpu != "cpu" and analysis.shape is not None
+    found = search_layouts(config, hardware, assume, mean_response, nearest=not search) if wanted else []
     if json_output:
         print(json.dumps(report.as_json(config, analysis, assume, found), indent=1))
     else:
@@ -85,3 +87,31 @@ def _which_gpu(asked: str, configured: str) -> str:
     if known is None:
         raise ConfigError(f"--gpu auto: {product.strip()} ({memory.strip()} MiB) is not in the table; name the nearest one")
     return known
+
+
+def main() -> None:
+    """python -m torl_mega.planner.command: the command line of `torl plan` plus what the launch scripts need."""
+    parser = argparse.ArgumentParser(prog="torl plan", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("conf", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value")
+    parser.add_argument("--nodes", type=int)
+    parser.add_argument("--gpus", type=int, help="per node")
+    parser.add_argument("--gpu", default="auto")
+    parser.add_argument("--search", action="store_true")
+    parser.add_argument("--json", action="store_true", dest="json_output")
+    parser.add_argument("--mean-response", type=int, help="tokens of an average response")
+    parser.add_argument("--hosts", default="", help="comma-separated node names")
+    parser.add_argument("--cores", type=int, default=0, help="per node")
+    parser.add_argument("--base-port", type=int, default=20000)
+    parser.add_argument("--out", type=Path, help="where the placement is written, if the run fits")
+    args = vars(parser.parse_intermixed_args())
+    try:
+        code = run(args.pop("conf"), args.pop("overrides"), **args)
+    except TorlError as exc:
+        print(f"torl: error: {exc}", file=sys.stderr)
+        code = 1
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -70,6 +70,10 @@ def print_plan(
         console.print(_times(config, analysis, assume))
     if searched:
         _print_search(console, found)
+    elif found:
+        nearest = min(found, key=lambda c: (len(c.overrides), c.step_s))
+        text = " ".join(nearest.overrides)
+        console.print(f"nearest layout that fits: {text}", highlight=False, soft_wrap=True, markup=False)
     for warning in analysis.warnings:
         console.print(f"note: {warning}", highlight=False, soft_wrap=True, markup=False)
     for problem in analysis.problems:
@@ -99,14 +103,16 @@ def _placement(config: Config, analysis: Analysis) -> list[str]:
 
 def _memory(analysis: Analysis) -> Table:
     unit, divisor = ("GiB", GIB) if analysis.hardware.gpu != "cpu" else ("MiB", 2**20)
-    table = Table(title=f"Memory at the peak of each phase, {unit} per process or GPU", title_justify="left")
-    names = list(dict.fromkeys(name for phase in analysis.phases for name in phase.parts))
-    for name in ("phase", "on", *names, "total", "of"):
-        table.add_column(name, justify="left" if name in ("phase", "on") else "right")
+    table = Table(title=f"Memory at the peak of each phase, {unit} per GPU or process", title_justify="left")
+    table.add_column("")
     for phase in analysis.phases:
-        cells = [f"{phase.parts[name] / divisor:.1f}" if name in phase.parts else "" for name in names]
-        limit = "" if _finite(phase.available) is None else f"{phase.available / divisor:.1f}"
-        table.add_row(phase.phase, phase.where, *cells, f"{phase.total / divisor:.1f}", limit)
+        table.add_column(f"{phase.phase}\n({phase.where})", justify="right")
+    for name in dict.fromkeys(name for phase in analysis.phases for name in phase.parts):
+        table.add_row(name, *(f"{p.parts[name] / divisor:.1f}" if name in p.parts else "" for p in analysis.phases))
+    table.add_section()
+    table.add_row("total", *(f"{phase.total / divisor:.1f}" for phase in analysis.phases))
+    if all(_finite(phase.available) for phase in analysis.phases):
+        table.add_row("of", *(f"{phase.available / divisor:.1f}" for phase in analysis.phases))
     return table
 
 

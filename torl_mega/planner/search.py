@@ -28,9 +28,16 @@ class Candidate:
 
 
 def search(
-    config: Config, hardware: Hardware, assume: Assumptions, mean_response: int | None = None, keep: int = 5
+    config: Config,
+    hardware: Hardware,
+    assume: Assumptions,
+    mean_response: int | None = None,
+    *,
+    nearest: bool = False,
+    keep: int = 5,
 ) -> list[Candidate]:
-    """The `keep` fastest layouts that fit, fastest first; at equal times the one nearest to the config."""
+    """The `keep` fastest layouts that fit, fastest first and at equal times nearest to the config first; with
+    `nearest`, those that change least, and among them the fastest."""
     found = []
     for overrides in _candidates(config, hardware):
         changed = _changed(config, overrides)
@@ -38,6 +45,8 @@ def search(
         if analysis.fits:
             texts = [f"{key}={_text(value)}" for key, value in overrides.items() if _get(config, key) != value]
             found.append(Candidate(tuple(texts), analysis))
+    if nearest:
+        return sorted(found, key=lambda c: (len(c.overrides), c.step_s))[:keep]
     return sorted(found, key=lambda c: (round(c.step_s, 1), len(c.overrides)))[:keep]
 
 
@@ -52,7 +61,8 @@ def _candidates(config: Config, hardware: Hardware) -> Iterator[Overrides]:
             for n in range(1, hardware.nodes)
         ]
     for split in splits:
-        fractions = (0.2, 0.3, 0.4, 0.5) if split["cluster.placement"] == "colocated" else (config.serving.mem_fraction,)
+        shared = split["cluster.placement"] == "colocated"
+        fractions = sorted({0.2, 0.25, 0.3, 0.4, 0.5, config.serving.mem_fraction}) if shared else [0.8]
         for tensor in sizes:
             for pipeline in (1, 2, 4, 8):
                 for budget in budgets:
