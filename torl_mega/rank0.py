@@ -63,8 +63,11 @@ class AsyncRunner:
 
 
 @contextlib.contextmanager
-def build_rank0(config: Config, folder: RunFolder, saved: Mapping[str, Any], stop: StopFlag) -> Iterator[Rank0]:
-    """Everything of rank 0, closed again on the way out. Raises TorlError before anything was sampled."""
+def build_rank0(
+    config: Config, folder: RunFolder, saved: Mapping[str, Any], stop: StopFlag, *, device: str
+) -> Iterator[Rank0]:
+    """Everything of rank 0, closed again on the way out. `device` is where the trainer's tensors are. Raises TorlError
+    before anything was sampled."""
     with contextlib.ExitStack() as stack:
         run = AsyncRunner(stop)
         stack.callback(run.close)
@@ -86,7 +89,7 @@ def build_rank0(config: Config, folder: RunFolder, saved: Mapping[str, Any], sto
         if saved["rollouts"] is not None:
             rollouts.restore(saved["rollouts"])
         urls = wait_for_servers(config, run)
-        yield Rank0(rollouts, make_weight_sink(config.serving, urls), log, tokenizer, urls, run)
+        yield Rank0(rollouts, make_weight_sink(config.serving, urls, device=device), log, tokenizer, urls, run)
 
 
 def build_rollouts(

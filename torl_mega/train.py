@@ -15,14 +15,14 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torl_mega.config import Config
 from torl_mega.config_file import config_hash, load_config
 from torl_mega.errors import TorlError
 from torl_mega.guards import check_guards
-from torl_mega.interfaces import NamedTensor, Rollouts, RunLog, Trainer, WeightSink
+from torl_mega.interfaces import Rollouts, RunLog, Trainer, WeightSink
 from torl_mega.loop import Loop, due
 from torl_mega.metrics import Silent, summarize, write_json
 from torl_mega.probe import check_engines
@@ -60,7 +60,9 @@ def train(config: Config) -> int:
             trainer = MegatronTrainer(config)
             latest = parallel.share(lambda: checkpoint.latest(folder.checkpoints))
             saved: Mapping[str, Any] = trainer.load(latest) if latest else {"steps_done": 0, "rollouts": None}
-            rank0 = _on_rank0(lambda: stack.enter_context(build_rank0(config, folder, saved, stop)))
+            rank0 = _on_rank0(
+                lambda: stack.enter_context(build_rank0(config, folder, saved, stop, device=parallel.device()))
+            )
             loop = _loop(config, folder, trainer, rank0, stop)
             start = int(saved["steps_done"])
             loop.sink.update(trainer.weights(), version=start)
@@ -79,11 +81,12 @@ def train(config: Config) -> int:
 
 
 def _loop(config: Config, folder: RunFolder, trainer: Trainer, rank0: Rank0 | None, stop: StopFlag) -> Loop:
+    from torl_mega.serving.weights import IdleSink
     from torl_mega.trainer import parallel
 
     rollouts: Rollouts = rank0.rollouts if rank0 else _Elsewhere()
     log: RunLog = rank0.log if rank0 else Silent()
-    sink: WeightSink = NoServers() if config.rollout.replay else rank0.sink if rank0 else _Drain()
+    sink: WeightSink = NoServers() if config.rollout.replay else rank0.sink if rank0 else IdleSink()
 
     def save(done: int) -> None:
         state = parallel.share(lambda: {"steps_done": done, "rollouts": dict(rollouts.state())})
@@ -146,15 +149,6 @@ class _Elsewhere:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         raise AssertionError("only rank 0 has a cursor")
-
-
-class _Drain:
-    """The sink of ranks other than 0: they take part in gathering the weights, rank 0 sends them."""
-
-    def update(self, tensors: Iterable[NamedTensor], *, version: int) -> Mapping[str, float]:
-        for _ in tensors:
-            raise AssertionError("only rank 0 is given weights to send")
-        return {}
 
 
 if __name__ == "__main__":

@@ -109,6 +109,11 @@ def share_group() -> dist.ProcessGroup | None:
     return _share_group
 
 
+def device() -> str:
+    """Where this rank's tensors are: `cpu` or `cuda:N`."""
+    return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+
+
 def barrier() -> None:
     """Wait for every rank, on the share group (its time limit covers a long rollout on rank 0)."""
     if world_size() > 1:
