@@ -27,6 +27,10 @@ class WeightSyncError(TorlError):
     """A weight sync was refused, timed out, or left a server with other weights than were sent."""
 
 
+class ServerLost(WeightSyncError):
+    """A server died during a weight sync while others live: the same sync, made again, goes on without it."""
+
+
 class CheckpointError(TorlError):
     """A checkpoint is missing, damaged or belongs to another model or layout."""
 

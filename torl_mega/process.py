@@ -83,7 +83,7 @@ def start(
             log_path.parent.mkdir(parents=True, exist_ok=True)
             log = stack.enter_context(log_path.open("ab"))
         guardian = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(_GUARDIAN), str(theirs.fileno()), *map(os.fspath, cmd)],
+            [sys.executable, "-I", "-S", str(_GUARDIAN), str(theirs.fileno()), *(os.fspath(part) for part in cmd)],
             stdin=stdin,
             stdout=log,
             stderr=subprocess.STDOUT if log is not None else None,

@@ -1,0 +1,37 @@
+"""A tiny random Qwen2 with a byte-level tokenizer in Qwen2's own format, so AutoTokenizer reproduces it anywhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+VOCAB_SIZE = 512
+
+
+def make_tiny_model(folder: Path, *, seed: int = 0, num_kv_heads: int = 2, tied: bool = False) -> Path:
+    """Writes config.json, tokenizer and model.safetensors (fp32, 0.14M parameters) into `folder`."""
+    from tokenizers import pre_tokenizers
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+    words = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("`", "`"), ("``", "`"), ("Ċ", "```"), ("o", "u"), ("t", "p"), ("ou", "tp"), ("u", "t"), ("outp", "ut")]
+    vocab = {word: index for index, word in enumerate([*words, *("".join(m) for m in merges)])}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    tokenizer.save_pretrained(folder)
+    eos = tokenizer.eos_token_id
+    config = Qwen2Config(
+        vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=num_kv_heads, max_position_embeddings=2048, tie_word_embeddings=tied, bos_token_id=None,
+        eos_token_id=eos, pad_token_id=eos, dtype="float32",
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = Qwen2ForCausalLM(config).to(torch.float32)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.mul_(3) if weight.dim() > 1 else weight.add_(torch.randn_like(weight) * 0.1)
+            assert torch.isfinite(weight).all(), name
+    model.save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos, "pad_token_id": eos}))
+    return folder

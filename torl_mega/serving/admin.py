@@ -1,0 +1,131 @@
+"""Calls to a server's control endpoints that can be sent now and answered later, with a limit on everything.
+
+A weight transfer has two halves, an HTTP call and a broadcast, and each waits for the other: so a call is written out at
+once by the caller's thread (calls reach a server in the order they were made) and its answer is read by a daemon thread.
+"""
+
+from __future__ import annotations
+
+import http.client
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+import orjson
+
+from torl_mega.errors import WeightSyncError
+
+POLL_S = 0.0005
+
+
+class Deadline:
+    """One limit for a whole sync, handed down to every wait in it."""
+
+    def __init__(self, limit_s: float) -> None:
+        self.limit_s = limit_s
+        self._end = time.monotonic() + limit_s
+
+    @property
+    def left_s(self) -> float:
+        return self._end - time.monotonic()
+
+    def check(self, what: str) -> None:
+        if self.left_s <= 0:
+            raise WeightSyncError(f"{what}: not done within serving.sync_timeout_s = {self.limit_s:g} s")
+
+
+class Call:
+    """One call under way. `result` raises WeightSyncError, naming the server, unless it was answered with 200."""
+
+    def __init__(self, url: str, path: str, body: Mapping[str, Any] | None, deadline: Deadline) -> None:
+        self.url, self.path = url, path
+        self._deadline = deadline
+        self._done = threading.Event()
+        self._status, self._payload, self._error = 0, b"", ""
+        deadline.check(f"{url}{path}")
+        address = urlsplit(url)
+        self._connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=deadline.left_s)
+        try:
+            data = None if body is None else orjson.dumps(body)
+            method = "GET" if body is None else "POST"
+            self._connection.request(method, path, data, {"Content-Type": "application/json", "Connection": "close"})
+        except OSError as exc:
+            self._fail(exc)
+            return
+        threading.Thread(target=self._read, daemon=True, name=f"answer {url}{path}").start()
+
+    def _read(self) -> None:
+        try:
+            answer = self._connection.getresponse()
+            self._status, self._payload = answer.status, answer.read()
+            self._connection.close()
+            self._done.set()
+        except (OSError, http.client.HTTPException) as exc:
+            self._fail(exc)
+
+    def _fail(self, exc: Exception) -> None:
+        self._connection.close()
+        self._error = str(exc) or type(exc).__name__
+        self._done.set()
+
+    def done(self) -> bool:
+        return self._done.is_set()
+
+    def result(self) -> Any:
+        """The parsed answer; waits for it."""
+        if not self._done.wait(max(0.0, self._deadline.left_s)):
+            self._deadline.check(f"{self.url}{self.path} gave no answer")
+        return self._parsed()
+
+    def check(self) -> None:
+        """Raises if the answer is here and says no; does not wait."""
+        if self.done():
+            self._parsed()
+
+    def _parsed(self) -> Any:
+        where = f"{self.url}{self.path}"
+        if self._error:
+            raise WeightSyncError(f"{where}: the server is gone or silent ({self._error})")
+        if self._status != 200:
+            raise WeightSyncError(
+                f"{where} answered HTTP {self._status}: {self._payload[:500].decode(errors='replace')}"
+            )
+        try:
+            return orjson.loads(self._payload)
+        except ValueError:
+            return self._payload.decode(errors="replace")
+
+
+def call_all(urls: Sequence[str], path: str, body: Mapping[str, Any] | None, deadline: Deadline) -> list[Any]:
+    """The same call to every server at once; answers in their order."""
+    return [call.result() for call in [Call(url, path, body, deadline) for url in urls]]
+
+
+def run_bounded(work: Any, what: str, deadline: Deadline, calls: Sequence[Call]) -> Any:
+    """`work()` in a daemon thread until it returns, a call is refused, or the deadline is over."""
+    box: list[Any] = []
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            box.append(work())
+        except BaseException as exc:  # handed to the waiting thread below
+            failure.append(exc)
+
+    thread = threading.Thread(target=run, daemon=True, name=what)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.01)
+        watch(what, deadline, calls)
+    if failure:
+        raise WeightSyncError(f"{what}: {' '.join(str(failure[0]).split())[:300]}") from failure[0]
+    return box[0]
+
+
+def watch(what: str, deadline: Deadline, calls: Sequence[Call]) -> None:
+    """Raises when the limit has passed or a call was refused."""
+    for call in calls:
+        call.check()
+    deadline.check(what)

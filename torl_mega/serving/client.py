@@ -1,0 +1,251 @@
+"""Token-in/token-out client of SGLang servers: spreads requests, and carries on elsewhere when a server fails.
+
+    request ─► pick a server ─► POST /generate ─► check ─► Generation
+                  ▲  (sticky per prefix,               │
+                  │   least outstanding)               ├─ partial (aborted): go on from the tokens so far
+                  └────────── another try ◄────────────┴─ dead, hanging, 5xx, wrong version: from the same tokens
+
+What comes back was sampled by a version the caller expects, with one log-prob and one policy version per token.
+Limits: one event loop; text is SGLang's own decoding, so a token may run past the stop string it completes (its ids are
+kept as sampled). Without streaming a dead server's unfinished tokens are lost and sampled again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
+import aiohttp
+import orjson
+
+from torl_mega.config import ServingConfig
+from torl_mega.errors import GenerationError, ServerError
+from torl_mega.serving.answer import BadAnswer, Part, parse_answer, seam_suffixes
+from torl_mega.serving.fleet import Fleet, Server
+from torl_mega.types import FinishReason, Generation, GenerationRequest
+
+KEEPALIVE_S = 2.0  # uvicorn closes idle connections after 5 s; writing on one of those is a reset
+ABORT_GRACE_S = 5.0  # from /abort_request to the partial answer
+BACKOFF_S = (0.1, 0.5, 2.0)  # before another try at a server that answers, but with an error
+MAX_EMPTY_ABORTS = 64  # requests sent back before their first token, as `pause("abort")` does to queued ones
+FIRST = asyncio.FIRST_COMPLETED
+
+
+class _Refused(Exception):
+    """The server says the request itself is wrong (HTTP 400): trying again cannot help."""
+
+
+class SGLangClient:
+    """A `Generator` over servers known by URL. Use as an async context manager, or `start` and `close`."""
+
+    def __init__(self, urls: Sequence[str], config: ServingConfig, *, vocab_size: int) -> None:
+        self.counters: Counter[str] = Counter()
+        self._config = config
+        self._vocab_size = vocab_size
+        self._fleet = Fleet(urls, self.counters, hang_timeout_s=config.hang_timeout_s)
+        self._session: aiohttp.ClientSession | None = None
+        self._oldest: int | None = None
+        self._newest: int | None = None
+        self._aborts: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> Self:
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
+        )
+        self._fleet.start(self._session)
+        return self
+
+    async def close(self) -> None:
+        await self._fleet.close()
+        if self._aborts:
+            await asyncio.wait(self._aborts, timeout=ABORT_GRACE_S)
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def __aenter__(self) -> Self:
+        return await self.start()
+
+    async def __aexit__(self, *_exc: object) -> None:
+        await self.close()
+
+    def expect_version(self, version: int | None, *, oldest: int | None = None) -> None:
+        """Tokens must come from versions oldest..version (`oldest` None: that version alone); None accepts any."""
+        self._newest, self._oldest = version, version if oldest is None else oldest
+        self._fleet.accepts = self._accepts
+
+    # -------------------------------------------------------------------------------------------- generation
+
+    async def generate(self, request: GenerationRequest) -> Generation:
+        """Samples one continuation. Raises GenerationError when the request is wrong or every try failed."""
+        self._check(request)
+        parts: list[Part] = []
+        causes: list[str] = []
+        num_empty = 0
+        while len(causes) <= self._config.max_retries and num_empty < MAX_EMPTY_ABORTS:
+            try:
+                server = await self._fleet.pick(request.route_key, self._config.request_timeout_s)
+            except ServerError as exc:
+                raise GenerationError(f"no server to generate on: {exc}; earlier: {causes or 'no failure'}") from None
+            try:
+                part = await self._one_try(server, request, parts)
+            except _Refused as exc:
+                raise GenerationError(f"{server.url} refused the request: {exc}") from None
+            except (BadAnswer, aiohttp.ClientError, TimeoutError, OSError) as exc:
+                await self._fault(server, exc, causes)
+                continue
+            if part.finish is not FinishReason.ABORT:
+                return _joined([*parts, part])
+            if not part.token_ids:
+                num_empty += 1
+                continue
+            parts.append(part)
+            self.counters["generation_continued"] += 1
+            if sum(len(p.token_ids) for p in parts) >= request.max_new_tokens:
+                return _joined(parts, FinishReason.LENGTH)
+        raise GenerationError(f"generation failed, {num_empty} times sent back empty: {'; '.join(causes)}")
+
+    def _check(self, request: GenerationRequest) -> None:
+        """Ids outside the vocabulary end the whole server process on a CPU, so they never leave this one."""
+        if not request.token_ids:
+            raise GenerationError("generation request without tokens; a prompt needs at least one")
+        lowest, highest = min(request.token_ids), max(request.token_ids)
+        if lowest < 0 or highest >= self._vocab_size:
+            bad = lowest if lowest < 0 else highest
+            raise GenerationError(f"token id {bad} is outside the vocabulary of {self._vocab_size}; wrong tokenizer?")
+
+    async def _fault(self, server: Server, exc: Exception, causes: list[str]) -> None:
+        """Counts it, stops using a server that is gone or stale, and gives one that is merely unwell a moment."""
+        kind = exc.kind if isinstance(exc, BadAnswer) else "hang" if isinstance(exc, TimeoutError) else "server_down"
+        self.counters["generation_retry"] += 1
+        self.counters[kind] += 1
+        causes.append(f"{server.url}: {kind}: {exc or type(exc).__name__}")
+        if kind in ("server_down", "wrong_version", "hang"):
+            self._fleet.suspend(server, kind)
+        else:
+            await asyncio.sleep(BACKOFF_S[min(len(causes), len(BACKOFF_S)) - 1])
+
+    async def _one_try(self, server: Server, request: GenerationRequest, parts: list[Part]) -> Part:
+        """One POST, with what earlier parts sampled as further prompt. Raises on anything but a usable answer."""
+        done = tuple(i for part in parts for i in part.token_ids)
+        suffixes = seam_suffixes("".join(part.text for part in parts), request.stop)
+        rid = uuid.uuid4().hex
+        body = {
+            "rid": rid,
+            "input_ids": [*request.token_ids, *done],
+            "sampling_params": {
+                "temperature": request.temperature,
+                "top_p": request.top_p,
+                "max_new_tokens": request.max_new_tokens - len(done),
+                "stop": [*request.stop, *suffixes],
+                "no_stop_trim": True,
+                "skip_special_tokens": False,
+                "spaces_between_special_tokens": False,
+                "sampling_seed": request.seed,
+            },
+            "return_logprob": True,
+        }
+        with server.holding() as lost:
+            answer = asyncio.ensure_future(self._post(server.url, "/generate", body))
+            try:
+                await asyncio.wait({answer, lost}, timeout=self._config.request_timeout_s, return_when=FIRST)
+                if not answer.done() and not lost.done():
+                    await self._abort(server.url, rid)
+                    await asyncio.wait({answer, lost}, timeout=ABORT_GRACE_S, return_when=FIRST)
+                if not answer.done():
+                    raise TimeoutError(f"no answer within {self._config.request_timeout_s:g} s")
+                status, payload = answer.result()
+            except asyncio.CancelledError:
+                self._abort_later(server.url, rid)
+                raise
+            finally:
+                if not answer.done():
+                    answer.cancel()
+        if status == 400:
+            raise _Refused(_message(payload))
+        if status != 200:
+            raise BadAnswer("server_error", f"HTTP {status}: {_message(payload)}")
+        part = parse_answer(payload, request, suffixes, budget=request.max_new_tokens - len(done))
+        self._check_versions(part)
+        return part
+
+    def _accepts(self, version: int) -> bool:
+        if self._newest is None or self._oldest is None:
+            return True
+        return self._oldest <= version <= self._newest
+
+    def _check_versions(self, part: Part) -> None:
+        for version in set(part.policy_versions):
+            if not self._accepts(version):
+                wanted = f"{self._newest}" if self._oldest == self._newest else f"{self._oldest}..{self._newest}"
+                raise BadAnswer("wrong_version", f"tokens of policy version {version}, expected {wanted}")
+
+    # -------------------------------------------------------------------------------------------- control
+
+    async def health(self) -> dict[str, bool]:
+        """Which servers answer, scheduler included, with a version that is expected."""
+        return await self._fleet.health()
+
+    async def pause(self, mode: Literal["abort", "in_place", "retract"] = "in_place") -> None:
+        """Stops sampling on every server that is up. Requests wait; `abort` sends them back unfinished."""
+        await self._all("/pause_generation", {"mode": mode})
+
+    async def resume(self) -> None:
+        await self._all("/continue_generation", {})
+
+    async def flush_cache(self) -> None:
+        """Forgets every cached prefix. Raises ServerError while requests are running."""
+        await self._all("/flush_cache", {})
+
+    async def _all(self, path: str, body: dict[str, Any]) -> None:
+        servers = self._fleet.up()
+        answers = await asyncio.gather(*(self._post(s.url, path, body) for s in servers), return_exceptions=True)
+        for server, answer in zip(servers, answers, strict=True):
+            if isinstance(answer, (aiohttp.ClientError, TimeoutError, OSError)):
+                self._fleet.suspend(server, "server_down")
+            elif isinstance(answer, BaseException):
+                raise answer
+            elif answer[0] != 200:
+                raise ServerError(f"{server.url}{path} answered HTTP {answer[0]}: {_message(answer[1])}")
+
+    async def _post(self, url: str, path: str, body: dict[str, Any]) -> tuple[int, bytes]:
+        assert self._session is not None, "SGLangClient.start was not awaited"
+        headers = {"Content-Type": "application/json"}
+        async with self._session.post(url + path, data=orjson.dumps(body), headers=headers) as answer:
+            return answer.status, await answer.read()
+
+    async def _abort(self, url: str, rid: str) -> None:
+        with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError):
+            await asyncio.wait_for(self._post(url, "/abort_request", {"rid": rid}), ABORT_GRACE_S)
+
+    def _abort_later(self, url: str, rid: str) -> None:
+        """The caller was cancelled and cannot wait; the server must not sample on for nobody."""
+        task = asyncio.ensure_future(self._abort(url, rid))
+        self._aborts.add(task)
+        task.add_done_callback(self._aborts.discard)
+
+
+def _joined(parts: list[Part], finish: FinishReason | None = None) -> Generation:
+    return Generation(
+        token_ids=tuple(i for p in parts for i in p.token_ids),
+        logprobs=tuple(x for p in parts for x in p.logprobs),
+        policy_versions=tuple(v for p in parts for v in p.policy_versions),
+        text="".join(p.text for p in parts),
+        finish=finish or parts[-1].finish,
+    )
+
+
+def _message(payload: bytes) -> str:
+    with contextlib.suppress(ValueError):
+        tree = orjson.loads(payload)
+        error = tree.get("error", tree) if isinstance(tree, dict) else tree
+        return str(error.get("message", error) if isinstance(error, dict) else error)[:500]
+    return payload.decode(errors="replace")[:500]
+
+
+__all__ = ["SGLangClient"]

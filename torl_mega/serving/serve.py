@@ -1,0 +1,147 @@
+"""The serving side-car: runs one SGLang server and keeps it running on its port.
+
+    python -m torl_mega.serving.serve CONF [a.b=value ...] --port P [--host H] [--gpu-ids 0,1] [--log PATH]
+
+    start ─► /ready ─► watch ──(died, or its scheduler silent for serving.hang_timeout_s)──► start again, same URL
+                         └──(SIGTERM, or the death of whoever started us under `process.start`)──► end it
+
+A server that was started again holds the checkpoint's weights, not the policy's: clients see its version and leave it
+alone until the next weight sync. Ends with code 1 and one line when the first start fails or when it died more than
+`serving.max_restarts` times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from torl_mega import process
+from torl_mega.config import Config
+from torl_mega.config_file import load_config
+from torl_mega.errors import ServerError, TorlError
+from torl_mega.serving.server import check_port, launch_command, launch_env, wait_ready
+
+STOP_GRACE_S = 3.0  # SGLang's own shutdown takes far longer and has nothing to save
+WATCH_S = 5.0
+
+
+class Supervisor:
+    """One server over its restarts. `run` returns when `stop` is set and raises ServerError when it gives up."""
+
+    def __init__(self, config: Config, *, host: str, port: int, gpu_ids: Sequence[int], log_path: Path | None) -> None:
+        self.config = config
+        self.host, self.port, self.gpu_ids, self.log_path = host, port, gpu_ids, log_path
+        self.url = f"http://{host}:{port}"
+        self.stop = asyncio.Event()
+        self.num_restarts = 0
+
+    async def run(self) -> None:
+        check_port(self.host, self.port)
+        command = launch_command(self.config, host=self.host, port=self.port, on_gpu=bool(self.gpu_ids))
+        env = launch_env(self.config, gpu_ids=self.gpu_ids)
+        while not self.stop.is_set():
+            started = time.monotonic()
+            server = process.start(command, name=f"sglang:{self.port}", log_path=self.log_path, env=env)
+            try:
+                cause = await self._until_stopped(self._serve(server, started))
+            finally:
+                server.stop(STOP_GRACE_S)
+            if cause is None:
+                return
+            self.num_restarts += 1
+            _say(f"{self.url} {cause}; restart {self.num_restarts} of at most {self.config.serving.max_restarts}")
+            if self.num_restarts > self.config.serving.max_restarts:
+                raise ServerError(
+                    f"server {self.url} {cause}, more than serving.max_restarts = "
+                    f"{self.config.serving.max_restarts} times; its log is {self.log_path}"
+                )
+
+    async def _until_stopped(self, serving: Coroutine[Any, Any, str]) -> str | None:
+        """What ended `serving`, or None when we were told to stop first."""
+        task, stopped = asyncio.ensure_future(serving), asyncio.ensure_future(self.stop.wait())
+        try:
+            await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            return await task if task.done() else None
+        finally:
+            for pending in (task, stopped):
+                pending.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await pending
+
+    async def _serve(self, server: process.GuardedProcess, started: float) -> str:
+        """Waits for readiness, then for the end. Returns what ended it; the first start's failure is raised."""
+        timeout_s = self.config.serving.startup_timeout_s
+        try:
+            await wait_ready(self.url, timeout_s, process=server, log_path=self.log_path)
+        except ServerError as exc:
+            if self.num_restarts == 0:
+                raise
+            return str(exc).partition("\n")[0]
+        _say(f"{self.url} ready after {time.monotonic() - started:.0f} s (pid {server.pid})")
+        last_word = time.monotonic()
+        async with aiohttp.ClientSession() as session:
+            while (code := server.poll()) is None:
+                if await scheduler_answers(session, self.url, WATCH_S):
+                    last_word = time.monotonic()
+                if time.monotonic() - last_word > self.config.serving.hang_timeout_s:
+                    return f"hung for {self.config.serving.hang_timeout_s:g} s"
+                await asyncio.sleep(min(1.0, WATCH_S))
+        return f"died (exit code {code})"
+
+
+async def scheduler_answers(session: aiohttp.ClientSession, url: str, timeout_s: float) -> bool:
+    """True when the scheduler behind the HTTP process says something; it does even while paused."""
+    try:
+        async with session.get(f"{url}/server_info", timeout=aiohttp.ClientTimeout(total=timeout_s)) as answer:
+            await answer.read()
+            return answer.status == 200
+    except (aiohttp.ClientError, TimeoutError, OSError):
+        return False
+
+
+def _say(text: str) -> None:
+    print(f"[serve] {text}", flush=True)
+
+
+def _gpu_ids(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(",") if part)
+
+
+async def _main(args: argparse.Namespace) -> None:
+    config = load_config(args.conf, args.overrides)
+    gpu_ids = args.gpu_ids
+    supervisor = Supervisor(config, host=args.host, port=args.port, gpu_ids=gpu_ids, log_path=args.log)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, supervisor.stop.set)
+    await supervisor.run()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m torl_mega.serving.serve", description="Runs one SGLang server and keeps it up."
+    )
+    parser.add_argument("conf", help="config file")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value")
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--gpu-ids", type=_gpu_ids, default=(), help="GPUs of this server, e.g. 0,1; none = CPU")
+    parser.add_argument("--log", type=Path, default=None, help="SGLang's own output; default: ours")
+    try:
+        asyncio.run(_main(parser.parse_args()))
+    except TorlError as exc:
+        print(f"error: {exc}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""One SGLang server: its command line, its environment, and how to tell that it is up.
+
+Nothing here imports sglang: the server is a program that is started and spoken to over HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from torl_mega.config import Config
+from torl_mega.errors import ServerError
+from torl_mega.process import GuardedProcess, port_in_use, tail
+
+CONTEXT_SLACK = 8
+"""SGLang 0.5.23 refuses prompts of context - 6 tokens and clips prompt + answer at context - 2 (tp_worker.py)."""
+POLL_S = 0.2
+
+
+def launch_command(config: Config, *, host: str, port: int, on_gpu: bool) -> list[str]:
+    """`sglang.launch_server` for the policy. Raises ServerError when the model cannot serve the context it needs."""
+    serving = config.serving
+    context = config.max_context_tokens + CONTEXT_SLACK
+    _check_context(Path(config.model.path), config.max_context_tokens)
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", config.model.path, "--host", host]
+    command += ["--port", str(port), "--dtype", config.model.dtype, "--tp-size", str(serving.tensor)]
+    # servers of one run must not draw the same numbers, or a group spread over two of them repeats itself
+    command += ["--random-seed", str(config.seed + port)]
+    command += ["--context-length", str(context), "--log-level-http", "warning"]
+    if serving.max_total_tokens is not None:
+        command += ["--max-total-tokens", str(max(serving.max_total_tokens, context))]
+    if serving.max_running_requests is not None:
+        command += ["--max-running-requests", str(serving.max_running_requests)]
+    command += ["--mem-fraction-static", str(serving.mem_fraction)] if on_gpu else ["--device", "cpu"]
+    return [*command, *serving.extra_args]
+
+
+def launch_env(config: Config, *, gpu_ids: Sequence[int], base: dict[str, str] | None = None) -> dict[str, str]:
+    """The server's environment: ours, without what belongs to a trainer rank."""
+    env = dict(os.environ if base is None else base)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SGLANG_USE_CPU_ENGINE"):
+        env.pop(name, None)
+    env["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"  # for CONTEXT_SLACK only; _check_context sees to the rest
+    env["TORL_SYNC_TIMEOUT_S"] = str(config.serving.sync_timeout_s)
+    if gpu_ids:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpu_ids))
+        return env
+    env.setdefault("OMP_NUM_THREADS", "1")
+    # glibc maps and unmaps every large block anew, which costs more than copying a weight bucket; keep them instead.
+    env.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 32))
+    env.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 32))
+    if config.serving.tensor > 1:  # SGLang insists on a NUMA map otherwise
+        cores = sorted(os.sched_getaffinity(0))
+        binding = "|".join(str(cores[rank % len(cores)]) for rank in range(config.serving.tensor))
+        env.setdefault("SGLANG_CPU_OMP_THREADS_BIND", binding)
+    return env
+
+
+def _check_context(model_path: Path, needed: int) -> None:
+    try:
+        tree: dict[str, Any] = json.loads((model_path / "config.json").read_text())
+    except FileNotFoundError:
+        raise ServerError(f"model.path = {model_path}: no config.json there; give a folder in HF layout") from None
+    most = tree.get("max_position_embeddings")
+    if most is not None and needed > most:
+        raise ServerError(
+            f"data.max_prompt_tokens + rollout.max_response_tokens = {needed} tokens, but {model_path} has "
+            f"max_position_embeddings {most}; lower one of them"
+        )
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises ServerError when `host:port` is taken."""
+    if port_in_use(host, port):
+        raise ServerError(f"port {port} on {host} is in use; stop what listens there or choose another --port")
+
+
+async def wait_ready(
+    url: str, timeout_s: float, *, process: GuardedProcess | None = None, log_path: Path | None = None
+) -> None:
+    """Returns at the first 200 of `/ready`. Raises ServerError, with the end of the log, when the process dies or
+    `timeout_s` passes first."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout_s
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session:
+        while True:
+            if process is not None and (code := process.poll()) is not None:
+                raise ServerError(f"server {url} died while starting (exit code {code}){_log_end(log_path)}")
+            if await is_ready(session, url):
+                return
+            if loop.time() > deadline:
+                raise ServerError(f"server {url} was not ready after {timeout_s:g} s{_log_end(log_path)}")
+            await asyncio.sleep(POLL_S)
+
+
+async def is_ready(session: aiohttp.ClientSession, url: str) -> bool:
+    try:
+        async with session.get(f"{url}/ready") as answer:
+            return answer.status == 200
+    except (aiohttp.ClientError, TimeoutError, OSError):
+        return False
+
+
+def _log_end(log_path: Path | None) -> str:
+    if log_path is None:
+        return ""
+    return f"; the end of {log_path}:\n{tail(log_path, 15)}"
