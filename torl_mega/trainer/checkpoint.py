@@ -18,7 +18,8 @@ import random
 import re
 import shutil
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -246,10 +247,37 @@ def _state(
 ) -> dict[str, Any]:
     weights = {_chunk_name(n, len(model)): c.module.sharded_state_dict(metadata=metadata) for n, c in enumerate(model)}
     state: dict[str, Any] = dict(weights)
-    state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata)
+    with _unpadded_indices(optimizer):
+        state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata)
     state["schedule"] = schedule.state_dict()
-    state["rng"] = {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
+    state["rng"] = parallel.share(_rng_state)  # rank 0's: the trainer itself draws nothing, and common state must agree
     return state
+
+
+@contextmanager
+def _unpadded_indices(optimizer: Any) -> Iterator[None]:
+    """Megatron (0.16.1 and 0.19.2) gathers the optimizer state with the padding between buckets cut out, then slices it
+    with offsets that count the padding: with several buckets of which an early one is padded (tied embeddings over
+    pipeline stages, or overlap on data-parallel sizes that do not divide a bucket) it saves shifted states and logs
+    "can lead to data corruption". Give it offsets without padding while it saves."""
+    kept = []
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for buffer in getattr(part, "buffers", []):
+            starts = np.cumsum([0, *(b.numel_unpadded for b in buffer.buckets)])
+            shift = [b.offset - int(start) for b, start in zip(buffer.buckets, starts, strict=False)]
+            kept.append((buffer, buffer.param_index_map))
+            buffer.param_index_map = {
+                p: (start - shift[b], end - shift[b], b) for p, (start, end, b) in buffer.param_index_map.items()
+            }
+    try:
+        yield
+    finally:
+        for buffer, original in kept:
+            buffer.param_index_map = original
+
+
+def _rng_state() -> dict[str, Any]:
+    return {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
 
 
 def _restore_rng(state: Mapping[str, Any]) -> None:
