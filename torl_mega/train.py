@@ -28,7 +28,7 @@ from torl_mega.metrics import Silent, summarize, write_json
 from torl_mega.probe import check_engines
 from torl_mega.rank0 import Rank0, build_rank0
 from torl_mega.rollout.replay import NoServers
-from torl_mega.run_folder import RunFolder
+from torl_mega.run_folder import RunFolder, open_run
 from torl_mega.stop_flag import StopFlag
 
 EXIT_DONE, EXIT_ERROR, EXIT_REQUEUE = 0, 1, 85
@@ -53,10 +53,10 @@ def train(config: Config) -> int:
 
     started = time.monotonic()
     stop = StopFlag()
-    folder = RunFolder.of(config)
     parallel.init_distributed(config.parallel, config.trainer)
     try:
         with contextlib.ExitStack() as stack:
+            folder = parallel.share(lambda: open_run(config))
             trainer = MegatronTrainer(config)
             latest = parallel.share(lambda: checkpoint.latest(folder.checkpoints))
             saved: Mapping[str, Any] = trainer.load(latest) if latest else {"steps_done": 0, "rollouts": None}
