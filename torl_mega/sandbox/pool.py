@@ -1,0 +1,380 @@
+"""The sandbox pool: admits, runs and answers. One per node, in a process of its own (serve.py).
+
+    run() ─► queue per kind (FIFO, unbounded, cheap) ─► a zygote with a free slot ─► child ─► ExecutionResult
+                  ▲ at most `max_running` children at once                     │
+                  └── retried once when its zygote died ◄───────────────────────┘   then INFRA
+
+Kinds: "math" (numpy, sympy) and "data" (scipy, pandas, matplotlib too), chosen by the imports in the code. Time spent in
+the queue counts against no limit. A zygote that dies is replaced; one that has started many snippets is retired when
+idle. Nothing that a snippet does raises here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import re
+import socket
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from torl_mega.config import SandboxConfig
+from torl_mega.errors import ServerError
+from torl_mega.sandbox import payload, tiers
+from torl_mega.sandbox.capture import Capture
+from torl_mega.sandbox.fetch import read_back
+from torl_mega.sandbox.host import Zygote, ZygoteDied
+from torl_mega.sandbox.metrics import Metrics
+from torl_mega.types import ExecutionRequest, ExecutionResult, ExecutionStatus
+
+_DATA_IMPORT = re.compile(rb"^[ \t]*(?:from|import)[ \t]+[^#\n]*\b(?:scipy|pandas|matplotlib)\b", re.MULTILINE)
+_GRACE_S = 5.0  # past its wall limit by this much unanswered, a snippet means a hung zygote
+_SETUP_S = 30.0
+_RETRIES = 1
+_START_TRIES = 5
+_SELF_TEST = """import wave, quopri
+for name in ("numpy", "sympy"):
+    try:
+        __import__(name)
+    except ModuleNotFoundError:
+        pass
+print("ready")
+"""  # modules that are not preloaded must be readable; a library that is not installed is only reported
+
+
+@dataclass
+class _Kind:
+    name: str
+    waiting: deque[tuple[int, asyncio.Future[Zygote]]] = field(default_factory=deque)
+    zygotes: list[Zygote] = field(default_factory=list)
+    starting: int = 0
+    failures: int = 0
+
+
+class SandboxPool:
+    """`async with SandboxPool(config) as pool: result = await pool.run(request)`."""
+
+    def __init__(self, config: SandboxConfig) -> None:
+        self.config = config
+        self.metrics = Metrics()
+        self.plan: tiers.Plan | None = None
+        self._kinds: dict[str, _Kind] = {}
+        self._running = 0
+        self._order = itertools.count(1)
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._closed = False
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    # -------------------------------------------------------------------------------------------- life
+
+    async def start(self) -> tiers.Plan:
+        """Finds the strongest tier that works here and starts the zygotes. Raises ServerError when none does."""
+        reasons = []
+        for tier in tiers.order(self.config):
+            try:
+                return await self._start_tier(tier)
+            except ServerError as e:
+                reasons.append(str(e))
+                await self._clear()
+        raise ServerError("no sandbox tier works here: " + "; ".join(reasons))
+
+    async def _start_tier(self, tier: str) -> tiers.Plan:
+        plan = self.plan = await asyncio.to_thread(tiers.plan, self.config, tier)
+        self._kinds = {name: _Kind(name) for name in plan.kinds}
+        zygote = Zygote("math", plan.settings("math"))
+        self._kinds["math"].zygotes.append(zygote)
+        ready = await zygote.start()
+        plan.note_ready(ready)
+        check = await self.run(ExecutionRequest(_SELF_TEST, wall_s=20.0, cpu_s=20.0))
+        if check.stdout != "ready\n":
+            said = (check.stderr.strip().splitlines() or [check.message or check.status.value])[-1]
+            raise ServerError(f"sandbox tier {tier}: the first snippet failed: {said}")
+        self._dispatch_missing()
+        return plan
+
+    async def close(self) -> None:
+        """Kills what runs, answers what waits with INFRA, and leaves no process and no file behind."""
+        self._closed = True
+        await self._clear()
+
+    async def _clear(self) -> None:
+        for kind in self._kinds.values():
+            for _, ticket in kind.waiting:
+                if not ticket.done():
+                    ticket.set_exception(ServerError("the sandbox is shutting down"))
+            kind.waiting.clear()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(z.stop() for k in self._kinds.values() for z in k.zygotes))
+        self._kinds = {}
+        if self.plan is not None:
+            await asyncio.to_thread(self.plan.remove_scratch)
+            self.plan = None
+
+    def _background(self, coroutine: Any) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _start_zygote(self, kind: _Kind) -> None:
+        """One more zygote of this kind; tries again, more slowly each time, while callers wait for one."""
+        assert self.plan is not None
+        kind.starting += 1
+        zygote = Zygote(kind.name, self.plan.settings(kind.name))
+        try:
+            await zygote.start()
+        except ServerError as e:
+            kind.failures += 1
+            await zygote.stop()
+            if kind.failures >= _START_TRIES and all(z.dead for z in kind.zygotes):
+                self._refuse(kind, e)
+            await asyncio.sleep(0.2 * kind.failures)
+        except asyncio.CancelledError:
+            await zygote.stop(0.0)
+            raise
+        else:
+            kind.failures = 0
+            kind.zygotes.append(zygote)
+        finally:
+            kind.starting -= 1
+        self._dispatch()
+
+    def _refuse(self, kind: _Kind, error: ServerError) -> None:
+        """Zygotes of this kind do not come up any more: waiting callers are told instead of hanging."""
+        kind.failures = 0
+        while kind.waiting:
+            _, ticket = kind.waiting.popleft()
+            if not ticket.done():
+                ticket.set_exception(error)
+
+    # -------------------------------------------------------------------------------------------- admission
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(len(k.waiting) for k in self._kinds.values())
+
+    @property
+    def num_running(self) -> int:
+        return self._running
+
+    async def _admit(self, name: str) -> Zygote:
+        kind = self._kinds[name]
+        ticket: asyncio.Future[Zygote] = asyncio.get_running_loop().create_future()
+        kind.waiting.append((next(self._order), ticket))
+        self._dispatch()
+        try:
+            return await ticket
+        except asyncio.CancelledError:
+            if ticket.done() and not ticket.cancelled() and ticket.exception() is None:
+                self._release(ticket.result())
+            raise
+
+    def _release(self, zygote: Zygote) -> None:
+        self._running -= 1
+        zygote.reserved -= 1
+        self._tend(zygote)
+        self._dispatch()
+
+    def _tend(self, zygote: Zygote) -> None:
+        """Buries a dead zygote; replaces one that has served long enough, first starting the new one."""
+        kind = self._kinds.get(zygote.kind)
+        if kind is None or zygote not in kind.zygotes:
+            return
+        if zygote.dead:
+            kind.zygotes.remove(zygote)
+            self.metrics.zygote_deaths.labels(kind.name).inc()
+            self._background(self._bury(zygote))
+        elif zygote.retiring and zygote.reserved == 0:
+            kind.zygotes.remove(zygote)
+            self._background(zygote.stop())
+        elif zygote.num_started >= self.config.recycle_after and not zygote.replacing:
+            zygote.replacing = True
+            self._background(self._replace(kind, zygote))
+
+    async def _replace(self, kind: _Kind, old: Zygote) -> None:
+        await self._start_zygote(kind)
+        old.retiring = True
+        self._tend(old)
+
+    async def _bury(self, zygote: Zygote) -> None:
+        zygote.kill()
+        await zygote.reap()
+
+    def _dispatch(self) -> None:
+        if self._closed or self.plan is None:
+            return
+        if any(z.dead for k in self._kinds.values() for z in k.zygotes) or not all(k.zygotes for k in self._kinds.values()):
+            self._dispatch_missing()
+        while self._running < self.plan.max_running:
+            best: tuple[int, _Kind, Zygote] | None = None
+            for kind in self._kinds.values():
+                while kind.waiting and kind.waiting[0][1].done():
+                    kind.waiting.popleft()
+                if not kind.waiting:
+                    continue
+                zygote = self._zygote_for(kind)
+                if zygote is not None and (best is None or kind.waiting[0][0] < best[0]):
+                    best = (kind.waiting[0][0], kind, zygote)
+            if best is None:
+                return
+            _, kind, zygote = best
+            _, ticket = kind.waiting.popleft()
+            self._running += 1
+            zygote.reserved += 1
+            ticket.set_result(zygote)
+
+    def _zygote_for(self, kind: _Kind) -> Zygote | None:
+        """The least loaded zygote with a free slot."""
+        free = [z for z in kind.zygotes if z.has_room]
+        return min(free, key=lambda z: z.reserved) if free else None
+
+    def _dispatch_missing(self) -> None:
+        """Starts what should run and does not: the kinds that came later, and replacements of the dead."""
+        assert self.plan is not None
+        for kind in self._kinds.values():
+            for zygote in [z for z in kind.zygotes if z.dead and z.reserved == 0]:
+                self._tend(zygote)
+            alive = sum(not z.dead for z in kind.zygotes)
+            for _ in range(self.plan.kinds[kind.name].num_zygotes - alive - kind.starting):
+                self._background(self._start_zygote(kind))
+
+    # -------------------------------------------------------------------------------------------- running
+
+    async def run(self, request: ExecutionRequest) -> ExecutionResult:
+        """Runs one program under its limits. INFRA only for what the program cannot bring about."""
+        if self._closed or self.plan is None:
+            return _infra("the sandbox is not running")
+        try:
+            code = request.code.encode("utf-8", "surrogatepass")
+            data = payload.pack(code, request.stdin.encode("utf-8", "surrogatepass"), request.files)
+            fetch = tuple(payload.clean_path(p) for p in request.fetch_files)
+        except ValueError as e:
+            return _infra(str(e))
+        name = "data" if "data" in self._kinds and _DATA_IMPORT.search(code) else "math"
+        waited = asyncio.get_running_loop().time()
+        result = _infra("never started")
+        for attempt in range(1 + _RETRIES):
+            try:
+                zygote = await self._admit(name)
+            except ServerError as e:
+                result = _infra(str(e))
+                break
+            self.metrics.queue_s.observe(asyncio.get_running_loop().time() - waited)
+            try:
+                result = await self._once(zygote, request, data, fetch)
+            except ZygoteDied:
+                result = _infra("the snippet's zygote died")
+            finally:
+                self._release(zygote)
+            if result.status is not ExecutionStatus.INFRA:
+                break
+            if attempt < _RETRIES:
+                self.metrics.retries.inc()
+        self.metrics.observe(result)
+        return result
+
+    async def _once(
+        self, zygote: Zygote, request: ExecutionRequest, data: bytes, fetch: tuple[str, ...]
+    ) -> ExecutionResult:
+        request_id = next(self._order)
+        limits = self._limits(request)
+        kept = min(max(request.output_bytes, 2), self.config.max_output_bytes)
+        flood = max(self.config.flood_bytes, 2 * kept)
+        theirs: list[int] = []
+        captures: list[Capture] = []
+        box: socket.socket | None = None
+        try:
+            try:
+                theirs.append(payload.to_memfd(data))
+                for _ in range(2):
+                    r, w = os.pipe2(os.O_CLOEXEC)
+                    os.set_blocking(r, False)
+                    theirs.append(w)
+                    captures.append(Capture(r, kept, flood, lambda: zygote.stop_snippet(request_id, "output")))
+                if fetch:
+                    box, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+                    theirs.append(other.detach())
+                job = zygote.submit(request_id, limits, theirs)
+            finally:
+                for fd in theirs:
+                    os.close(fd)
+            answer = await self._watch(zygote, request_id, job, limits["wall_s"])
+            stdout, stderr = (c.finish() for c in captures)
+            files = await asyncio.to_thread(read_back, box, fetch, self.config.max_fetch_bytes) if box else {}
+            return _result(answer, limits, stdout, stderr, files)
+        except OSError as e:
+            return _infra(f"the pool could not run a snippet: {e}")
+        finally:
+            for capture in captures:
+                capture.close()
+            if box is not None:
+                box.close()
+
+    async def _watch(
+        self, zygote: Zygote, request_id: int, job: asyncio.Future[dict[str, Any]], wall_s: float
+    ) -> dict[str, Any]:
+        """Waits for the answer; a zygote that gives none is killed, which ends the wait by ZygoteDied."""
+        timeout = asyncio.get_running_loop().call_later(wall_s + _SETUP_S + _GRACE_S, zygote.kill)
+        try:
+            return await asyncio.shield(job)
+        except asyncio.CancelledError:
+            zygote.stop_snippet(request_id, "cancel")
+            await asyncio.wait([job], timeout=1.0)
+            raise
+        finally:
+            timeout.cancel()
+
+    def _limits(self, request: ExecutionRequest) -> dict[str, Any]:
+        c = self.config
+        assert self.plan is not None
+        return {
+            "wall_s": min(max(request.wall_s, 0.001), c.max_wall_s),
+            "cpu_s": min(max(request.cpu_s, 0.001), c.max_wall_s),
+            "memory_mb": min(max(request.memory_mb, 1), c.max_memory_mb),
+            "nproc": self.plan.nproc(),
+        }
+
+
+def _infra(message: str) -> ExecutionResult:
+    return ExecutionResult(ExecutionStatus.INFRA, None, "", "", 0.0, 0.0, 0.0, {}, message)
+
+
+def _result(
+    answer: dict[str, Any], limits: dict[str, Any], stdout: str, stderr: str, files: Mapping[str, bytes]
+) -> ExecutionResult:
+    if "infra" in answer:
+        return _infra(answer["infra"])
+    status, code = _verdict(answer, limits)
+    rss_mb = answer["rss_kb"] / 1024
+    return ExecutionResult(status, code, stdout, stderr, answer["wall_s"], answer["cpu_s"], rss_mb, files)
+
+
+def _verdict(answer: dict[str, Any], limits: dict[str, Any]) -> tuple[ExecutionStatus, int | None]:
+    """From the wait status and the zygote's own reasons; the program's output has no say."""
+    code, killed = answer["code"], answer["killed"]
+    sigkill = code == -9
+    if killed == "wall" and sigkill:
+        return ExecutionStatus.TIMEOUT_WALL, None
+    if killed == "cpu" and sigkill or sigkill and answer["cpu_s"] >= limits["cpu_s"]:
+        return ExecutionStatus.TIMEOUT_CPU, None
+    if killed in ("output", "disk") and sigkill:
+        return ExecutionStatus.OUTPUT_LIMIT, None
+    if killed == "cancel":
+        return ExecutionStatus.INFRA, None
+    if code == 1 and answer["memory"]:
+        return ExecutionStatus.MEMORY, 1
+    if sigkill and answer["rss_kb"] >= 800 * limits["memory_mb"]:
+        return ExecutionStatus.MEMORY, None  # the kernel's out-of-memory killer
+    if code < 0:
+        return ExecutionStatus.SIGNAL, code
+    return (ExecutionStatus.OK if code == 0 else ExecutionStatus.ERROR), code

@@ -1,0 +1,109 @@
+"""Scratch folders where there is no private tmpfs (tiers B and C): made, measured and removed by the zygote.
+
+A snippet may leave any tree behind: thousands of levels deep, folders of mode 000, links, FIFOs. Removal never recurses
+and never follows a link: each folder is first moved up to the base, so that every step handles one flat folder.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+
+removers: set[int] = set()  # pids of forked helpers that remove large trees
+
+
+class Base:
+    """One folder per zygote, with one short-lived folder per snippet in it."""
+
+    def __init__(self, parent: str) -> None:
+        self.path = tempfile.mkdtemp(prefix="zygote-", dir=parent)
+        os.chmod(self.path, 0o711)
+
+    def make(self, uid: int | None) -> str:
+        box = tempfile.mkdtemp(prefix="box-", dir=self.path)
+        if uid is not None:
+            os.chown(box, uid, uid)
+        return box
+
+    def discard(self, box: str) -> None:
+        """Removes a dead snippet's folder: at once when it holds nothing but the program, else in a forked helper."""
+        try:
+            if os.listdir(box) == ["main.py"]:
+                os.unlink(os.path.join(box, "main.py"))
+            os.rmdir(box)
+            return
+        except OSError:
+            pass  # more was left, or strange things: the helper deals with all of it
+        pid = os.fork()
+        if pid == 0:
+            try:
+                remove_tree(box, self.path)
+            finally:
+                os._exit(0)
+        removers.add(pid)
+
+    def remove(self) -> None:
+        remove_tree(self.path, os.path.dirname(self.path))
+
+
+def remove_tree(path: str, base: str) -> None:
+    """Removes `path` for good; `base` is a folder on the same file system in which it may park subfolders."""
+    pending = [path]
+    count = 0
+    while pending:
+        folder = pending[-1]
+        parked = []
+        os.chmod(folder, 0o700)
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if not entry.is_dir(follow_symlinks=False):
+                    os.unlink(entry.path)
+                    continue
+                count += 1
+                to = os.path.join(base, f".gone-{os.getpid()}-{count}")
+                os.chmod(entry.path, 0o700)
+                os.rename(entry.path, to)
+                parked.append(to)
+        if parked:
+            pending[-1:] = [folder, *parked]
+            continue
+        os.rmdir(folder)
+        pending.pop()
+
+
+def over(box: str, max_bytes: int, max_entries: int) -> bool:
+    """True when a running snippet's folder holds more than it may. Looks at `max_entries` entries at most."""
+    total = seen = 0
+    pending = [os.open(box, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)]
+    try:
+        while pending:
+            folder = pending.pop()
+            try:
+                for entry in os.scandir(folder):
+                    seen += 1
+                    try:
+                        info = entry.stat(follow_symlinks=False)
+                    except OSError:
+                        continue  # gone again
+                    total += info.st_blocks * 512
+                    if seen > max_entries or total > max_bytes:
+                        return True
+                    if stat.S_ISDIR(info.st_mode) and len(pending) < 64:
+                        _descend(folder, entry.name, pending)
+            finally:
+                os.close(folder)
+        return False
+    finally:
+        for fd in pending:
+            os.close(fd)
+
+
+def _descend(folder: int, name: str, pending: list[int]) -> None:
+    try:
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        pending.append(os.open(name, flags, dir_fd=folder))
+    except OSError:
+        return  # gone again, or closed to everybody: then nothing can be put into it either
+
+

@@ -1,0 +1,208 @@
+"""Which confinement this machine allows, and what a pool built on it looks like.
+
+Tiers are not guessed from version numbers: the pool starts a zygote in the strongest one and runs a snippet; what fails
+says why, and the next one is tried. This module supplies the order and the settings.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from dataclasses import dataclass, field
+
+from torl_mega.config import SandboxConfig
+from torl_mega.errors import ServerError
+from torl_mega.sandbox import landlock, linux
+from torl_mega.sandbox.confine import Settings
+from torl_mega.sandbox.host import PROJECT, Ready
+from torl_mega.sandbox.warm import PRELOAD, WARM
+
+_SYSTEM = (
+    "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/etc/ld.so.cache", "/etc/localtime",
+    "/usr/share/zoneinfo", "/usr/share/fonts", "/usr/share/fontconfig", "/etc/fonts",
+)  # fmt: skip
+_SCRATCH_PREFIX = "torl-sandbox-"
+_COUNT_EVERY_S = 10.0
+
+
+@dataclass(frozen=True)
+class KindPlan:
+    name: str
+    num_zygotes: int
+    slots: int
+
+
+@dataclass
+class Plan:
+    """A tier that is being used, in full."""
+
+    tier: str
+    config: SandboxConfig
+    kinds: dict[str, KindPlan]
+    max_running: int
+    uid: int | None
+    slot_uids: dict[str, list[int]]
+    scratch: str | None
+    exact_threads: bool
+    mechanisms: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    _counted: tuple[float, int] = (-1e9, 0)
+    _uid_cursor: int = 0
+
+    def settings(self, kind: str) -> Settings:
+        c, k = self.config, self.kinds[kind]
+        uids: list[int] = []
+        if self.slot_uids:
+            pool = self.slot_uids["all"]
+            uids = [pool[(self._uid_cursor + i) % len(pool)] for i in range(k.slots)]
+            self._uid_cursor += k.slots
+        return Settings(
+            tier=self.tier, readable=readable_paths(c), slots=k.slots, preload=list(PRELOAD[kind]), warm=WARM[kind],
+            uid=self.uid, slot_uids=uids, scratch_base=self.scratch, max_threads=c.max_threads, nproc=None,
+            scratch_mb=c.scratch_mb, scratch_inodes=c.scratch_inodes, nice=c.nice,
+            deterministic_random=c.deterministic_random,
+        )  # fmt: skip
+
+    def note_ready(self, ready: Ready) -> None:
+        if self.tier != "C":
+            self.mechanisms.append(f"Landlock ABI {ready.landlock}" if ready.landlock else "no Landlock")
+        if ready.missing:
+            self.warnings.append("not importable in the sandbox: " + "; ".join(ready.missing))
+
+    def nproc(self) -> int | None:
+        """RLIMIT_NPROC where the kernel can only count a user's threads as a whole; None where it counts exactly."""
+        if self.exact_threads:
+            return None
+        now = time.monotonic()
+        if now - self._counted[0] > _COUNT_EVERY_S:
+            self._counted = (now, _threads_of(self.uid if self.uid is not None else os.getuid()))
+        return self._counted[1] + self.max_running * self.config.max_threads
+
+    def remove_scratch(self) -> None:
+        if self.scratch is not None:
+            shutil.rmtree(self.scratch, ignore_errors=True)  # the zygotes have emptied it
+
+
+def order(config: SandboxConfig) -> list[str]:
+    """Tiers to try, strongest first."""
+    if config.tier != "auto":
+        return [config.tier]
+    return ["A", "B"]
+
+
+def plan(config: SandboxConfig, tier: str) -> Plan:
+    """Everything but the processes. Raises ServerError when this tier cannot work here."""
+    if sys.platform != "linux" or not (linux.supported_machine() or tier == "C"):
+        raise ServerError(f"sandbox tier {tier} needs Linux on x86_64 or aarch64, not {sys.platform} {linux.MACHINE}")
+    cores = len(os.sched_getaffinity(0))
+    running = config.max_running or cores + 2
+    num_math = config.zygotes or max(1, cores // 4)
+    kinds = {"math": KindPlan("math", num_math, -(-running // num_math))}
+    if config.data_libraries:
+        num_data = max(1, num_math // 4)
+        kinds["data"] = KindPlan("data", num_data, -(-running // num_data))
+    uid, slot_uids, warnings = _users(config, tier, sum(k.num_zygotes * k.slots for k in kinds.values()))
+    made = Plan(tier, config, kinds, running, uid, slot_uids, None, exact_threads=True, warnings=warnings)
+    if tier == "A":
+        made.exact_threads = _kernel() >= (5, 14)
+        made.mechanisms = ["user, mount, net, ipc, uts and pid namespaces", "empty root with read-only binds", "seccomp allow list", "rlimits"]
+    elif tier == "B":
+        if not landlock.abi() and not slot_uids:
+            raise ServerError("sandbox tier B needs Landlock (Linux 5.13, in the lsm= list) or root: the file system would stay open")
+        if not landlock.abi():
+            warnings.append("no Landlock: files that every user may read stay readable to snippets")
+        made.exact_threads = bool(slot_uids)
+        made.mechanisms = ["seccomp allow list", "rlimits", "a user per slot" if slot_uids else "the pool's own user"]
+    else:
+        warnings.append("tier C does not isolate: snippets can read and write whatever this user can")
+        made.exact_threads = False
+        made.mechanisms = ["rlimits"]
+    if tier != "A":
+        _sweep(config)
+        made.scratch = tempfile.mkdtemp(prefix=f"{_SCRATCH_PREFIX}{os.getpid()}-", dir=config.scratch_dir)
+        os.chmod(made.scratch, 0o711)
+    return made
+
+
+def _users(config: SandboxConfig, tier: str, num_slots: int) -> tuple[int | None, dict[str, list[int]], list[str]]:
+    """Whom snippets run as: (one user for tier A, users per slot for tier B, warnings)."""
+    if os.getuid() != 0 or tier == "C":
+        return None, {}, []
+    try:
+        _try_user(config.uid_base, readable_from_root=tier == "A")
+    except ServerError as e:
+        if tier == "A":
+            raise
+        return None, {}, [f"{e}; snippets keep the pool's user, fenced in by Landlock"]
+    if tier == "A":
+        return config.uid_base, {}, []
+    return None, {"all": [config.uid_base + i for i in range(num_slots + 64)]}, []
+
+
+def _try_user(uid: int, *, readable_from_root: bool) -> None:
+    """Raises ServerError when a process of that user could not be, or could not read the interpreter."""
+    files = [spec.origin for m in ("json", "numpy", "sympy") if (spec := importlib.util.find_spec(m)) and spec.origin]
+    code = "import os,sys; [open(f).close() for f in sys.argv[1:]]"
+    command = ["/bin/true"] if readable_from_root else [sys.executable, "-s", "-P", "-B", "-c", code, *files]
+    try:
+        done = subprocess.run(command, user=uid, group=uid, extra_groups=[], cwd="/", env={}, capture_output=True)
+    except OSError as e:
+        done, why = None, str(e)
+    else:
+        why = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:] or [""]
+        why = why[0]
+    if done is None or done.returncode != 0:
+        raise ServerError(
+            f"user {uid} cannot run {sys.executable} ({why}): install the environment where every user may read it, not below a closed folder such as /root"
+        )
+
+
+def readable_paths(config: SandboxConfig) -> list[str]:
+    """What a snippet may read: the interpreter's libraries, the system's, and what the config adds. Links come resolved too."""
+    wanted = [*_SYSTEM, *config.readable_paths]
+    for prefix in {sys.prefix, sys.base_prefix, sys.exec_prefix}:
+        wanted += [os.path.join(prefix, name) for name in ("lib", "lib64", "local/lib")]
+    wanted += [p for key in ("stdlib", "platstdlib", "purelib", "platlib") if (p := sysconfig.get_path(key))]
+    for name in ("numpy", "sympy", "mpmath"):
+        spec = importlib.util.find_spec(name)
+        if spec and spec.origin:
+            wanted.append(os.path.dirname(os.path.dirname(spec.origin)))
+    out: list[str] = []
+    for path in sorted({p for w in wanted for p in (w, os.path.realpath(w))}):
+        inside = any(path == o or path.startswith(o + "/") and not os.path.islink(o) for o in out)
+        if os.path.lexists(path) and not inside and path not in ("/", PROJECT):
+            out.append(path)
+    return out
+
+
+def _sweep(config: SandboxConfig) -> None:
+    """Removes scratch folders of pools that were killed together with their zygotes."""
+    base = config.scratch_dir or tempfile.gettempdir()
+    for path in glob.glob(os.path.join(base, _SCRATCH_PREFIX + "*")):
+        pid = os.path.basename(path).removeprefix(_SCRATCH_PREFIX).split("-")[0]
+        if pid.isdigit() and not os.path.exists(f"/proc/{pid}") and os.stat(path).st_uid == os.getuid():
+            subprocess.run(["rm", "-rf", "--one-file-system", "--", path], check=False)
+
+
+def _kernel() -> tuple[int, int]:
+    major, minor = os.uname().release.split(".")[:2]
+    return int(major), int("".join(c for c in minor if c.isdigit()) or 0)
+
+
+def _threads_of(uid: int) -> int:
+    total = 0
+    for status in glob.glob("/proc/[0-9]*/status"):
+        try:
+            if os.stat(status).st_uid == uid:
+                with open(status) as f:
+                    total += int(f.read().split("Threads:")[1].split()[0])
+        except (OSError, IndexError, ValueError):
+            continue  # it ended while we looked
+    return total

@@ -1,0 +1,429 @@
+"""The fork server: one single-threaded process with the maths libraries imported, one confined child per snippet.
+
+    pool ──SEQPACKET: {id, limits} + fds [payload, stdout, stderr (, fetch)]──► zygote ──fork──► child (a slot each)
+    pool ◄─SEQPACKET: {id, wait status, wall, cpu, rss, why killed}──────────── zygote ◄─wait4── child
+
+The zygote is trusted and holds no secret: it never reads a payload, and its environment is made for it. It owns the
+clocks: wall time from the moment foreign code starts (a stamp on a pipe that the child closes first), CPU time from the
+process clock. End of file on the control socket, or SIGTERM, kills every child and removes the scratch folder.
+Tier A keeps one tiny init per slot, in a pid namespace of its own: the snippet joins it, so that signals it sends to
+itself behave as anywhere (they would not for pid 1), and nobody else is there to be seen.
+"""
+
+from __future__ import annotations
+
+import gc
+import heapq
+import json
+import mmap
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+from dataclasses import dataclass
+
+from torl_mega.sandbox import confine, linux, payload, runner, scratch
+
+_SETUP_S = 20.0  # from fork to the first line of foreign code, on a machine at its limit
+_TICK_S = 0.1  # how often a running snippet's scratch folder is measured in tier B
+
+
+@dataclass
+class Child:
+    id: int
+    pid: int
+    slot: int
+    request: dict
+    forked: float
+    stamp_fd: int
+    flags: mmap.mmap
+    box: str | None
+    started: float | None = None
+    trouble: str = ""
+    killed: str = ""  # "wall", "cpu", "disk", "output", "cancel", "setup"
+
+
+class Zygote:
+    def __init__(self, control: socket.socket, cage: confine.Cage, pid_namespaces: list[int], base: scratch.Base | None) -> None:
+        self.control = control
+        self.cage = cage
+        self.pid_namespaces = pid_namespaces
+        self.free_slots = list(range(cage.settings.slots))
+        self.children: dict[int, Child] = {}
+        self.timers: list[tuple[float, int, int]] = []
+        self.ended = False
+        self.own_pid = os.getpid()
+        self.base = base
+
+    # -------------------------------------------------------------------------------------------- the loop
+
+    def serve(self) -> None:
+        wake_r, wake_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(wake_w, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGTERM, self._stop)
+        poll = select.poll()
+        poll.register(self.control, select.POLLIN)
+        poll.register(wake_r, select.POLLIN)
+        while not self.ended:
+            timeout = max(0.0, self.timers[0][0] - time.monotonic()) * 1000 + 1 if self.timers else None
+            events = dict(poll.poll(timeout))
+            if wake_r in events:
+                _drain(wake_r)
+                self._reap()
+            self._expire()
+            if self.control.fileno() in events:
+                self._receive()
+        self._end()
+
+    def _stop(self, *_: object) -> None:
+        self.ended = True
+
+    def _end(self) -> None:
+        for child in self.children.values():
+            self._kill(child, "cancel")
+        for pid in list(self.children):
+            os.waitpid(pid, 0)
+        if self.base:
+            self.base.remove()
+
+    def _receive(self) -> None:
+        while self.free_slots and not self.ended:
+            try:
+                message, fds, _, _ = socket.recv_fds(self.control, 65536, 8)
+            except BlockingIOError:
+                return
+            except OSError:
+                message, fds = b"", []
+            if not message:
+                self.ended = True
+                return
+            request = json.loads(message)
+            if "kill" in request:
+                for child in self.children.values():
+                    if child.id == request["kill"]:
+                        self._kill(child, request["why"])
+                continue
+            try:
+                self._spawn(request, fds)
+            except OSError as e:
+                self._send({"id": request["id"], "infra": f"the zygote could not start a snippet: {e}"})
+            finally:
+                for fd in fds:
+                    os.close(fd)
+
+    def _send(self, message: dict) -> None:
+        data = json.dumps(message).encode()
+        while True:
+            try:
+                self.control.send(data)
+                return
+            except BlockingIOError:
+                select.select([], [self.control], [], 1.0)
+            except OSError:
+                self.ended = True
+                return
+
+    # -------------------------------------------------------------------------------------------- one snippet
+
+    def _spawn(self, request: dict, fds: list[int]) -> None:
+        slot = self.free_slots[-1]
+        box = self.base.make(self._slot_uid(slot)) if self.base else None
+        stamp_r, stamp_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        flags = mmap.mmap(-1, mmap.PAGESIZE)
+        try:
+            if self.pid_namespaces:
+                linux.setns(self.pid_namespaces[slot], linux.CLONE_NEWPID)
+            now = time.monotonic()
+            pid = os.fork()
+        except OSError:
+            os.close(stamp_r)
+            os.close(stamp_w)
+            flags.close()
+            if self.base and box:
+                self.base.discard(box)
+            raise
+        if pid == 0:
+            _child(self.cage, request, fds, stamp_w, flags, box, slot, self.own_pid)
+        os.close(stamp_w)
+        flags.madvise(mmap.MADV_DONTFORK)  # no later child may touch it
+        self.free_slots.pop()
+        self.children[pid] = Child(request["id"], pid, slot, request, now, stamp_r, flags, box)
+        first = min(request["wall_s"], request["cpu_s"], _TICK_S if self.base else 1e9)
+        heapq.heappush(self.timers, (now + first, pid, request["id"]))
+
+    def _slot_uid(self, slot: int) -> int | None:
+        uids = self.cage.settings.slot_uids
+        return uids[slot] if uids else None
+
+    def _read_stamp(self, child: Child) -> None:
+        """Start time, written by trusted code and closed before foreign code runs; or what went wrong before."""
+        if child.started is not None or child.trouble:
+            return
+        try:
+            data = os.read(child.stamp_fd, 4096)
+        except BlockingIOError:
+            return
+        if data[:1] == b"S":
+            (child.started,) = struct.unpack("<d", data[1:9])
+        else:
+            child.trouble = data[1:].decode("utf-8", "replace")
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        while self.timers and self.timers[0][0] <= now:
+            _, pid, request_id = heapq.heappop(self.timers)
+            child = self.children.get(pid)
+            if child is None or child.id != request_id or child.killed:
+                continue
+            again = self._check(child, now)
+            if again is not None:
+                heapq.heappush(self.timers, (again, pid, request_id))
+
+    def _check(self, child: Child, now: float) -> float | None:
+        """Kills a child that is over a limit; else says when to look again."""
+        self._read_stamp(child)
+        if child.started is None:
+            if now - child.forked > _SETUP_S:
+                self._kill(child, "setup")
+                return None
+            return now + 0.02
+        wall_left = child.started + child.request["wall_s"] - now
+        cpu_left = child.request["cpu_s"] - _cpu_s(child.pid)
+        if wall_left <= 0 or cpu_left <= 0:
+            self._kill(child, "wall" if wall_left <= 0 else "cpu")
+            return None
+        wait = min(wall_left, max(cpu_left / (os.cpu_count() or 1), 0.01))
+        if self.base and child.box:
+            settings = self.cage.settings
+            if scratch.over(child.box, settings.scratch_mb << 20, settings.scratch_inodes):
+                self._kill(child, "disk")
+                return None
+            wait = min(wait, _TICK_S)
+        return now + wait
+
+    def _kill(self, child: Child, why: str) -> None:
+        child.killed = child.killed or why
+        try:
+            os.kill(child.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # it is a zombie of ours at worst: the next reap tells how it ended
+
+    def _reap(self) -> None:
+        while self.children:
+            try:
+                pid, status, usage = os.wait4(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            child = self.children.pop(pid, None)
+            if child is None:
+                if pid in scratch.removers:
+                    scratch.removers.discard(pid)
+                    continue
+                self.ended = True  # a slot's init died: this zygote can no longer isolate
+                return
+            self._finish(child, status, usage)
+
+    def _finish(self, child: Child, status: int, usage: object) -> None:
+        now = time.monotonic()
+        self._read_stamp(child)
+        os.close(child.stamp_fd)
+        memory_flag = child.flags[0] == runner.MEMORY_FLAG
+        child.flags.close()
+        self.free_slots.append(child.slot)
+        if self.base and child.box:
+            self.base.discard(child.box)
+        if child.started is None and child.killed != "cancel":
+            self._send({"id": child.id, "infra": f"a snippet could not be set up: {child.trouble or 'it died'}"})
+            return
+        cpu = usage.ru_utime + usage.ru_stime  # type: ignore[attr-defined]
+        self._send(
+            {
+                "id": child.id,
+                "code": os.waitstatus_to_exitcode(status),
+                "killed": child.killed,
+                "memory": memory_flag,
+                "wall_s": now - (child.started or now),
+                "cpu_s": cpu,
+                "rss_kb": usage.ru_maxrss,  # type: ignore[attr-defined]
+            }
+        )
+
+
+def _cpu_s(pid: int) -> float:
+    try:
+        return linux.process_cpu_s(pid)
+    except OSError:
+        return 0.0  # it has just ended
+
+
+def _drain(fd: int) -> None:
+    try:
+        while os.read(fd, 4096):
+            pass
+    except BlockingIOError:
+        return
+
+
+def _child(
+    cage: confine.Cage,
+    request: dict,
+    fds: list[int],
+    stamp: int,
+    flags: mmap.mmap,
+    box: str | None,
+    slot: int,
+    parent: int,
+) -> None:
+    """Everything between fork and foreign code. Does not return."""
+    leave = os._exit
+    try:
+        confine.die_with_parent(parent)
+        os.setsid()
+        runner.reset_signals()
+        snippet = payload.read(fds[0])
+        box = confine.make_box(cage, box, slot)
+        runner.lay_files(snippet.files, snippet.code)
+        if len(fds) > 3:
+            _hand_out_box(fds[3])
+        os.dup2(runner.open_stdin(snippet.stdin), 0)
+        os.dup2(fds[1], 1)
+        os.dup2(fds[2], 2)
+        if cage.settings.nice:
+            os.nice(cage.settings.nice)
+        main = runner.fresh_look(box, snippet.code, deterministic=cage.settings.deterministic_random)
+        confine.lock(
+            cage, box, memory_mb=request["memory_mb"], cpu_s=request["cpu_s"], nproc=request.get("nproc"), parent=parent
+        )
+        linux.close_range(3, stamp - 1)
+        linux.close_range(stamp + 1)
+        os.write(stamp, b"S" + struct.pack("<d", time.monotonic()))
+        os.close(stamp)
+        stamp = -1
+        runner.run(main, snippet.code, flags)
+    except BaseException as e:
+        if stamp >= 0:
+            os.write(stamp, b"E" + repr(e).encode("utf-8", "replace")[:1000])
+    finally:
+        leave(125)
+
+
+def _hand_out_box(fd: int) -> None:
+    """Gives the pool a handle of the working folder, by which it reads files back after the end."""
+    folder = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    with socket.socket(fileno=os.dup(fd)) as channel:
+        socket.send_fds(channel, [b"box"], [folder])
+    os.close(folder)
+
+
+# ------------------------------------------------------------------------------------------------ start
+
+
+def _start_slots(settings: confine.Settings, procfs: int) -> list[int]:
+    """Tier A: a pid namespace per slot, kept alive by an init that only sleeps. Returns their descriptors."""
+    own = os.open("self/ns/pid", os.O_RDONLY | os.O_CLOEXEC, dir_fd=procfs)
+    out = []
+    for _ in range(settings.slots):
+        linux.setns(own, linux.CLONE_NEWPID)
+        linux.unshare(linux.CLONE_NEWPID)
+        if os.fork() == 0:
+            _slot_init()
+        out.append(os.open("self/ns/pid_for_children", os.O_RDONLY | os.O_CLOEXEC, dir_fd=procfs))
+    linux.setns(own, linux.CLONE_NEWPID)
+    os.close(own)
+    return out
+
+
+def _slot_init() -> None:
+    linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.setsid()
+    linux.close_range(0)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    while True:
+        signal.pause()
+
+
+def _become_inner(control: socket.socket) -> None:
+    """Forks into the new pid namespace; the outer process stays behind as a thin parent that only waits."""
+    pid = os.fork()
+    if pid == 0:
+        linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+        return
+    control.close()
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # the inner one dies with it
+    linux.close_range(3)
+    os.waitpid(pid, 0)
+    os._exit(0)
+
+
+def _preload(settings: confine.Settings) -> list[str]:
+    """Imports what is there; a missing library is reported, not fatal."""
+    missing = []
+    for name in settings.preload:
+        try:
+            __import__(name)
+        except ImportError as e:
+            missing.append(f"{name}: {e}")
+    try:
+        if settings.warm:
+            exec(settings.warm, {})
+    except ImportError as e:
+        missing.append(str(e))
+    return missing
+
+
+def main(control_fd: int, raw_settings: str, project: str) -> None:
+    """Entry point of the process the pool starts. Tells the pool {"ready": …} or {"failed": reason}, then serves."""
+    settings = confine.Settings(**json.loads(raw_settings))
+    control = socket.socket(fileno=control_fd)
+    control.set_inheritable(False)
+    control.setblocking(False)
+    linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL if settings.tier == "A" else signal.SIGTERM)
+    _volunteer_for_oom()
+    procfs = vm = -1
+    try:
+        namespaces: list[int] = []
+        if settings.tier == "A":
+            procfs = confine.enter_namespaces(settings)
+            _become_inner(control)
+            namespaces = _start_slots(settings, procfs)
+            confine.mount_box(settings)  # for what libraries write when they are imported; each snippet gets its own
+        else:
+            procfs = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        sys.path[:] = [p for p in sys.path if p and os.path.realpath(p) != project and os.path.exists(p)]
+        import ast, bisect, cmath, collections, copy, dataclasses, datetime, decimal, enum, fractions, functools  # noqa: E401, F401, I001
+        import inspect, itertools, math, operator, re, statistics, string, textwrap, typing, contextlib, warnings, tempfile  # noqa: E401, F401, I001
+
+        base = scratch.Base(settings.scratch_base) if settings.scratch_base else None
+        os.environ["MPLCONFIGDIR"] = base.path if base else confine.BOX
+        missing = _preload(settings)
+        cage = confine.prepare(settings)
+        vm = os.open("self/statm", os.O_RDONLY | os.O_CLOEXEC, dir_fd=procfs)
+        cage.vm_bytes = int(os.read(vm, 100).split()[0]) * mmap.PAGESIZE
+        os.close(vm)
+        os.close(procfs)
+        zygote = Zygote(control, cage, namespaces, base)
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+    except BaseException as e:
+        control.send(json.dumps({"failed": f"{type(e).__name__}: {e}"}).encode())
+        os._exit(1)
+    control.send(json.dumps({"ready": True, "missing": missing, "landlock": cage.landlock_abi}).encode())
+    zygote.serve()
+    os._exit(0)
+
+
+def _volunteer_for_oom() -> None:
+    """When the machine runs out of memory the kernel takes a snippet before the trainer. Harmless where refused."""
+    try:
+        with open("/proc/self/oom_score_adj", "w") as f:
+            f.write("800")
+    except OSError:
+        return
