@@ -1,0 +1,73 @@
+"""Real SGLang servers on CPU, shared by every suite of a session: at most two, started when first asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from live_server import LiveServer, write_config
+from tiny_model import make_tiny_model
+
+from torl_mega import process
+from torl_mega.config import Config
+from torl_mega.config_file import load_config
+from torl_mega.serving.server import wait_ready
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random Qwen2 in HF layout, fp32."""
+    return make_tiny_model(tmp_path_factory.mktemp("tiny_model"))
+
+
+@pytest.fixture(scope="session")
+def tiny_config_path(tiny_model: Path) -> Path:
+    return write_config(tiny_model, tiny_model)
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_config_path: Path) -> Config:
+    return load_config(tiny_config_path)
+
+
+@pytest.fixture(scope="session")
+def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., LiveServer]]:
+    """Starts a supervised server without waiting for it."""
+    started: list[process.GuardedProcess] = []
+
+    def start(config_path: Path, *overrides: str) -> LiveServer:
+        port, folder = process.free_port(), tmp_path_factory.mktemp("server")
+        command = [sys.executable, "-m", "torl_mega.serving.serve", str(config_path), *overrides, "--port", str(port)]
+        command += ["--log", str(folder / "sglang.log")]
+        sidecar = process.start(command, name=f"serve:{port}", log_path=folder / "serve.log")
+        started.append(sidecar)
+        return LiveServer(f"http://127.0.0.1:{port}", sidecar, folder / "sglang.log")
+
+    yield start
+    for sidecar in started:
+        sidecar.stop()
+
+
+@pytest.fixture(scope="session")
+def live_server(tiny_config_path: Path, start_server: Callable[..., LiveServer]) -> LiveServer:
+    """The shared server. A test may change its weights; it must leave it running, unpaused."""
+    server = start_server(tiny_config_path)
+    asyncio.run(wait_ready(server.url, 240, process=server.sidecar, log_path=server.log))
+    return server
+
+
+@pytest.fixture(scope="session")
+def two_servers(
+    tiny_config_path: Path, start_server: Callable[..., LiveServer], live_server: LiveServer
+) -> tuple[LiveServer, LiveServer]:
+    """The shared server and a second one, which a test may kill: its supervisor brings it back."""
+    second = start_server(tiny_config_path)
+    asyncio.run(wait_ready(second.url, 240, process=second.sidecar, log_path=second.log))
+    return live_server, second
