@@ -42,7 +42,8 @@ class AnswerReward:
         if extracted is None:
             correct, status = False, GraderStatus.NO_ANSWER
         else:
-            verdict = await self._grader.check(extracted, trajectory.prompt.problem.answer)
+            problem = trajectory.prompt.problem
+            verdict = await self._grader.check(extracted, problem.answer, problem.problem)
             correct, status = verdict is Verdict.RIGHT, _STATUS[verdict]
         parts = {"answer": config.correct if correct else config.wrong}
         parts |= shaping_parts(

@@ -41,7 +41,7 @@ class Grader:
         self._lock = asyncio.Lock()
         self._open: dict[int, asyncio.Future[Verdict]] = {}
         self._next_id = 0
-        self._cache: OrderedDict[tuple[str, str], Verdict] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, str, str], Verdict] = OrderedDict()
         self.num_restarts = 0
 
     async def start(self) -> None:
@@ -67,22 +67,23 @@ class Grader:
             if self._reader is not None:
                 await self._reader
 
-    async def check(self, answer: str, gold: str) -> Verdict:
-        pair = (answer, gold)
+    async def check(self, answer: str, gold: str, problem: str = "") -> Verdict:
+        """`answers.grade` on one answer: RIGHT or WRONG, TIMEOUT when it took too long or too much, FAULT as above."""
+        pair = (answer, gold, problem)
         known = self._cache.get(pair)
         if known is not None:
             self._cache.move_to_end(pair)
             return known
-        verdict = await self._ask(answer, gold)
+        verdict = await self._ask(answer, gold, problem)
         if verdict is Verdict.FAULT:
-            verdict = await self._ask(answer, gold)  # the grader process itself may have died under it
+            verdict = await self._ask(answer, gold, problem)  # the grader process itself may have died under it
         if verdict in (Verdict.RIGHT, Verdict.WRONG):
             self._cache[pair] = verdict
             if len(self._cache) > _CACHE_PAIRS:
                 self._cache.popitem(last=False)
         return verdict
 
-    async def _ask(self, answer: str, gold: str) -> Verdict:
+    async def _ask(self, answer: str, gold: str, problem: str) -> Verdict:
         await self.start()
         process = self._process
         assert process is not None
@@ -91,7 +92,7 @@ class Grader:
         future: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
         self._open[identity] = future
         try:
-            process.stdin.write(json.dumps([identity, answer, gold]).encode() + b"\n")
+            process.stdin.write(json.dumps([identity, answer, gold, problem]).encode() + b"\n")
             with contextlib.suppress(ConnectionError):
                 await process.stdin.drain()
             if process.returncode is not None and not future.done():

@@ -3,7 +3,7 @@
     Grader (trainer's event loop) ──stdin: one JSON request a line──►  this process  ──pipe──►  child, child, …
                                  ◄─stdout: one JSON reply a line────   (one thread)  ◄────────  (forked, import nothing)
 
-Requests are `[id, answer, gold]`, replies `[id, outcome]` with outcome `right`, `wrong`, `timeout` or `fault`.
+Requests are `[id, answer, gold, problem]`, replies `[id, outcome]` with outcome `right`, `wrong`, `timeout` or `fault`.
 
 Contract: every request gets exactly one reply. A child that runs past the limit is killed and its answer is a `timeout`.
 A child that dies of itself has its answer tried once more in a fresh child. When that one dies too, of a crash or of its
@@ -45,6 +45,7 @@ class _Job:
     identity: int
     answer: str
     gold: str
+    problem: str
     tries: int = 0
 
 
@@ -118,7 +119,7 @@ class _Pool:
             job = self.waiting.popleft()
             job.tries += 1
             child.job, child.started, child.cpu_at_start = job, time.monotonic(), _cpu_s(child.pid)
-            request = json.dumps([job.answer, job.gold]).encode() + b"\n"
+            request = json.dumps([job.answer, job.gold, job.problem]).encode() + b"\n"
             try:
                 _write_all(child.to_child, request)
             except BrokenPipeError:
@@ -199,11 +200,12 @@ class _Pool:
 
 def _child_main(request_fd: int, outcome_fd: int, memory_mb: int) -> NoReturn:
     """Answers requests until the pipe closes. Whatever a check raises means that the answer could not be shown right."""
-    from torl_mega.reward.answers import check
+    from torl_mega.reward.answers import grade
 
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if memory_mb:
-        used = int(open("/proc/self/statm").read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        with open("/proc/self/statm") as file:
+            used = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         resource.setrlimit(resource.RLIMIT_AS, (used + (memory_mb << 20),) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     null = os.open(os.devnull, os.O_RDWR)
@@ -211,9 +213,8 @@ def _child_main(request_fd: int, outcome_fd: int, memory_mb: int) -> NoReturn:
     os.dup2(null, 1)
     requests = os.fdopen(request_fd, "rb")
     for line in requests:
-        answer, gold = json.loads(line)
         try:
-            outcome = "right" if check(answer, gold) else "wrong"
+            outcome = "right" if grade(*json.loads(line)) else "wrong"
         except MemoryError:
             os._exit(1)  # what is left of this process is not to be trusted
         except Exception:  # sympy raises everything there is on hostile input
