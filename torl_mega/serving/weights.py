@@ -68,6 +68,7 @@ class ServerSink:
 
     def __init__(self, config: ServingConfig, urls: Sequence[str], transport: Transport) -> None:
         self.flush_cache = True
+        self.bucket_bytes = config.bucket_mb * 2**20
         self._config = config
         self._urls = tuple(url.rstrip("/") for url in urls)
         self._transport = transport
@@ -111,7 +112,7 @@ class ServerSink:
             self._begin(urls, deadline)
         self._transport.open(up, deadline)
         num_bytes = num_tensors = 0
-        for bucket in make_buckets(stream, self._config.bucket_mb * 2**20):
+        for bucket in make_buckets(stream, self.bucket_bytes):
             expected.add(bucket, urls, deadline)
             self._transport.send(bucket, deadline)
             num_bytes += bucket.num_bytes
