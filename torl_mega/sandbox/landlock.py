@@ -21,7 +21,9 @@ from torl_mega.sandbox.linux import (
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1, 2, 4, 8
 _TRUNCATE, _IOCTL_DEV = 1 << 14, 1 << 15
 _FILE_RIGHTS = EXECUTE | WRITE_FILE | READ_FILE | _TRUNCATE | _IOCTL_DEV
-READ = EXECUTE | READ_FILE | READ_DIR  # EXECUTE lets libraries be mapped where an LSM asks for it; execve is closed by seccomp
+READ = (
+    EXECUTE | READ_FILE | READ_DIR
+)  # EXECUTE lets libraries be mapped where an LSM asks for it; execve is closed by seccomp
 
 
 def abi() -> int:

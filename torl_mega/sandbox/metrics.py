@@ -13,11 +13,15 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = r = CollectorRegistry()
         self.snippets = Counter("torl_sandbox_snippets", "Snippets answered, by status", ["status"], registry=r)
-        self.retries = Counter("torl_sandbox_retries", "Snippets started again after an infrastructure fault", registry=r)
+        self.retries = Counter(
+            "torl_sandbox_retries", "Snippets started again after an infrastructure fault", registry=r
+        )
         self.zygote_deaths = Counter("torl_sandbox_zygote_deaths", "Zygotes that ended unasked", ["kind"], registry=r)
         self.refused = Counter("torl_sandbox_refused", "HTTP requests refused because the queue was full", registry=r)
         self.wall_s = Histogram("torl_sandbox_wall_seconds", "Run time of a snippet", buckets=_BUCKETS, registry=r)
-        self.queue_s = Histogram("torl_sandbox_queue_seconds", "Time from arrival to a slot", buckets=_BUCKETS, registry=r)
+        self.queue_s = Histogram(
+            "torl_sandbox_queue_seconds", "Time from arrival to a slot", buckets=_BUCKETS, registry=r
+        )
         self.cpu_s = Counter("torl_sandbox_cpu_seconds", "CPU time of all snippets", registry=r)
         self.running = Gauge("torl_sandbox_running", "Snippets running now", registry=r)
         self.waiting = Gauge("torl_sandbox_waiting", "Snippets in the queue now", registry=r)

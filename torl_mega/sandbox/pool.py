@@ -213,7 +213,9 @@ class SandboxPool:
     def _dispatch(self) -> None:
         if self._closed or self.plan is None:
             return
-        if any(z.dead for k in self._kinds.values() for z in k.zygotes) or not all(k.zygotes for k in self._kinds.values()):
+        if any(z.dead for k in self._kinds.values() for z in k.zygotes) or not all(
+            k.zygotes for k in self._kinds.values()
+        ):
             self._dispatch_missing()
         while self._running < self.plan.max_running:
             best: tuple[int, _Kind, Zygote] | None = None

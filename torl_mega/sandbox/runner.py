@@ -79,7 +79,12 @@ def fresh_look(box: str, code: bytes, *, deterministic: bool) -> types.ModuleTyp
     _seed(blake2b(code, digest_size=16).digest() if deterministic else os.urandom(16))
     linecache.clearcache()
     text = code.decode("utf-8-sig", "replace")
-    linecache.cache[NAME] = (len(text), None, text.splitlines(keepends=True), NAME)  # None: never checked against the disk
+    linecache.cache[NAME] = (
+        len(text),
+        None,
+        text.splitlines(keepends=True),
+        NAME,
+    )  # None: never checked against the disk
     main = types.ModuleType("__main__")
     main.__dict__.update({"__builtins__": builtins, "__file__": os.path.join(box, NAME), "__annotations__": {}})
     sys.modules["__main__"] = main

@@ -105,5 +105,3 @@ def _descend(folder: int, name: str, pending: list[int]) -> None:
         pending.append(os.open(name, flags, dir_fd=folder))
     except OSError:
         return  # gone again, or closed to everybody: then nothing can be put into it either
-
-

@@ -43,7 +43,22 @@ _METADATA_X86 = "chmod chown lchown utime utimes futimesat".split()
 
 _THREAD = 0x00010000
 _CLONE_REFUSED = 0x7E020000 | 0x8000 | 0x2000 | 0x1000  # every NEW*, PARENT, PTRACE, PIDFD
-_FCNTL = [0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1032, 1034]  # DUPFD…SETLKW, OFD locks, DUPFD_CLOEXEC, GETPIPE_SZ, GET_SEALS
+_FCNTL = [
+    0,
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+    7,
+    36,
+    37,
+    38,
+    1030,
+    1032,
+    1034,
+]  # DUPFD…SETLKW, OFD locks, DUPFD_CLOEXEC, GETPIPE_SZ, GET_SEALS
 _IOCTL = [0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451]  # TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
 _PRCTL = [3, 15, 16, 39]  # GET_DUMPABLE, SET_NAME, GET_NAME, GET_NO_NEW_PRIVS
 _AF_UNIX, _MSG_OOB, _PRIO_PROCESS = 1, 1, 0
@@ -193,5 +208,7 @@ def install(template: bytes, pid: int) -> None:
     buffer = ctypes.create_string_buffer(patched, len(patched))
     fprog = struct.pack("HxxxxxxP", len(patched) // 8, ctypes.addressof(buffer))
     raw = ctypes.create_string_buffer(fprog, len(fprog))
-    result = libc.prctl(PR_SET_SECCOMP, ctypes.c_ulong(SECCOMP_MODE_FILTER), ctypes.byref(raw), ctypes.c_ulong(0), ctypes.c_ulong(0))
+    result = libc.prctl(
+        PR_SET_SECCOMP, ctypes.c_ulong(SECCOMP_MODE_FILTER), ctypes.byref(raw), ctypes.c_ulong(0), ctypes.c_ulong(0)
+    )
     check(result, "seccomp")

@@ -112,10 +112,17 @@ def plan(config: SandboxConfig, tier: str) -> Plan:
     made = Plan(tier, config, kinds, running, uid, slot_uids, None, exact_threads=True, warnings=warnings)
     if tier == "A":
         made.exact_threads = _kernel() >= (5, 14)
-        made.mechanisms = ["user, mount, net, ipc, uts and pid namespaces", "empty root with read-only binds", "seccomp allow list", "rlimits"]
+        made.mechanisms = [
+            "user, mount, net, ipc, uts and pid namespaces",
+            "empty root with read-only binds",
+            "seccomp allow list",
+            "rlimits",
+        ]
     elif tier == "B":
         if not landlock.abi() and not slot_uids:
-            raise ServerError("sandbox tier B needs Landlock (Linux 5.13, in the lsm= list) or root: the file system would stay open")
+            raise ServerError(
+                "sandbox tier B needs Landlock (Linux 5.13, in the lsm= list) or root: the file system would stay open"
+            )
         if not landlock.abi():
             warnings.append("no Landlock: files that every user may read stay readable to snippets")
         made.exact_threads = bool(slot_uids)

@@ -47,7 +47,9 @@ class Child:
 
 
 class Zygote:
-    def __init__(self, control: socket.socket, cage: confine.Cage, pid_namespaces: list[int], base: scratch.Base | None) -> None:
+    def __init__(
+        self, control: socket.socket, cage: confine.Cage, pid_namespaces: list[int], base: scratch.Base | None
+    ) -> None:
         self.control = control
         self.cage = cage
         self.pid_namespaces = pid_namespaces
