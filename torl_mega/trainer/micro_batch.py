@@ -48,7 +48,7 @@ def build_micro_batch(
     padded = [-(-n // align) * align for n in lengths]
     tail = _tail(sum(padded), align, total_align * context_size)
     if tail or not padded:
-        padded.append(max(tail, align * total_align))
+        padded.append(tail or align * total_align)
     bounds = np.concatenate([[0], np.cumsum(padded)])
     ids = np.zeros(bounds[-1], np.int64)
     rows, targets, where = [], [], []
