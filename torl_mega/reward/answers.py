@@ -16,51 +16,56 @@ MAX_ANSWER_CHARS are wrong unread. Order does not matter in a bare list of value
 
 from __future__ import annotations
 
-import logging
 import re
 from fractions import Fraction
-from functools import lru_cache
 from typing import Any
 
+import mpmath
+
 from torl_mega.reward import realset
-from torl_mega.reward.expression import (
-    Node,
-    Unreadable,
-    close,
-    evaluate,
-    has_decimal,
-    parse,
-    same_everywhere,
-    symbols,
-)
+from torl_mega.reward.expression import NUM_POINTS, close, evaluate, same_everywhere
 from torl_mega.reward.extract import extract_answer
-from torl_mega.reward.normalize import Quantity, normalize, split_unit, squeeze
-from torl_mega.reward.structure import Difference, Form, Items, Matrix, Relation, Scalar, Set, Tuple, Union, read_form
+from torl_mega.reward.finished import is_finished
+from torl_mega.reward.normalize import normalize, squeeze
+from torl_mega.reward.scalars import as_mpf, decimal_comma, read_scalar, same_scalar, same_text
+from torl_mega.reward.structure import (
+    Difference,
+    Form,
+    Items,
+    Matrix,
+    Relation,
+    Scalar,
+    Set,
+    Tuple,
+    Union,
+    is_equation,
+    is_name,
+    last_exact,
+    read_form,
+)
+from torl_mega.reward.symbolic import ask_math_verify
+from torl_mega.reward.syntax import Node, symbols
+from torl_mega.reward.tokens import Unreadable
 
 __all__ = ["check", "extract_answer", "grade", "is_finished", "warm_up"]
 
 MAX_ANSWER_CHARS = 1000
-_NAME = re.compile(
-    r"\(?\s*(?:\\(?:angle|triangle|overline|vec|mathbf|text|measuredangle|Delta)?\s*\{?)?[A-Za-z\\|][A-Za-z0-9_{}'|:\\ ]{0,16}"
-    r"(?:\([A-Za-z0-9_+\-, ]{0,12}\))?(?:\s*,\s*[A-Za-z]){0,3}\s*\)?",
-    re.ASCII,
-)
 
 
 def check(answer: str, gold: str) -> bool:
     """Whether `answer` states the same as `gold`. Never raises for what a string holds, but may take long or much memory."""
-    if len(answer) > MAX_ANSWER_CHARS:
+    if max(len(answer), len(gold)) > MAX_ANSWER_CHARS:
         return False
     a, g = normalize(answer), normalize(gold)
     if not a or not g:
         return False
-    if _same_text(a, g) or _same_choice(a, g) or _decimal_comma(a, g):
+    if same_text(a, g) or _same_choice(a, g) or decimal_comma(a, g):
         return True
     try:
         gold_form = read_form(g)
         _probe(gold_form)
     except Unreadable:
-        return _math_verify(answer, gold)
+        return ask_math_verify(answer, gold)
     try:
         return _same(read_form(a), gold_form) or _list_of_grouped(a, g)
     except Unreadable:
@@ -69,32 +74,17 @@ def check(answer: str, gold: str) -> bool:
 
 def grade(answer: str, gold: str, problem: str = "") -> bool:
     """What the reward asks: right, and really an answer to `problem`."""
-    return is_finished(answer, gold, problem) and check(answer, gold)
+    return len(answer) <= MAX_ANSWER_CHARS and is_finished(answer, gold, problem) and check(answer, gold)
 
 
 def warm_up() -> None:
     """Pays for imports and parser tables once, before workers are forked."""
     for text in ("5", "\\frac{3}{4}", "(-\\infty,2)\\cup(3,\\infty)", "\\begin{pmatrix}1\\\\2\\end{pmatrix}", "y=2x+3"):
         check(text, "1+x")
-        _math_verify(text, "\\sum_{k=1}^{n} k")
+        ask_math_verify(text, "\\sum_{k=1}^{n} k")
 
 
 # ------------------------------------------------------------------------------------------------ text
-
-
-def _same_text(a: str, g: str) -> bool:
-    if squeeze(a) == squeeze(g):
-        return True
-    words = _words(a)
-    return bool(words) and words == _words(g) and ("\\text" in a + g or len(max(words.split(), key=len)) > 3)
-
-
-def _words(text: str) -> str:
-    """A textual answer (`\\text{Evelyn}`, even) as lower-case words; empty for anything with mathematics in it."""
-    plain = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text).strip().strip("\"'.")
-    if not re.fullmatch(r"[A-Za-z][A-Za-z',.\- ]*", plain) or not re.search(r"[A-Za-z]{2}", plain):
-        return ""
-    return " ".join(re.sub(r"[,.\-]", " ", plain).lower().split()).removeprefix("the ")
 
 
 def _same_choice(a: str, g: str) -> bool:
@@ -112,10 +102,11 @@ def _same_choice(a: str, g: str) -> bool:
 def _probe(form: Form) -> None:
     """Raises Unreadable when a scalar of the gold answer cannot be evaluated."""
     if isinstance(form, Scalar):
-        _Scalar.read(form.text)
+        if form.text.replace(" ", "").lstrip("+-") not in ("\\infty", "\\mathbb{R}"):
+            read_scalar(form.text)
     elif isinstance(form, Relation):
         for side in form.sides:
-            if not _is_name(side):
+            if not is_name(side):
                 side_form = read_form(side)
                 if side_form != form:
                     _probe(side_form)
@@ -139,7 +130,7 @@ def _parts(form: Form) -> tuple[Form, ...]:
 def _same(a: Form, g: Form) -> bool:
     """Whether the prediction's form `a` states the same as the gold form `g`."""
     if isinstance(a, Scalar) and isinstance(g, Scalar):
-        return _same_scalar(a.text, g.text)
+        return same_scalar(a.text, g.text)
     if isinstance(a, Matrix) or isinstance(g, Matrix):
         return isinstance(a, Matrix) and isinstance(g, Matrix) and _same_matrix(a, g)
     if isinstance(a, Relation) or isinstance(g, Relation):
@@ -170,7 +161,7 @@ def _same_tuple(a: Tuple, g: Tuple) -> bool:
 
 def _rhs(form: Form) -> Form:
     """`x = 3` inside a tuple is 3."""
-    if isinstance(form, Relation) and set(form.operators) == {"="} and _is_name(form.sides[0]):
+    if isinstance(form, Relation) and set(form.operators) == {"="} and is_name(form.sides[0]):
         return read_form(form.sides[-1])
     return form
 
@@ -236,38 +227,29 @@ def _list_of_grouped(a: str, g: str) -> bool:
 # ------------------------------------------------------------------------------------------------ relations
 
 
-def _is_name(text: str) -> bool:
-    """Something that a value is given to: x, x_1, f(x), AB, \\angle ABC, |AB|, (x, y), A:B."""
-    return _NAME.fullmatch(text.strip()) is not None and not re.search(r"\\(?:frac|sqrt|pi|sin|cos|tan|log|ln)", text)
-
-
 def _same_relation(a: Form, g: Form) -> bool:
     if isinstance(a, Items) and isinstance(g, Items):
         return _same_relation_lists(a, g)
     if isinstance(a, Relation) and isinstance(g, Relation):
         return _both_relations(a, g)
-    if isinstance(a, Relation) and _is_equation(a):
+    if isinstance(a, Relation) and is_equation(a):
         value = _stated_value(a)
         return value is not None and _approximations_agree(a, g, value)
-    if isinstance(g, Relation) and _is_equation(g):
+    if isinstance(g, Relation) and is_equation(g):
         value = _assigned(g)
         return value is not None and _same(a, value)
     return _same_real_set(a, g)
 
 
-def _is_equation(relation: Relation) -> bool:
-    return set(relation.operators) <= {"=", "\\approx", "\\equiv"}
-
-
 def _both_relations(a: Relation, g: Relation) -> bool:
-    if _is_equation(a) != _is_equation(g):
+    if is_equation(a) != is_equation(g):
         return False
-    if not _is_equation(g):
+    if not is_equation(g):
         return _same_sides(a, g) or _try_real_set(a, g) or _same_inequality(a, g)
-    if _is_name(a.sides[0]) and _is_name(g.sides[0]):
+    if is_name(a.sides[0]) and is_name(g.sides[0]):
         same_name = squeeze(a.sides[0]) == squeeze(g.sides[0])
         if same_name:
-            return _same(_last_exact(a), _last_exact(g))
+            return _same(last_exact(a), last_exact(g))
     return len(a.sides) == len(g.sides) == 2 and _proportional(a, g, positive=False)
 
 
@@ -277,27 +259,22 @@ def _same_sides(a: Relation, g: Relation) -> bool:
     )
 
 
-def _last_exact(relation: Relation) -> Form:
-    """The last side before an approximation: 1/3 of `x = 5/15 = 1/3 \\approx 0.33`."""
-    sides = relation.sides
-    if "\\approx" in relation.operators and relation.operators[0] != "\\approx":
-        sides = sides[: relation.operators.index("\\approx") + 1]
-    return read_form(sides[-1])
-
-
 def _assigned(relation: Relation) -> Form | None:
     """What a name is given in the gold answer; None for an equation such as `2x + z = 1`."""
-    return _last_exact(relation) if _is_name(relation.sides[0]) else None
+    return last_exact(relation) if is_name(relation.sides[0]) else None
 
 
 def _stated_value(relation: Relation) -> Form | None:
     """What a prediction's chain comes to: after a name, or when all its exact sides have one value. Else None."""
-    if _is_name(relation.sides[0]):
-        return _last_exact(relation)
+    if is_name(relation.sides[0]):
+        return last_exact(relation)
     exact = relation.sides
     if "\\approx" in relation.operators:
-        exact = exact[: relation.operators.index("\\approx") + 1]
-    nodes = [_Scalar.read(side).node for side in exact]
+        first = relation.operators.index("\\approx")
+        if set(relation.operators[first:]) != {"\\approx"}:
+            return None
+        exact = exact[: first + 1]
+    nodes = [read_scalar(side).node for side in exact]
     consistent = all(same_everywhere(nodes[0], node) for node in nodes[1:])
     return read_form(exact[-1]) if consistent else None
 
@@ -308,26 +285,21 @@ def _approximations_agree(a: Relation, g: Form, value: Form) -> bool:
     if a.operators[-1] != "\\approx" or not isinstance(value, Scalar) or not isinstance(g, Scalar):
         return False
     shown = read_form(a.sides[-1])  # 70/9 \approx 7.78 for a gold 7.78: right when it rounds so
-    return isinstance(shown, Scalar) and _same_scalar(shown.text, g.text) and _rounds_to(value.text, shown.text)
+    return isinstance(shown, Scalar) and same_scalar(shown.text, g.text) and _rounds_to(value.text, shown.text)
 
 
 def _rounds_to(exact: str, shown: str) -> bool:
-    x, y = evaluate(_Scalar.read(exact).node, 0), _Scalar.read(shown).node
-    digits = len(y.name.partition(".")[2]) if y.kind == "num" else 0
-    return (
-        y.kind == "num"
-        and y.value is not None
-        and abs(complex(_complex(x)) - float(y.value)) <= 0.5000001 * 10.0**-digits
-    )
-
-
-def _complex(x: Any) -> complex:
-    return complex(float(x)) if isinstance(x, Fraction) else complex(x)
+    x, y = evaluate(read_scalar(exact).node, 0), read_scalar(shown).node
+    if y.kind != "num" or y.value is None:
+        return False
+    with mpmath.workdps(60):
+        half_unit = mpmath.mpf(0.5000001) * mpmath.mpf(10) ** -len(y.name.partition(".")[2])
+        return bool(abs(as_mpf(x) - as_mpf(y.value)) <= half_unit)
 
 
 def _same_relation_lists(a: Items, g: Items) -> bool:
     """Lists in which names are given values: x = 1, y = 2."""
-    if any(isinstance(i, Relation) and not _is_equation(i) for i in (*a.items, *g.items)):
+    if any(isinstance(i, Relation) and not is_equation(i) for i in (*a.items, *g.items)):
         return _same_real_set(a, g)
     if len(a.items) != len(g.items):
         return False
@@ -355,7 +327,7 @@ def _proportional(a: Relation, g: Relation, *, positive: bool) -> bool:
         return False
     ratio: Any = None
     agreed = 0
-    for point in range(6):
+    for point in range(NUM_POINTS):
         try:
             x, y = evaluate(f, point), evaluate(h, point)
         except Unreadable:
@@ -366,24 +338,16 @@ def _proportional(a: Relation, g: Relation, *, positive: bool) -> bool:
         if ratio is not None and not close(quotient, ratio):
             return False
         ratio, agreed = quotient, agreed + 1
-    return agreed >= 3 and (not positive or _complex(ratio).real > 0)
+    return agreed >= 3 and (not positive or as_mpf(ratio).real > 0)
 
 
 def _div(x: Any, y: Any) -> Any:
-    import mpmath
-
     with mpmath.workdps(60):
-        return mpmath.mpc(_mp(x)) / _mp(y)
-
-
-def _mp(x: Any) -> Any:
-    import mpmath
-
-    return mpmath.mpf(x.numerator) / x.denominator if isinstance(x, Fraction) else x
+        return mpmath.mpc(as_mpf(x)) / as_mpf(y)
 
 
 def _difference(relation: Relation) -> Node:
-    left, right = (_Scalar.read(side).node for side in relation.sides)
+    left, right = (read_scalar(side).node for side in relation.sides)
     return Node("add", (left, Node("neg", (right,))))
 
 
@@ -417,178 +381,15 @@ def _try_real_set(a: Form, g: Form) -> bool:
 
 def _endpoint(text: str) -> Any:
     """A real endpoint as a number rounded to 40 digits, so that equal ones compare equal."""
-    node = _Scalar.read(text).node
+    node = read_scalar(text).node
     if symbols(node):
         raise Unreadable("an endpoint with a variable in it")
     value = evaluate(node, 0)
     if isinstance(value, Fraction):
         return value
-    import mpmath
-
     with mpmath.workdps(45):
         if abs(value.imag) > mpmath.mpf(10) ** -40:
             raise Unreadable("an endpoint that is not real")
         return (
             Fraction(mpmath.nstr(value.real, 40, strip_zeros=False).replace("+", "")) if abs(value) < 10**20 else None
         )
-
-
-# ------------------------------------------------------------------------------------------------ scalars
-
-
-class _Scalar:
-    """A scalar's value and its unit."""
-
-    __slots__ = ("node", "quantity")
-
-    def __init__(self, node: Node, quantity: Quantity) -> None:
-        self.node, self.quantity = node, quantity
-
-    @staticmethod
-    @lru_cache(maxsize=4096)
-    def read(text: str) -> _Scalar:
-        text = text.strip()
-        quantity = split_unit(text)
-        try:
-            node = parse(quantity.body)
-        except Unreadable:
-            node, quantity = parse(text), Quantity(text, "", False)
-        if quantity.scale:
-            node = Node("mul", (node, Node("num", name=str(10**quantity.scale), value=Fraction(10**quantity.scale))))
-        return _Scalar(node, quantity)
-
-
-def _same_scalar(a: str, g: str) -> bool:
-    if _same_text(a, g) or squeeze(a).removeprefix("+") == squeeze(g).removeprefix("+"):
-        return True
-    x, y = _Scalar.read(a), _Scalar.read(g)
-    unit, gold_unit = x.quantity.unit, y.quantity.unit
-    if unit and gold_unit and unit != gold_unit and x.quantity.known and y.quantity.known:
-        return False
-    if _equal(x.node, y.node):
-        return True
-    if (unit == "percent") != (gold_unit == "percent"):
-        hundred = Node("num", name="100", value=Fraction(100))
-        left = Node("div", (x.node, hundred)) if unit == "percent" else x.node
-        right = Node("div", (y.node, hundred)) if gold_unit == "percent" else y.node
-        return _equal(left, right)
-    return False
-
-
-def _decimal_comma(a: str, g: str) -> bool:
-    """`2,74` for 2.74: only when the other side is written as that very decimal."""
-    pairs = ((a, g), (g, a))
-    return any(
-        re.fullmatch(r"-?[0-9]+,[0-9]+", comma) is not None and comma.replace(",", ".") == point
-        for comma, point in pairs
-    )
-
-
-def _equal(a: Node, g: Node) -> bool:
-    if symbols(a) != symbols(g) and not (symbols(a) and symbols(g)):
-        return False
-    if same_everywhere(a, g):
-        return True
-    return (has_decimal(a) or has_decimal(g)) and not symbols(g) and not symbols(a) and _approximately(a, g)
-
-
-def _approximately(a: Node, g: Node) -> bool:
-    """A decimal for an exact value: the same to 6 decimals and 5 significant digits (math-verify rounds to 6 decimals).
-
-    A gold answer that is itself a short exact number must be hit to 9 digits: 4.999999999 is 5, 4.9999995 is not.
-    """
-    x, y = _complex(evaluate(a, 0)), _complex(evaluate(g, 0))
-    exact = evaluate(g, 0)
-    short = isinstance(exact, Fraction) and 10**6 % exact.denominator == 0
-    limit = 1e-9 * max(1.0, abs(y)) if short else 5e-7
-    return abs(x - y) <= min(limit, 1e-5 * abs(y))
-
-
-# ------------------------------------------------------------------------------------------------ is it an answer?
-
-
-def is_finished(answer: str, gold: str, problem: str = "") -> bool:
-    """False for a box that leaves the work to the grader.
-
-    Where the gold answer is a rational number: no sums, products of plain numbers, roots or functions (`37*45-12`);
-    powers, factorials, fractions and their products stay allowed. And never an expression that stands in the problem
-    itself (`\\sqrt{117}`, `(x+2)(x+3)`) unless it is the gold answer to the letter.
-    """
-    if len(answer) > MAX_ANSWER_CHARS:
-        return False
-    a, g = normalize(answer), normalize(gold)
-    if _same_text(a, g):
-        return True
-    try:
-        node, gold_node = _value_node(a), _value_node(g)
-    except Unreadable:
-        return True  # lists, intervals, text: nothing to work out
-    if _is_rational_literal(gold_node) and not _is_closed_form(node):
-        return False
-    return not (
-        _size(node) >= 3 and not _is_rational_literal(node) and squeeze(a) in squeeze(normalize(problem[:20_000]))
-    )
-
-
-def _value_node(text: str) -> Node:
-    form = read_form(text)
-    if isinstance(form, Relation) and _is_equation(form):
-        form = _last_exact(form)
-    if not isinstance(form, Scalar):
-        raise Unreadable("not a scalar")
-    return _Scalar.read(form.text).node
-
-
-def _is_rational_literal(node: Node) -> bool:
-    if node.kind == "neg":
-        return _is_rational_literal(node.args[0])
-    if node.kind == "div":
-        return all(_is_rational_literal(a) and a.kind != "div" for a in node.args)
-    return node.kind in ("num", "mixed")
-
-
-def _is_closed_form(node: Node) -> bool:
-    if node.kind in ("num", "mixed"):
-        return True
-    if node.kind == "neg":
-        return _is_closed_form(node.args[0])
-    if node.kind == "div":
-        return all(_is_closed_form(a) for a in node.args)
-    if node.kind == "pow":
-        return all(_is_rational_literal(a) for a in node.args)
-    if node.kind == "fn":
-        return node.name in ("factorial", "binom") and all(_is_rational_literal(a) for a in node.args)
-    if node.kind == "mul":  # 2^3 * 5 and 1.2 * 10^5, but not 37 * 45
-        return all(_is_closed_form(a) for a in node.args) and any(_has_power(a) for a in node.args)
-    return False
-
-
-def _has_power(node: Node) -> bool:
-    return node.kind in ("pow", "fn") or any(_has_power(a) for a in node.args)
-
-
-def _size(node: Node) -> int:
-    return 1 + sum(_size(a) for a in node.args)
-
-
-# ------------------------------------------------------------------------------------------------ math-verify
-
-
-def _math_verify(answer: str, gold: str) -> bool:
-    """For gold answers of a form that is not read here: sums, set builders, named functions."""
-    if len(gold) > MAX_ANSWER_CHARS:
-        return False
-    from math_verify import verify
-
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    parsed_gold, parsed = _parse_sympy(gold), _parse_sympy(answer)
-    return bool(parsed_gold and parsed and verify(parsed_gold, parsed, timeout_seconds=None))
-
-
-@lru_cache(maxsize=1024)
-def _parse_sympy(text: str) -> Any:
-    from math_verify import LatexExtractionConfig
-    from math_verify import parse as parse_latex
-
-    config = LatexExtractionConfig(boxed_match_priority=0)
-    return parse_latex(f"\\boxed{{{text}}}", [config], fallback_mode="no_fallback", parsing_timeout=None)  # type: ignore[arg-type]

@@ -1,7 +1,8 @@
 """Finds the policy's final answer in what the policy wrote. Pure text, linear time, no LaTeX is understood here.
 
 What counts is the last `\\boxed{}` (or `\\fbox{}`) outside of code and tool output. A box that never closes means that
-the answer was cut off: then there is no answer, even when an earlier box is complete.
+the answer was cut off: then there is no answer, even when an earlier box is complete. Boxes joined by `and` or a comma
+are one answer of several values.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from collections.abc import Sequence
 
 _FENCE = re.compile(r"^[ \t]*```[ \t]*(?P<language>[\w+-]*)[^\n]*$", re.MULTILINE)
 _INLINE_OPEN = re.compile(r"```(?P<language>python|output)[ \t]*$", re.MULTILINE)
+_JOINED = re.compile(
+    r"[\s$]*(?:\\quad|\\[,; ])*[\s$]*(?:,|,?\s*and|,?\s*\\text\{\s*and\s*\})[\s$]*(?:\\quad|\\[,; ])*[\s$]*"
+)
 _MAX_NESTED_BOXES = 8
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
 
@@ -66,16 +70,28 @@ def last_boxed(text: str) -> str | None:
 
 
 def _last_outer_box(text: str) -> str | None:
+    """The last box; the last ones together, as a list, where only `and` or a comma stands between them."""
     closing = _closing_braces(text)
-    start, at = -1, 0
+    boxes: list[tuple[int, int, int]] = []  # start of the command, start of what follows, end
+    at = 0
     while match := _BOX.search(text, at):
         start = _skip_spaces(text, match.end())
-        at = closing.get(start, start) + 1 if text[start : start + 1] == "{" else start
-    if start < 0:
+        end = closing.get(start, start) if text[start : start + 1] == "{" else start
+        boxes.append((match.start(), start, end))
+        at = end + 1 if text[start : start + 1] == "{" else start
+    if not boxes:
         return None
-    if text[start : start + 1] == "{":
-        return text[start + 1 : closing[start]] if start in closing else None
-    return re.split(r"[$\n]", text[start:], maxsplit=1)[0].strip().rstrip(".") or None
+    _, start, end = boxes[-1]
+    if text[start : start + 1] != "{":
+        return re.split(r"[$\n]", text[start:], maxsplit=1)[0].strip().rstrip(".") or None
+    if end == start:
+        return None
+    contents = [text[start + 1 : end]]
+    for before, after in zip(reversed(boxes[:-1]), reversed(boxes), strict=False):
+        if before[2] == before[1] or not _JOINED.fullmatch(text, before[2] + 1, after[0]):
+            break
+        contents.insert(0, text[before[1] + 1 : before[2]])
+    return ", ".join(contents)
 
 
 def _skip_spaces(text: str, at: int) -> int:

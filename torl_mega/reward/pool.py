@@ -7,8 +7,10 @@ Requests are `[id, answer, gold, problem]`, replies `[id, outcome]` with outcome
 
 Contract: every request gets exactly one reply. A child that runs past the limit is killed and its answer is a `timeout`.
 A child that dies of itself has its answer tried once more in a fresh child. When that one dies too, of a crash or of its
-memory limit, the answer did it and counts as `timeout`; when something killed it from outside, it is a `fault`. An answer that runs longer than `_ASIDE_S` is set aside: it keeps running at low priority while a fresh
-child takes its place, so hanging answers wait for their limit side by side and never in a queue.
+memory limit, the answer did it and counts as `timeout`; when something killed it from outside, it is a `fault`.
+
+An answer that runs longer than `_ASIDE_S` is set aside: it keeps running at low priority while a fresh child takes its
+place, so hanging answers wait for their limit side by side and never in a queue.
 
 The limit is wall-clock time, but no answer times out before it had `timeout_s / 20` seconds of CPU, so a crowded machine
 does not turn ordinary answers into timeouts.

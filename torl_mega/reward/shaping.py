@@ -40,7 +40,7 @@ def code_error(trajectory: Trajectory, penalty: float) -> float:
 
 
 def overlong(length: int, penalty: float, *, limit: int, buffer: int) -> float:
-    """DAPO's soft punishment (arXiv 2503.14476, eq. 13) scaled to `penalty`: 0 up to limit - buffer tokens, then linear, `penalty` at the limit."""
+    """DAPO's soft punishment (arXiv 2503.14476, eq. 13): 0 up to limit - buffer tokens, then linear to `penalty`."""
     over = length - (limit - buffer)
     return penalty * min(max(over / buffer, 0.0), 1.0)
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from torl_mega.reward.expression import Unreadable
 from torl_mega.reward.normalize import strip_outer
+from torl_mega.reward.tokens import Unreadable
 
 MAX_ITEMS = 64
 _MAX_DEPTH = 8
@@ -167,7 +167,7 @@ def _relation(text: str) -> Relation | None:
 
 
 def _ends_word(text: str, end: int, operator: str) -> bool:
-    return not operator.startswith("\\") or not text[end : end + 1].isalpha()
+    return not (operator.startswith("\\") and operator[-1].isalpha()) or not text[end : end + 1].isalpha()
 
 
 def _plus_minus(text: str, depth: int) -> Form:
@@ -219,7 +219,8 @@ def _forms(parts: list[str], depth: int) -> tuple[Form, ...]:
 
 
 def _has_form(text: str) -> bool:
-    return bool(re.search(r"\\cup|\\begin\{|\\setminus|[=<>]|\\le|\\ge|\\pm", text))
+    """Whether brackets around `text` only group: there is more than a scalar inside."""
+    return "," in text or bool(re.search(r"\\cup|\\begin\{|\\setminus|[=<>]|\\le|\\ge|\\pm", text))
 
 
 # ------------------------------------------------------------------------------------------------ splitting
@@ -278,3 +279,29 @@ def _spans_any(text: str) -> bool:
         if depth == 0:
             return at >= len(text)
     return False
+
+
+# ------------------------------------------------------------------------------------------------ relations
+
+_NAME = re.compile(
+    r"\(?\s*(?:\\(?:angle|triangle|overline|vec|mathbf|text|measuredangle|Delta)?\s*\{?)?[A-Za-z\\|][A-Za-z0-9_{}'|:\\ ]{0,16}"
+    r"(?:\([A-Za-z0-9_+\-, ]{0,12}\))?(?:\s*,\s*[A-Za-z]){0,3}\s*\)?",
+    re.ASCII,
+)
+
+
+def is_name(text: str) -> bool:
+    """Something that a value is given to: x, x_1, f(x), AB, \\angle ABC, |AB|, (x, y), A:B."""
+    return _NAME.fullmatch(text.strip()) is not None and not re.search(r"\\(?:frac|sqrt|pi|sin|cos|tan|log|ln)", text)
+
+
+def is_equation(relation: Relation) -> bool:
+    return set(relation.operators) <= {"=", "\\approx", "\\equiv"}
+
+
+def last_exact(relation: Relation) -> Form:
+    """The last side before an approximation: 1/3 of `x = 5/15 = 1/3 \\approx 0.33`."""
+    sides = relation.sides
+    if "\\approx" in relation.operators and relation.operators[0] != "\\approx":
+        sides = sides[: relation.operators.index("\\approx") + 1]
+    return read_form(sides[-1])
