@@ -67,7 +67,8 @@ def transformer_config(
         # with two stages both neighbours are the same rank: the interleaved schedule needs one group per direction
         "overlap_p2p_comm": parallel.virtual_pipeline > 1,
         "batch_p2p_comm": parallel.virtual_pipeline == 1,
-        "deallocate_pipeline_outputs": True,
+        # frees what was handed to an asynchronous send: CUDA's stream order makes that safe, gloo has none
+        "deallocate_pipeline_outputs": fused,
         "attention_backend": _attention_backend(),
         **_recompute(trainer),
         **precision_settings(trainer.precision, dtype),

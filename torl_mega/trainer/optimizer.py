@@ -29,7 +29,7 @@ def wrap_ddp(chunks: Sequence[Any], config: Any, trainer: TrainerConfig) -> list
         bucket_size=trainer.gradient_bucket_parameters if trainer.overlap else None,
     )
     wrapped = [
-        DistributedDataParallel(config, settings, chunk, disable_bucketing=n > 0 and not trainer.overlap)
+        DistributedDataParallel(config, settings, chunk, disable_bucketing=n > 0)
         for n, chunk in enumerate(chunks)
     ]
     if trainer.overlap:

@@ -56,7 +56,7 @@ def init_distributed(parallel: ParallelConfig, trainer: TrainerConfig) -> None:
     else:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
     _share_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=trainer.share_timeout_s))
-    _init_megatron(parallel, trainer)
+    set_layout(parallel, trainer)
 
 
 def _threads_per_rank(world_size: int) -> int:
@@ -65,7 +65,8 @@ def _threads_per_rank(world_size: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // local) if world_size > 1 else min(2, len(os.sched_getaffinity(0)))
 
 
-def _init_megatron(parallel: ParallelConfig, trainer: TrainerConfig) -> None:
+def set_layout(parallel: ParallelConfig, trainer: TrainerConfig) -> None:
+    """Build Megatron's groups on the running process group; groups of an earlier layout are dropped first."""
     from torl_mega.trainer import cpu_backend
 
     on_cpu = cpu_backend.install()
@@ -75,6 +76,11 @@ def _init_megatron(parallel: ParallelConfig, trainer: TrainerConfig) -> None:
         from torl_mega.trainer import cpu_adam
 
         cpu_adam.install()
+    if parallel_state.model_parallel_is_initialized():
+        for group in getattr(parallel_state, "_global_process_group_list", None) or []:
+            if group is not None:
+                dist.destroy_process_group(group)
+        parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,

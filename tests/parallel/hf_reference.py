@@ -1,0 +1,141 @@
+"""Independent reference for the parallel tests: plain `transformers` in fp32, one sequence at a time, torch AdamW."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from torl_mega.types import Sample
+
+TEMPERATURE = 0.7
+ENTROPY_COEF = 0.01
+CLIP = 0.2
+OPTIM = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-5}
+WEIGHT_DECAY = 0.1
+CLIP_GRAD = 0.05
+VOCAB = 201  # odd: padded by every tensor size
+
+
+def make_model(family: str, *, tied: bool, layers: int = 8, dtype: torch.dtype = torch.float32, **extra: Any) -> Any:
+    """A small random HF model with non-trivial biases and norms, so that a wrong mapping shows."""
+    import transformers
+
+    shared = {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": tied,
+        "max_position_embeddings": 512,
+        "attn_implementation": "eager",
+        "initializer_range": 0.05,
+        **extra,
+    }
+    if family == "qwen3":
+        shared.setdefault("head_dim", 32)  # not hidden / heads
+    name = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}[family]
+    torch.manual_seed(7)
+    config = getattr(transformers, name + "Config")(**shared)
+    model = getattr(transformers, name + "ForCausalLM")(config).to(dtype)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith("bias"):
+                parameter.normal_(0, 0.5)
+            if "norm" in key:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def save_model(model: Any, path: Path) -> None:
+    model.save_pretrained(path)
+
+
+def make_samples(seed: int, count: int = 14, longest: int = 40) -> list[Sample]:
+    """Sequences of mixed length, one of a single token, with observations masked out in the middle."""
+    rng = np.random.default_rng(seed)
+    samples = []
+    for i in range(count):
+        length = 1 if i == 3 else int(rng.integers(2, longest + 1))
+        mask = rng.random(length) > 0.3
+        mask[0] = False
+        samples.append(
+            Sample(
+                token_ids=rng.integers(0, VOCAB, length),
+                loss_mask=mask,
+                rollout_logprobs=np.zeros(length, np.float32),
+                policy_versions=np.zeros(length, np.int32),
+                advantage=float(rng.normal()),
+            )
+        )
+    return samples
+
+
+def noise(seed: int, samples: list[Sample]) -> list[np.ndarray]:
+    """What is added to log-probs to make old ones, so that ratios are off 1 and some are clipped."""
+    rng = np.random.default_rng(seed + 1000)
+    return [rng.normal(0, 0.3, len(s.token_ids)).astype(np.float32) for s in samples]
+
+
+@dataclass
+class Step:
+    logprobs: list[np.ndarray]
+    entropies: list[np.ndarray]
+    loss: float
+    grad_norm: float
+
+
+class Reference:
+    """HF model and AdamW (weight decay on matrices only) trained on the same samples by the formulas written out."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        matrices = [p for p in model.parameters() if p.dim() > 1]
+        vectors = [p for p in model.parameters() if p.dim() == 1]
+        groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, **OPTIM)
+
+    def logits(self, sample: Sample) -> torch.Tensor:
+        return self.model(torch.from_numpy(sample.token_ids)[None]).logits[0]
+
+    def score(self, sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-prob and entropy of tokens 1.. under the temperature."""
+        table = torch.log_softmax(self.logits(sample)[:-1].float() / TEMPERATURE, -1)
+        chosen = table.gather(-1, torch.from_numpy(sample.token_ids)[1:, None]).squeeze(-1)
+        return chosen, -(table.exp() * table).sum(-1)
+
+    def backward(self, samples: list[Sample], offset: list[np.ndarray]) -> Step:
+        """Token-mean clipped surrogate minus the entropy bonus; leaves gradients in the model."""
+        self.optimizer.zero_grad()
+        total = sum(int(s.loss_mask.sum()) for s in samples)
+        step = Step([], [], 0.0, 0.0)
+        for sample, shift in zip(samples, offset, strict=True):
+            if len(sample.token_ids) < 2:
+                step.logprobs.append(np.zeros(1, np.float32))
+                step.entropies.append(np.zeros(1, np.float32))
+                continue
+            logprob, entropy = self.score(sample)
+            mask = torch.from_numpy(sample.loss_mask[1:])
+            old = logprob.detach() + torch.from_numpy(shift[1:])
+            ratio = (logprob - old).exp()
+            surrogate = torch.maximum(
+                -sample.advantage * ratio, -sample.advantage * ratio.clamp(1 - CLIP, 1 + CLIP)
+            )
+            loss = ((surrogate - ENTROPY_COEF * entropy) * mask).sum() / total
+            loss.backward()
+            step.loss += float((surrogate * mask).sum() / total)
+            zero = torch.zeros(1)
+            step.logprobs.append(torch.cat([zero, (logprob.detach() * mask)]).numpy())
+            step.entropies.append(torch.cat([zero, (entropy.detach() * mask)]).numpy())
+        return step
+
+    def update(self) -> float:
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_GRAD)
+        self.optimizer.step()
+        return float(norm)

@@ -1,0 +1,77 @@
+"""Every layout computes what HF + torch compute: logits, gradients, weights after three clipped AdamW steps, all in fp32.
+
+One torchrun start per world size runs all of its layouts and models. By default a chosen few on the installed
+megatron-core (and on the other one where `make mcore-next` has run); `-m slow` runs the whole matrix on both.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+import hf_reference as ref
+from layout_cases import DEFAULT, FAMILIES, Layout, matrix
+from torchrun import NEXT, torchrun
+
+LIMITS = {"logits": 2e-6, "grad": 2e-7, "weights": 5e-7, "logprobs": 2e-6, "entropy": 4e-6, "loss": 1e-6, "grad_norm": 1e-5}
+WORKER = Path(__file__).with_name("layout_worker.py")
+
+needs_next = pytest.mark.skipif(not NEXT.is_dir(), reason="run `make mcore-next` to test megatron-core 0.19.2 too")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for family, tied in FAMILIES:
+        ref.save_model(ref.make_model(family, tied=tied), folder / f"{family}_{'tied' if tied else 'untied'}")
+    return folder
+
+
+def run(
+    models: Path, plan: Sequence[tuple[Layout, Sequence[tuple[str, bool]]]], *, next_megatron: bool, timeout_s: float = 240.0
+) -> list[dict]:
+    """One torchrun per world size; returns the table of results."""
+    results = models / f"results_{'next' if next_megatron else 'now'}.jsonl"
+    results.unlink(missing_ok=True)
+    for size in sorted({layout.world_size for layout, _ in plan}):
+        cases = models / f"cases_{size}.json"
+        cases.write_text(json.dumps([[asdict(lay), list(fam)] for lay, fam in plan if lay.world_size == size]))
+        torchrun(size, WORKER, results, models, cases, next_megatron=next_megatron, timeout_s=timeout_s)
+    return [json.loads(line) for line in results.read_text().splitlines()]
+
+
+def check(table: list[dict], expected: int) -> None:
+    assert len(table) == expected
+    wrong = [
+        f"{row['layout']} {row['model']} tied={row['tied']}: {name} {row[name]:.2e} > {limit:.0e}"
+        for row in table
+        for name, limit in LIMITS.items()
+        if not row[name] <= limit
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def rotate(layouts: Sequence[Layout], per_layout: int) -> list[tuple[Layout, list[tuple[str, bool]]]]:
+    """Give each layout `per_layout` of the six models in turn."""
+    return [
+        (layout, [FAMILIES[(n * per_layout + k) % len(FAMILIES)] for k in range(per_layout)])
+        for n, layout in enumerate(layouts)
+    ]
+
+
+@pytest.mark.parametrize("next_megatron", [False, pytest.param(True, marks=needs_next)], ids=["0.16.1", "0.19.2"])
+def test_chosen_layouts(models: Path, next_megatron: bool) -> None:
+    plan = rotate(DEFAULT, 1)
+    check(run(models, plan, next_megatron=next_megatron), len(plan))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(5400)
+@pytest.mark.parametrize("next_megatron", [False, pytest.param(True, marks=needs_next)], ids=["0.16.1", "0.19.2"])
+def test_whole_matrix(models: Path, next_megatron: bool) -> None:
+    plan = rotate(matrix(), len(FAMILIES))
+    check(run(models, plan, next_megatron=next_megatron, timeout_s=3600), sum(len(f) for _, f in plan))
