@@ -53,10 +53,9 @@ class RolloutConfig(Section):
     """Trajectories in flight at once; the rest wait without cost."""
     trajectory_deadline_s: PositiveFloat = 1800.0
     """Wall-clock limit of one trajectory; past it the trajectory is dropped and counted as a fault."""
-    oversample: float = Field(default=1.0, ge=1.0)
-    """Start this many times `prompts_per_step` prompts and keep the first groups to finish; 1 = all (the paper)."""
     max_staleness: int = Field(default=0, ge=0)
-    """Policy versions a sample may lag behind the update that uses it; 0 = exactly on-policy (the paper)."""
+    """Policy versions a token may lag behind the update that uses it; 0 = exactly on-policy (the paper), 1 = the next step
+    is sampled while this one is trained on, above = servers take new weights in the middle of trajectories."""
     replay: str | None = None
     """Run folder whose recorded trajectories are trained on instead of sampling; no server is started."""
 
@@ -396,6 +395,10 @@ class Config(Section):
             raise ValueError(
                 f"trainer.micro_batch_tokens = {self.trainer.micro_batch_tokens} cannot hold one sequence of "
                 f"data.max_prompt_tokens + rollout.max_response_tokens = {self.max_context_tokens} tokens"
+            )
+        if self.rollout.max_staleness and not self.logging.trajectories:
+            raise ValueError(
+                "rollout.max_staleness > 0 needs logging.trajectories: a resumed run reads collected steps back"
             )
         if self.parallel.sequence and self.parallel.tensor == 1:
             raise ValueError("parallel.sequence = true needs parallel.tensor > 1")

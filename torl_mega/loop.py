@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torl_mega.algo.correction import mismatch
 from torl_mega.data.samples import split_mini_batches
-from torl_mega.errors import Preempted
+from torl_mega.errors import Preempted, ServerLost, WeightSyncError
 from torl_mega.interfaces import Rollouts, RunLog, Share, Trainer, WeightSink
 
 
@@ -71,7 +71,7 @@ class Loop:
                 for mini in split_mini_batches(train_samples, self.num_mini_batches)
             ]
         with _timed(times, "sync_s"):
-            sync = self.sink.update(self.trainer.weights(), version=step + 1)
+            sync = self.sync(step + 1)
         return {
             **batch.metrics,
             **_combine(updates),
@@ -81,8 +81,29 @@ class Loop:
             "step_s": sum(times.values()),
         }
 
+    def sync(self, version: int) -> Mapping[str, float]:
+        """Sends the weights; once more without a server that died in the middle. Errors are raised on every rank."""
+        for tries_left in (1, 0):
+            failure: WeightSyncError | None = None
+            report: Mapping[str, float] = {}
+            try:
+                report = self.sink.update(self.trainer.weights(), version=version)
+            except WeightSyncError as exc:  # on the rank that sends
+                failure = exc
+            if not self.share(lambda failure=failure, left=tries_left: _try_again(failure, left)):
+                break
+        return report
+
     def _evaluate(self, done: int) -> None:
         self.log.evaluation(done, self.share(lambda: self.rollouts.evaluate(done)))
+
+
+def _try_again(failure: WeightSyncError | None, tries_left: int) -> bool:
+    if failure is None:
+        return False
+    if isinstance(failure, ServerLost) and tries_left:
+        return True
+    raise failure
 
 
 def due(done: int, every: int) -> bool:

@@ -17,6 +17,7 @@ from torl_mega.errors import ConfigError, Preempted
 from torl_mega.evaluate import Evaluation
 from torl_mega.interfaces import Rollouts, WeightSink
 from torl_mega.metrics import RunMetrics
+from torl_mega.overlap import OverlappedRollouts
 from torl_mega.reward.function import AnswerReward
 from torl_mega.rollout.collector import AsyncCollector
 from torl_mega.rollout.episode import Episode, EpisodeSettings
@@ -24,7 +25,9 @@ from torl_mega.rollout.replay import NoServers, ReplayRollouts
 from torl_mega.rollout.service import RolloutService
 from torl_mega.run_folder import RunFolder
 from torl_mega.serving.client import SGLangClient
+from torl_mega.serving.paused import DrainedSink, PausedSink
 from torl_mega.serving.server import wait_ready
+from torl_mega.serving.weights import make_weight_sink
 from torl_mega.stop_flag import StopFlag
 
 T = TypeVar("T")
@@ -43,20 +46,22 @@ class Rank0:
 class AsyncRunner:
     """The event loop that every client of rank 0 belongs to. A stop request cancels what runs on it: `Preempted`."""
 
-    def __init__(self, stop: StopFlag) -> None:
+    def __init__(self, stop: StopFlag | None) -> None:
         self._runner = asyncio.Runner()
         self._stop = stop
 
     def __call__(self, work: Awaitable[T]) -> T:
         loop = self._runner.get_loop()
         task = asyncio.ensure_future(work, loop=loop)
-        self._stop.on_request = lambda: loop.call_soon_threadsafe(task.cancel)
+        if self._stop is not None:
+            self._stop.on_request = lambda: loop.call_soon_threadsafe(task.cancel)
         try:
             return loop.run_until_complete(task)
         except asyncio.CancelledError:
             raise Preempted from None
         finally:
-            self._stop.on_request = None
+            if self._stop is not None:
+                self._stop.on_request = None
 
     def close(self) -> None:
         self._runner.close()
@@ -83,13 +88,18 @@ def build_rank0(
         if config.rollout.replay is not None:
             yield Rank0(ReplayRollouts(config), NoServers(), log, tokenizer, (), run)
             return
-        from torl_mega.serving.weights import make_weight_sink
-
-        rollouts = build_rollouts(config, folder, tokenizer, run, stack)
+        urls = addresses("TORL_SERVERS")
+        sink = make_weight_sink(config.serving, urls, device=device)
+        if config.rollout.max_staleness == 0:
+            rollouts: Rollouts = build_rollouts(config, folder, tokenizer, run, stack)
+        else:
+            rollouts = stack.enter_context(contextlib.closing(OverlappedRollouts(config, folder, stop)))
+            one_off = config.rollout.max_staleness == 1
+            sink = DrainedSink(sink, rollouts.drain) if one_off else PausedSink(sink, urls)
         if saved["rollouts"] is not None:
             rollouts.restore(saved["rollouts"])
-        urls = wait_for_servers(config, run)
-        yield Rank0(rollouts, make_weight_sink(config.serving, urls, device=device), log, tokenizer, urls, run)
+        wait_for_servers(config, run)
+        yield Rank0(rollouts, sink, log, tokenizer, urls, run)
 
 
 def build_rollouts(
@@ -112,6 +122,10 @@ def build_rollouts(
     for part in (client, sandbox, reward):
         run(part.start())
         stack.callback(lambda part=part: run(part.close()))
+
+    def expect(version: int) -> None:
+        client.expect_version(version, oldest=max(0, version - config.rollout.max_staleness))
+
     return RolloutService(
         config=config,
         prompts=prompts,
@@ -121,17 +135,15 @@ def build_rollouts(
         ),
         run_evaluation=evaluation.run,
         trajectories_dir=folder.trajectories,
-        expect_version=(lambda _: client.expect_version(None)) if any_version else client.expect_version,
+        expect_version=(lambda _: client.expect_version(None)) if any_version else expect,
         counters=lambda: Counter(client.counters) + Counter(sandbox.counters),
     )
 
 
-def wait_for_servers(config: Config, run: AsyncRunner) -> tuple[str, ...]:
-    """The servers' URLs, once all of them answer."""
-    urls = addresses("TORL_SERVERS")
-    for url in urls:
+def wait_for_servers(config: Config, run: AsyncRunner) -> None:
+    """Returns when all of them answer. Raises ServerError for the first that does not."""
+    for url in addresses("TORL_SERVERS"):
         run(wait_ready(url, config.serving.startup_timeout_s))
-    return urls
 
 
 def _episode_settings(config: Config) -> EpisodeSettings:

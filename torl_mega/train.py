@@ -15,6 +15,7 @@ import contextlib
 import logging
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -39,6 +40,8 @@ T = TypeVar("T")
 def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    # the engines say at every start which optional kernels they lack; `torl doctor` says it once, in order
+    warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\.")
     try:
         return train(load_config(args[0], args[1:]))
     except TorlError as exc:
@@ -65,7 +68,7 @@ def train(config: Config) -> int:
             )
             loop = _loop(config, folder, trainer, rank0, stop)
             start = int(saved["steps_done"])
-            loop.sink.update(trainer.weights(), version=start)
+            loop.sync(start)
             check_engines(trainer, rank0, config, parallel.share)
             complete = loop.run(start, evaluate_first=_lacks_evaluation(config, rank0, start))
             trainer.finish_saves()
