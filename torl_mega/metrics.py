@@ -22,6 +22,8 @@ class Silent:
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
+    def first_sync(self, step: int, report: Mapping[str, float]) -> None: ...
+
 
 class RunMetrics:
     def __init__(self, folder: Path, *, num_steps: int, resume_at: int, tensorboard: bool) -> None:
@@ -39,6 +41,10 @@ class RunMetrics:
         if metrics:
             self._write({"kind": "eval", "step": step, **metrics})
             print(f"eval after {step} steps: {_shown(metrics, EVAL_LINE)}", flush=True)
+
+    def first_sync(self, step: int, report: Mapping[str, float]) -> None:
+        """The sync before the first step of a process; those of the steps are in the steps' rows."""
+        self._write({"kind": "sync", "step": step, **{f"sync/{name}": value for name, value in report.items()}})
 
     def evaluated_steps(self) -> set[int]:
         return {r["step"] for r in self.rows if r["kind"] == "eval"}
@@ -108,8 +114,8 @@ def summarize(rows: Sequence[Row], *, config_hash: str, wall_s: float) -> dict[s
             "k3": max((r["k3"] for r in steps), default=0.0),
         },
         "weight_sync": {
-            "num_syncs": sum(r.get("sync/num_syncs", 1) for r in steps) + 1,
-            "num_verified": sum(r.get("sync/num_verified", 0) for r in steps) + 1,
+            "num_syncs": sum("sync/num_servers" in r for r in rows),
+            "num_verified": sum("sync/verify_s" in r for r in rows),  # the sink reports it after comparing every tensor
         },
         "faults": faults,
         "wall_s": {**parts, "total": wall_s},

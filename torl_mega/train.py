@@ -68,7 +68,7 @@ def train(config: Config) -> int:
             )
             loop = _loop(config, folder, trainer, rank0, stop)
             start = int(saved["steps_done"])
-            loop.sync(start)
+            loop.log.first_sync(start, loop.sync(start))
             check_engines(trainer, rank0, config, parallel.share)
             complete = loop.run(start, evaluate_first=_lacks_evaluation(config, rank0, start))
             trainer.finish_saves()

@@ -62,8 +62,9 @@ def test_resume_drops_what_will_be_repeated_and_a_torn_last_line(tmp_path, capsy
 
 def test_summary_is_computed_from_the_rows(tmp_path):
     log = RunMetrics(tmp_path, num_steps=2, resume_at=0, tensorboard=True)
+    log.first_sync(0, {"num_servers": 1, "verify_s": 0.1})
     log.evaluation(0, {"accuracy": 0.1, "code_ratio": 0.0})
-    log.step(0, {**metrics(0), "faults/sandbox_retry": 1})
+    log.step(0, {**metrics(0), "faults/sandbox_retry": 1, "sync/num_servers": 1, "sync/verify_s": 0.1})
     log.step(1, {**metrics(1), "faults/sandbox_retry": 2})
     log.evaluation(2, {"accuracy": 0.9, "code_ratio": 1.0})
     log.close()
@@ -71,6 +72,7 @@ def test_summary_is_computed_from_the_rows(tmp_path):
     assert summary["steps"] == 2
     assert (summary["eval"]["before"]["accuracy"], summary["eval"]["after"]["accuracy"]) == (0.1, 0.9)
     assert summary["mismatch"]["max_abs_logprob_diff"] == 2e-6
+    assert summary["weight_sync"] == {"num_syncs": 2, "num_verified": 2}
     assert summary["faults"] == {"sandbox_retry": 3}
     assert summary["wall_s"] == {"rollout": 4.0, "train": 2.0, "sync": 1.0, "total": 9.0}
     assert any((tmp_path / "tensorboard").iterdir())
