@@ -127,7 +127,7 @@ print(p["ranks_per_node"], p["num_rank_nodes"], p["servers_per_node"], p["num_se
 
 torl_preflight() {
   mkdir -p "$LOGS/preflight"
-  torl_step "$SLURM_JOB_NUM_NODES" 1 --gres=gpu:"$GPUS" --output="$LOGS/preflight/%N.log" -- \
+  torl_step "$SLURM_JOB_NUM_NODES" 1 --gres=gpu:"$GPUS" --output="$LOGS/preflight/%n.log" -- \
     "$PYTHON" -m torl_mega.doctor "$CONF" --placement "$PLACEMENT" --report "$LOGS/preflight" || true
   torl_once "$PYTHON" -m torl_mega.doctor --collect "$LOGS/preflight" --placement "$PLACEMENT" || torl_die "preflight found the faults above; nothing was started"
 }
@@ -148,7 +148,7 @@ torl_sidecars() { # sets SIDECARS to the srun pids
   local role="$PYTHON -m torl_mega.planner.role" last=$SLURM_JOB_NUM_NODES
   SIDECARS=()
   # shellcheck disable=SC2086
-  torl_step "$last" 1 --job-name=sandbox --gres=none --output="$LOGS/%N.sandbox.log" -- $role sandbox "$PLACEMENT" "$CONF" &
+  torl_step "$last" 1 --job-name=sandbox --gres=none --output="$LOGS/%N.sandbox_%n.log" -- $role sandbox "$PLACEMENT" "$CONF" &
   SIDECARS+=($!)
   # shellcheck disable=SC2086
   torl_step "$SERVER_NODES" "$SERVERS" --job-name=servers --gres=gpu:"$GPUS" --relative=$((last - SERVER_NODES)) \
@@ -215,6 +215,7 @@ torl_requeue() {
 torl_job() { # DEFAULT_CONF
   [ -n "${SLURM_JOB_ID:-}" ] || torl_die "this is a batch script: sbatch $0 (on one machine: launch/local.sh)"
   unset SLURM_EXPORT_ENV # set by sbatch --export=NONE; srun would start tasks without PATH
+  unset SLURM_GPUS_PER_NODE SLURM_GPUS SLURM_NTASKS_PER_NODE # srun would add them to what each step asks for
   trap : TERM USR1       # the ranks get their own; this script only has to stay and decide
   torl_environment "$1"
   torl_freeze "$SLURM_JOB_ID"

@@ -88,12 +88,12 @@ def run(
 def collect(report: Path, plan: Placement) -> int:
     """Prints what is wrong on which node; 1 when anything failed or a node did not report."""
     nodes: dict[str, list[Check]] = {}
-    for host in plan.hosts:
+    for index, host in enumerate(plan.hosts):
         file = report / f"{host}.json"
         if file.exists():
             nodes[host] = [Check(**entry) for entry in json.loads(file.read_text())]
         else:
-            log = report / f"{host}.log"
+            log = report / f"{index}.log"
             said = log.read_text(errors="replace").strip().splitlines()[-1:] if log.exists() else []
             nodes[host] = [Check("preflight", "fail", f"did not report: {said[0] if said else 'no output'}")]
     _print(nodes, everything=False)

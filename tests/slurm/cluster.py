@@ -77,7 +77,9 @@ class Cluster:
 
     def sbatch(self, *arguments: str, env: dict[str, str] | None = None, cwd: Path | None = None) -> int:
         """Submits and returns the job id."""
-        return int(self.run("sbatch", "--parsable", *arguments, env=env, cwd=cwd).strip().splitlines()[-1].split(";")[0])
+        return int(
+            self.run("sbatch", "--parsable", *arguments, env=env, cwd=cwd).strip().splitlines()[-1].split(";")[0]
+        )
 
     def job(self, job_id: int) -> dict[str, str]:
         """`scontrol show job` as a mapping."""
@@ -91,7 +93,9 @@ class Cluster:
         record = self.job(job_id)
         while record["JobState"] not in (states or ended):
             if time.monotonic() > deadline:
-                raise AssertionError(f"job {job_id} is {record['JobState']} ({record.get('Reason')}) after {timeout_s} s")
+                raise AssertionError(
+                    f"job {job_id} is {record['JobState']} ({record.get('Reason')}) after {timeout_s} s"
+                )
             time.sleep(0.25)
             record = self.job(job_id)
         return record

@@ -105,7 +105,9 @@ def _settings(config: Config, shape: ModelShape, gpu: Gpu, placement: Placement 
             f"serving.tensor = {serving.tensor} does not divide the model's {heads} attention and {groups} key/value heads"
         )
     if config.trainer.precision != "default" and gpu.fp8 is None:
-        problems.append(f"trainer.precision = {config.trainer.precision} needs FP8, which {gpu.name} does not have; take default")
+        problems.append(
+            f"trainer.precision = {config.trainer.precision} needs FP8, which {gpu.name} does not have; take default"
+        )
     if config.trainer.precision == "mxfp8" and gpu.name != "b200":
         problems.append("trainer.precision = mxfp8 needs Blackwell (b200); take fp8_current or fp8_blockwise")
     if config.serving.transport == "handles" and placement and not placement.colocated:
@@ -165,9 +167,7 @@ def _lower_fraction(config: Config, phase: PhaseMemory) -> float:
     return max(0.05, math.floor((config.serving.mem_fraction + phase.spare / phase.available) * 100) / 100)
 
 
-def _warnings(
-    config: Config, placement: Placement, server: ServerMemory, work: Workload, time: StepTime
-) -> list[str]:
+def _warnings(config: Config, placement: Placement, server: ServerMemory, work: Workload, time: StepTime) -> list[str]:
     found = []
     wanted = -(-work.samples // placement.num_servers)
     if time.concurrency < wanted and placement.gpu != "cpu":
@@ -176,10 +176,14 @@ def _warnings(
             f"{server.kv_tokens:,.0f} tokens); the rest wait"
         )
     if config.parallel.tensor > placement.gpus_per_node:
-        found.append(f"parallel.tensor = {config.parallel.tensor} crosses nodes ({placement.gpus_per_node} GPUs each): slow")
+        found.append(
+            f"parallel.tensor = {config.parallel.tensor} crosses nodes ({placement.gpus_per_node} GPUs each): slow"
+        )
     share = abs(time.rollout_s - (time.train_s + time.logprob_s)) / time.step_s
     if config.cluster.placement == "disaggregated" and config.rollout.max_staleness == 0:
-        found.append("disaggregated and exactly on-policy: servers and trainers wait for each other; see rollout.max_staleness")
+        found.append(
+            "disaggregated and exactly on-policy: servers and trainers wait for each other; see rollout.max_staleness"
+        )
     elif config.cluster.placement == "disaggregated" and share > 0.4:
         found.append("rollouts and training take very different times: move nodes with cluster.server_nodes")
     return found

@@ -85,7 +85,9 @@ def _which_gpu(asked: str, configured: str) -> str:
     product, _, memory = first[0].rpartition(",")
     known = name_of(product, int(memory))
     if known is None:
-        raise ConfigError(f"--gpu auto: {product.strip()} ({memory.strip()} MiB) is not in the table; name the nearest one")
+        raise ConfigError(
+            f"--gpu auto: {product.strip()} ({memory.strip()} MiB) is not in the table; name the nearest one"
+        )
     return known
 
 

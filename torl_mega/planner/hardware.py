@@ -47,7 +47,9 @@ GPUS: dict[str, Gpu] = {
 class Assumptions:
     """Efficiencies behind predicted times, as shares of the peaks above, and fixed costs."""
 
-    train_mfu: float = 0.40  # packed BF16 training of a 7B at TP <= 2 on H100-class: 35-45 % is what good systems report
+    train_mfu: float = (
+        0.40  # packed BF16 training of a 7B at TP <= 2 on H100-class: 35-45 % is what good systems report
+    )
     forward_mfu: float = 0.45  # log-prob pass: no backward, no communication of gradients
     fp8_gain: float = 1.3  # FP8 over BF16 end to end in training; published gains run from 1.15 to 1.45
     tp_loss: float = 0.06  # lost per doubling of the tensor-parallel size (inside NVLink)

@@ -76,14 +76,23 @@ def read_placement(path: str | Path) -> Placement:
     """The placement that `to_json` wrote. Raises ConfigError."""
     try:
         tree = json.loads(Path(path).read_text())
-        processes = tuple(Process(**{**p, "gpus": tuple(p["gpus"]), "cores": tuple(p["cores"])}) for p in tree["processes"])
+        processes = tuple(
+            Process(**{**p, "gpus": tuple(p["gpus"]), "cores": tuple(p["cores"])}) for p in tree["processes"]
+        )
         return Placement(**{**tree, "hosts": tuple(tree["hosts"]), "processes": processes})
     except (OSError, ValueError, KeyError, TypeError) as exc:
         raise ConfigError(f"{path}: not a placement as `torl plan --out` writes it: {exc}") from None
 
 
 def place(
-    config: Config, *, nodes: int, gpus: int, gpu: str, hosts: tuple[str, ...] = (), cores: int = 0, base_port: int = 20000
+    config: Config,
+    *,
+    nodes: int,
+    gpus: int,
+    gpu: str,
+    hosts: tuple[str, ...] = (),
+    cores: int = 0,
+    base_port: int = 20000,
 ) -> tuple[Placement | None, list[str]]:
     """The placement and no complaints, or None and every reason why there is none.
 
@@ -113,7 +122,9 @@ def place(
     if ranks > train_gpus and gpu != "cpu":
         problems.append(f"cluster.ranks_per_node = {ranks} is more than the {train_gpus} training GPUs of a node")
     if fitting < 1 and gpu != "cpu":
-        problems.append(f"serving.tensor = {tensor} is more than the {serve_gpus} serving GPUs of a node; take at most that")
+        problems.append(
+            f"serving.tensor = {tensor} is more than the {serve_gpus} serving GPUs of a node; take at most that"
+        )
     elif servers > fitting and gpu != "cpu":
         problems.append(
             f"cluster.servers_per_node = {servers} of serving.tensor = {tensor} need {servers * tensor} GPUs, "
@@ -164,7 +175,9 @@ def _processes(shape: _Shape, hosts: tuple[str, ...], base_port: int, sandbox_co
             port = base_port + SERVER_OFFSET + SERVER_STRIDE * index
             found.append(Process("server", index, node, host, local, gpus, blocks[ranks + local], port))
         found.append(
-            Process("sandbox", node, node, host, 0, (), (shape.cores - pool, shape.cores), base_port + SANDBOX_OFFSET + node)
+            Process(
+                "sandbox", node, node, host, 0, (), (shape.cores - pool, shape.cores), base_port + SANDBOX_OFFSET + node
+            )
         )
     return tuple(found)
 

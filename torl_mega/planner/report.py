@@ -56,7 +56,13 @@ def totals(config: Config, analysis: Analysis) -> dict[str, float]:
 
 
 def print_plan(
-    console: Console, config: Config, analysis: Analysis, assume: Assumptions, found: Sequence[Candidate], *, searched: bool
+    console: Console,
+    config: Config,
+    analysis: Analysis,
+    assume: Assumptions,
+    found: Sequence[Candidate],
+    *,
+    searched: bool,
 ) -> None:
     hw = analysis.hardware
     console.print(f"[bold]{config.name}[/]: {config.model.path} on {hw.nodes} x {hw.gpus} {hw.gpu}", highlight=False)
@@ -142,7 +148,9 @@ def _times(config: Config, analysis: Analysis, assume: Assumptions) -> Group:
 
 def _print_search(console: Console, found: Sequence[Candidate]) -> None:
     if not found:
-        console.print("search: no layout of this model fits on this hardware; take more or larger GPUs", highlight=False)
+        console.print(
+            "search: no layout of this model fits on this hardware; take more or larger GPUs", highlight=False
+        )
         return
     console.print("search: layouts that fit, fastest first", highlight=False)
     for candidate in found:

@@ -132,7 +132,9 @@ def _watch_rank(child: GuardedProcess, mine: Process, status: Path, life: _SignO
     while (code := child.poll()) is None:
         time.sleep(POLL_S)
         if life is not None and life.is_over():
-            print(f"torl: no sign of life for {life.limit_s:g} s; taking every rank's stacks", file=sys.stderr, flush=True)
+            print(
+                f"torl: no sign of life for {life.limit_s:g} s; taking every rank's stacks", file=sys.stderr, flush=True
+            )
             (status / "hang").touch()
         if (status / "hang").exists():
             _abort(child)
@@ -141,7 +143,9 @@ def _watch_rank(child: GuardedProcess, mine: Process, status: Path, life: _SignO
             peer_failed_at = time.monotonic()
         if peer_failed_at is not None and time.monotonic() - peer_failed_at > PEER_GRACE_S:
             failed = ", ".join(sorted(path.name for path in status.glob("rank_*")))
-            print(f"torl: rank {mine.index} still waits though {failed} failed; its stacks:", file=sys.stderr, flush=True)
+            print(
+                f"torl: rank {mine.index} still waits though {failed} failed; its stacks:", file=sys.stderr, flush=True
+            )
             _abort(child)
             return EXIT_PEER_FAILED
     if code not in (0, EXIT_REQUEUE):

@@ -82,7 +82,7 @@ def predict(
     parallel = config.parallel
     data = max(1, ranks // parallel.model_size)
     concurrency = _concurrency(config, server, work, servers)
-    rollout = _rollout_s(shape, config, gpu, work, servers, concurrency, assume) * config.rollout.oversample
+    rollout = _rollout_s(shape, config, gpu, work, servers, concurrency, assume)
     peak = gpu.bf16 * (1 - assume.tp_loss) ** (parallel.tensor.bit_length() - 1)
     forward = shapes.forward_flops(shape, work.tokens, work.mean_tokens)
     passes = 2 if config.algo.kl_coef > 0 else 1

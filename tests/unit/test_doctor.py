@@ -1,0 +1,172 @@
+"""The doctor finds what is wrong: each check is shown a machine, model or placement with that fault."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+
+from torl_mega import doctor
+from torl_mega.config import Config
+from torl_mega.config_file import load_config
+from torl_mega.doctor import Check
+from torl_mega.planner.placement import place
+
+QUICK = Path("conf/quickstart.yaml")
+
+
+def config(*overrides: str) -> Config:
+    return load_config(QUICK, overrides)
+
+
+def only(checks: list[Check], name: str) -> Check:
+    found = [check for check in checks if check.name == name]
+    assert len(found) == 1, checks
+    return found[0]
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Path:
+    """A copy of the quickstart's model, to be broken."""
+    return Path(shutil.copytree("conf/quickstart", tmp_path / "model"))
+
+
+def check(name: str, *overrides: str) -> Check:
+    """The one finding of one config check."""
+    probe = {
+        "model": doctor._model,
+        "tokenizer": doctor._tokenizer,
+        "data": doctor._data,
+        "run folder": doctor._run_folder,
+    }
+    return only(doctor._guard(name, lambda: probe[name](config(*overrides))), name)
+
+
+def test_the_quickstart_is_well() -> None:
+    for name in ("model", "tokenizer", "data"):
+        assert check(name).level == "ok"
+
+
+def test_cut_weights_are_found(broken: Path) -> None:
+    file = broken / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    found = check("model", f"model.path={broken}")
+    assert found.level == "fail"
+    assert "copy it again" in found.detail
+
+
+def test_missing_weight_files_are_named(broken: Path) -> None:
+    (broken / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "model-00002-of-00002.safetensors"}})
+    )
+    assert "model-00002-of-00002" in check("model", f"model.path={broken}").detail
+
+
+def test_a_missing_model_is_named() -> None:
+    assert "models/none" in check("model", "model.path=models/none").detail
+
+
+def test_a_tokenizer_of_another_model_is_found(broken: Path) -> None:
+    tree = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(tree | {"vocab_size": 100}))
+    found = check("tokenizer", f"model.path={broken}")
+    assert found.level == "fail"
+    assert "do not belong together" in found.detail
+
+
+def test_missing_data_is_named(tmp_path: Path) -> None:
+    assert check("data", f"data.train={tmp_path}/none.parquet").level == "fail"
+    found = check("data", f"eval.data=[{tmp_path}/gone.parquet]")
+    assert found.level == "fail"
+    assert "gone.parquet" in found.detail
+
+
+def test_a_run_folder_that_is_a_file_is_found(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("")
+    assert check("run folder", f"runs_dir={tmp_path}/runs/x").level == "fail"
+
+
+def test_too_little_disk_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # the file system cannot be filled from a unit test: only its answer is replaced
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
+    checks = doctor._guard("run folder", lambda: doctor._run_folder(config(f"runs_dir={tmp_path}")))
+    assert "checkpoint.keep_last" in only(checks, "disk").detail
+
+
+def test_taken_ports_are_named() -> None:
+    plan, _ = place(config("cluster.gpu=cpu"), nodes=1, gpus=1, gpu="cpu", hosts=("n0",), base_port=45100)
+    assert plan is not None
+    assert only(doctor.placement_checks(plan, "n0"), "ports").level == "ok"
+    with socket.socket() as listener:
+        listener.bind(("", 45101))
+        listener.listen()
+        found = only(doctor.placement_checks(plan, "n0"), "ports")
+    assert found.level == "fail"
+    assert "45101 (sandbox 0)" in found.detail
+
+
+def test_unknown_hosts_are_named() -> None:
+    plan, _ = place(config(), nodes=1, gpus=1, gpu="cpu", hosts=("no-such-host.invalid",))
+    assert plan is not None
+    assert "no-such-host.invalid" in only(doctor.placement_checks(plan, "x"), "host names").detail
+
+
+def test_a_plan_for_gpus_fails_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    plan, _ = place(load_config("conf/torl_7b.yaml"), nodes=1, gpus=8, gpu="h100")
+    assert only(doctor.gpu_checks(plan, None), "gpus").level == "fail"
+    assert only(doctor.gpu_checks(None, config("cluster.gpu=cpu")), "gpus").level == "ok"
+
+
+@pytest.mark.parametrize(
+    ("rows", "finding"),
+    [
+        ("NVIDIA H100 80GB HBM3, 81559, 4, 0\n" * 7, "7 x NVIDIA H100 80GB HBM3; the plan wants 8"),
+        ("NVIDIA H100 80GB HBM3, 81559, 4, 0\n" * 7 + "NVIDIA H100 80GB HBM3, 81559, 60000, 0\n", "GPU 7 is in use"),
+        ("NVIDIA H100 80GB HBM3, 81559, 4, 2\n" * 8, "GPU 0 has 2 uncorrected ECC errors"),
+    ],
+)
+def test_what_nvidia_smi_says_is_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: str, finding: str
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\ncat <<'E'\n{rows}E\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    plan, _ = place(load_config("conf/torl_7b.yaml"), nodes=1, gpus=8, gpu="h100")
+    assert any(finding in c.detail and c.level == "fail" for c in doctor.gpu_checks(plan, None))
+
+
+def test_an_unknown_interface_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORL_IFNAME", "bond77")
+    assert "bond77 is not here" in only(doctor._guard("network", doctor._network), "network interface").detail
+
+
+def test_a_check_that_breaks_is_a_finding() -> None:
+    def bad():
+        yield Check("x", "ok", "fine")
+        raise RuntimeError("boom")
+
+    assert [c.level for c in doctor._guard("x", bad)] == ["ok", "fail"]
+
+
+def test_nodes_are_collected_into_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan, _ = place(config("cluster.gpu=cpu"), nodes=3, gpus=1, gpu="cpu", hosts=("n0", "n1", "n2"))
+    assert plan is not None
+    well = [{"name": "python", "level": "ok", "detail": "3.11"}]
+    for host in plan.hosts:
+        (tmp_path / f"{host}.json").write_text(json.dumps(well))
+    assert doctor.collect(tmp_path, plan) == 0
+    assert "3 nodes, all well" in capsys.readouterr().out
+    (tmp_path / "n1.json").write_text(json.dumps([{"name": "disk", "level": "fail", "detail": "full"}]))
+    (tmp_path / "n2.json").unlink()
+    (tmp_path / "2.log").write_text("srun: error: image not found\n")
+    assert doctor.collect(tmp_path, plan) == 1
+    out = capsys.readouterr().out
+    assert "n1" in out
+    assert "full" in out
+    assert "image not found" in out
+    assert "n0" not in out
