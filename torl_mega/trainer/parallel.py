@@ -4,22 +4,18 @@ Contract: `init_distributed` reads torchrun's environment (RANK, WORLD_SIZE, LOC
 one rank) and builds Megatron's groups: gloo on CPU, NCCL on GPU, with `trainer.collective_timeout_s`. `share` travels on
 a gloo group of its own with `trainer.share_timeout_s`, because the other ranks wait in it while rank 0 samples; an
 exception on rank 0 is raised on every rank, so nobody hangs.
-Limits: values are pickled; the records of `torl_mega.types` travel as flat arrays (long tuples of numbers become numpy
-arrays on the way), everything else as pickle sends it.
+Limits: values are pickled (protocol 5) and sent in pieces; a rollout of 2,048 x 2,000 tokens is 65 MB and takes half a
+second of CPU, less than turning its tuples into arrays and back.
 """
 
 from __future__ import annotations
 
-import copyreg
-import dataclasses
 import datetime
-import io
 import os
 import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -137,9 +133,9 @@ def share(make: Callable[[], T]) -> T:
         return _unwrap(_receive())
     try:
         result = make()
-        payload = _dumps((True, result))
+        payload = pickle.dumps((True, result), protocol=5)
     except BaseException as exc:
-        _send(_dumps((False, _portable(exc))))
+        _send(pickle.dumps((False, _portable(exc))))
         raise
     _send(payload)
     return result
@@ -189,64 +185,3 @@ def _receive() -> Any:
     for piece in data.split(_CHUNK_BYTES):
         dist.broadcast(piece, src=0, group=_share_group)
     return pickle.loads(memoryview(data.numpy()))
-
-
-# ------------------------------------------------------------------------------- records as flat arrays
-
-_MIN_ARRAY = 16  # shorter tuples are not worth an array
-
-
-class _RecordPickler(pickle.Pickler):
-    """Sends dataclasses field by field, with long tuples of ints or floats as numpy arrays (exact: int64, float64)."""
-
-    def reducer_override(self, obj: Any) -> Any:
-        if not dataclasses.is_dataclass(obj) or isinstance(obj, type) or not _has_long_tuple(obj):
-            return NotImplemented
-        values = [_to_array(getattr(obj, f.name)) for f in dataclasses.fields(obj)]
-        return _rebuild, (type(obj), values)
-
-
-def _has_long_tuple(obj: Any) -> bool:
-    return any(_is_number_tuple(getattr(obj, f.name)) for f in dataclasses.fields(obj))
-
-
-def _is_number_tuple(value: Any) -> bool:
-    return type(value) is tuple and len(value) >= _MIN_ARRAY and type(value[0]) in (int, float)
-
-
-class _Numbers:
-    """A tuple of numbers on its way."""
-
-    __slots__ = ("array",)
-
-    def __init__(self, array: np.ndarray) -> None:
-        self.array = array
-
-
-copyreg.pickle(_Numbers, lambda n: (_Numbers, (n.array,)))  # type: ignore[arg-type]
-
-
-def _to_array(value: Any) -> Any:
-    if not _is_number_tuple(value):
-        return value
-    kind = type(value[0])
-    if not all(type(x) is kind for x in value):
-        return value
-    try:
-        return _Numbers(np.fromiter(value, dtype=np.int64 if kind is int else np.float64, count=len(value)))
-    except OverflowError:
-        return value
-
-
-def _rebuild(cls: type, values: list[Any]) -> Any:
-    fields = dataclasses.fields(cls)
-    record = object.__new__(cls)
-    for field, value in zip(fields, values, strict=True):
-        object.__setattr__(record, field.name, tuple(value.array.tolist()) if type(value) is _Numbers else value)
-    return record
-
-
-def _dumps(value: Any) -> bytes:
-    buffer = io.BytesIO()
-    _RecordPickler(buffer, protocol=5).dump(value)
-    return buffer.getvalue()
