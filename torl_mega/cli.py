@@ -54,6 +54,93 @@ def rollout(conf: Conf, overrides: Overrides = None, json: Json = False) -> None
     _with_servers(conf, overrides, lambda config, folder: standalone.collect(config, folder, as_json=json))
 
 
+@app.command()
+def plan(
+    conf: Conf,
+    overrides: Overrides = None,
+    nodes: Annotated[int | None, typer.Option(help="Nodes; default cluster.nodes")] = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs per node; default cluster.gpus_per_node")] = None,
+    gpu: Annotated[str, typer.Option(help="a100, h100, h200, b200, cpu or auto")] = "auto",
+    search: Annotated[bool, typer.Option("--search", help="Propose the best layouts")] = False,
+    mean_response: Annotated[int | None, typer.Option(help="Expected tokens per response")] = None,
+    json: Json = False,
+) -> None:
+    """Predict placement, memory per phase and step time of a run, without a GPU. Exit code 1 when it does not fit."""
+    from torl_mega.planner import command
+
+    code = command.run(
+        conf,
+        overrides or [],
+        nodes=nodes,
+        gpus=gpus,
+        gpu=gpu,
+        search=search,
+        mean_response=mean_response,
+        json_output=json,
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
+def doctor(
+    conf: Annotated[Path | None, typer.Argument(metavar="[CONF]", help="Also check what this config needs")] = None,
+    overrides: Overrides = None,
+    json: Json = False,
+) -> None:
+    """Say what this machine has and lacks: engines, GPUs, sandbox tier, disk, ports, model and data."""
+    from torl_mega import doctor as checks
+
+    raise typer.Exit(checks.run(conf, overrides or [], json_output=json))
+
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, e.g. runs/quickstart")]
+
+
+@app.command()
+def view(
+    run: Run,
+    step: Annotated[int | None, typer.Option(help="Which step; default the last")] = None,
+    limit: Annotated[int, typer.Option(help="At most so many trajectories")] = 64,
+    out: Annotated[Path | None, typer.Option(help="Where the page goes; default RUN/view/")] = None,
+    audit: Annotated[bool, typer.Option("--audit", help="Prove every token instead of making a page")] = False,
+    tokenizer: Annotated[Path | None, typer.Option(help="Default: the run's model.path")] = None,
+    json: Json = False,
+) -> None:
+    """Render recorded trajectories as one static HTML page, or audit them token by token."""
+    from torl_mega.view import command
+
+    code = command.view(run, step=step, out=out, audit=audit, limit=limit, tokenizer=tokenizer, as_json=json)
+    raise typer.Exit(code)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders to compare")],
+    out: Annotated[Path | None, typer.Option(help="Where the page goes; default RUN/report.html")] = None,
+    png: Annotated[Path | None, typer.Option(help="Also write the curves as a picture")] = None,
+    json: Json = False,
+) -> None:
+    """Render the curves of one or several runs as one static HTML page."""
+    from torl_mega.view import command
+
+    raise typer.Exit(command.report(runs, out, png=png, as_json=json))
+
+
+@sandbox_app.command("serve")
+def sandbox_serve(
+    host: Annotated[str, typer.Option(help="Address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free port and says which")] = 8080,
+    socket: Annotated[str | None, typer.Option(help="Also listen on this unix socket")] = None,
+    tier: Annotated[str | None, typer.Option(help="A, B or C instead of the best this machine has")] = None,
+) -> None:
+    """Serve the sandbox over HTTP with SandboxFusion's API until SIGTERM."""
+    from torl_mega.config import SandboxConfig
+    from torl_mega.sandbox.serve import serve
+
+    config = SandboxConfig.model_validate({} if tier is None else {"tier": tier})
+    raise typer.Exit(serve(socket=socket, host=host, port=port, config=config))
+
+
 def _with_servers(conf: Path, overrides: list[str] | None, program: Callable[[Config, RunFolder], int]) -> None:
     from torl_mega import launcher
     from torl_mega.config_file import load_config

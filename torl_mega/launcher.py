@@ -22,9 +22,10 @@ from pathlib import Path
 
 from torl_mega import process
 from torl_mega.config import Config
-from torl_mega.errors import ServerError, TorlError
+from torl_mega.errors import ConfigError, DataError, ServerError, TorlError
 from torl_mega.process import GuardedProcess
 from torl_mega.run_folder import RunFolder, lock_run, open_run
+from torl_mega.trainer.layout import check_layout, read_hf_config
 
 POLL_S = 0.2
 GRACE_S = 60.0  # for ranks that were told to stop: finish or drop the step, write a checkpoint
@@ -44,6 +45,16 @@ def train(config: Config, config_args: Sequence[str]) -> int:
                 rank.stop(STOP_S)
 
 
+def check_inputs(config: Config) -> None:
+    """Raises TorlError for a model, layout or data file that cannot work; opens no big file."""
+    problems = check_layout(read_hf_config(config.model.path), config.parallel, config.parallel.world_size)
+    if problems:
+        raise ConfigError("; ".join(problems))
+    for setting, spec in [("data.train", config.data.train), *(("eval.data", s) for s in config.eval.data)]:
+        if not spec.startswith("arithmetic:") and not Path(spec).exists():
+            raise DataError(f"{setting} = {spec!r} is not there; give a parquet or jsonl file, or arithmetic:SEED")
+
+
 def with_servers(config: Config, config_args: Sequence[str], program: Callable[[Config, RunFolder], int]) -> int:
     """Runs `program` in this process beside a sandbox and servers of its own, without a trainer (`torl eval`)."""
     with _held(config) as folder, _sidecars(config, config_args, folder) as (_, env):
@@ -53,6 +64,8 @@ def with_servers(config: Config, config_args: Sequence[str], program: Callable[[
 
 @contextlib.contextmanager
 def _held(config: Config) -> Iterator[RunFolder]:
+    """The run's folder, after everything that can be known wrong before anything is started."""
+    check_inputs(config)
     folder = open_run(config)
     lock = lock_run(folder)
     try:
@@ -87,6 +100,7 @@ def _sandbox(config: Config, folder: RunFolder, scratch: Path) -> tuple[list[Gua
         return [], config.sandbox.address
     socket_path = scratch / "sandbox.sock"
     command = [sys.executable, "-m", "torl_mega.sandbox.serve", "--socket", str(socket_path)]
+    command += ["--settings", config.sandbox.model_dump_json()]
     return [process.start(command, name="sandbox", log_path=_log(folder, "sandbox"))], f"unix:{socket_path}"
 
 
