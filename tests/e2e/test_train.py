@@ -1,0 +1,159 @@
+"""The whole loop with the real engines: train, record, verify, replay in other layouts, kill, resume, overlap."""
+
+import json
+import os
+import signal
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+
+from runs import LIMIT_S, TORL, command, processes_of, rows, torl, wait_until
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="session")
+def runs_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="session")
+def trained(runs_dir):
+    """A finished run of three small steps."""
+    done = torl("train", runs_dir, "trained")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return runs_dir / "trained"
+
+
+def start(cmd):
+    return subprocess.Popen(cmd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def test_a_run_leaves_what_the_design_promises(trained):
+    for name in ("config.json", "metrics.jsonl", "tensorboard", "trajectories", "checkpoints", "hf", "summary.json"):
+        assert (trained / name).exists(), name
+    summary = json.loads((trained / "summary.json").read_text())
+    assert summary["steps"] == 3
+    assert set(summary["eval"]) == {"before", "after"}
+    assert set(summary["train"]) == {"accuracy", "code_ratio", "pass_ratio", "reward"}
+    assert set(summary["wall_s"]) == {"rollout", "train", "sync", "total"}
+    assert summary["weight_sync"] == {"num_syncs": 4, "num_verified": 4}
+    assert summary["mismatch"]["max_abs_logprob_diff"] <= 1e-4
+    assert [row["step"] for row in rows(trained)] == [0, 1, 2]
+
+
+def test_every_trained_token_was_sampled(trained):
+    audit = subprocess.run([TORL, "view", str(trained), "--audit"], capture_output=True, text=True, check=False)
+    assert audit.returncode == 0, audit.stdout + audit.stderr
+    assert "48 trajectories" in audit.stdout
+
+
+def test_the_exported_policy_is_the_one_that_was_served(trained):
+    """hf/ in plain transformers writes, greedily, what the server wrote in the evaluation after the last sync."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(trained / "hf")
+    model, start = (AutoModelForCausalLM.from_pretrained(p).eval() for p in (trained / "hf", "conf/quickstart"))
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True))
+    for line in (trained / "eval" / "step_00003.jsonl").read_text().splitlines():
+        transcript = json.loads(line)
+        ids = tokenizer.encode(f"Q: {transcript['problem']}=?\nA:", return_tensors="pt")
+        with torch.no_grad():
+            written = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+        assert transcript["response"].startswith(tokenizer.decode(written, skip_special_tokens=True))
+
+
+@pytest.mark.parametrize("cut", ["tensor=2", "pipeline=2", "data=2"])
+def test_other_layouts_give_the_same_first_step(trained, runs_dir, cut):
+    name = f"replay_{cut.replace('=', '')}"
+    done = torl("train", runs_dir, name, f"rollout.replay={trained}", f"parallel.{cut}", "num_steps=1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, other = rows(trained)[0], rows(runs_dir / name)[0]
+    for metric in ("loss", "grad_norm", "entropy"):
+        assert other[metric] == pytest.approx(one[metric], rel=1e-5, abs=1e-9), metric
+
+
+def test_a_killed_run_leaves_nothing_and_resumes(trained, runs_dir):
+    """SIGKILL to the launcher in the middle; then the same command finishes the run."""
+    process = start(command("train", runs_dir, "killed", "num_steps=50"))
+    try:
+        wait_until(lambda: len(rows(runs_dir / "killed")) >= 2, limit_s=LIMIT_S, what="two steps")
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    wait_until(lambda: not processes_of("name=killed"), limit_s=10, what="orphans gone")
+    before = rows(runs_dir / "killed")
+    steps = len(before) + 1
+    done = torl("train", runs_dir, "killed", f"num_steps={steps}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    after = rows(runs_dir / "killed")
+    assert [row["step"] for row in after] == list(range(steps))
+    saved = [row for row in before if row["step"] < len(before) - 1]
+    assert after[: len(saved)] == saved  # what the last checkpoint covers was not repeated
+
+
+def test_a_stopped_run_saves_and_says_85(runs_dir):
+    process = start(command("train", runs_dir, "stopped", "num_steps=50", "checkpoint.every_steps=0"))
+    wait_until(lambda: rows(runs_dir / "stopped"), limit_s=LIMIT_S, what="one step")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 85
+    checkpoints = sorted(p.name for p in (runs_dir / "stopped" / "checkpoints").iterdir())
+    assert len(checkpoints) == 1
+    assert int(checkpoints[0].removeprefix("step_")) == len(rows(runs_dir / "stopped"))
+    assert not processes_of("name=stopped")
+
+
+def test_sampling_ahead_stays_within_the_bound(runs_dir):
+    done = torl("train", runs_dir, "ahead", "rollout.max_staleness=1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    from torl_mega.rollout.recorder import read_groups, step_path
+
+    for step in range(3):
+        groups = read_groups(step_path(runs_dir / "ahead" / "trajectories", step))
+        versions = {v for g in groups for t in g.trajectories for turn in t.turns for v in turn.policy_versions}
+        assert versions == {max(0, step - 1)}
+    assert not processes_of("name=ahead")
+
+
+def test_a_changed_recipe_is_refused(trained, runs_dir):
+    done = torl("train", runs_dir, "trained", "optim.lr=0.5")
+    assert done.returncode == 1
+    assert "optim.lr: 0.0003 there, 0.5 here" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.path=nowhere", "model.path = nowhere is no folder"),
+        ("data.train=nowhere.parquet", "data.train = 'nowhere.parquet' is not there"),
+        ("parallel.tensor=3", "does not divide the 4 attention heads"),
+        ("data.max_prompt_tokens=3", "data.max_prompt_tokens is 3"),
+        ("serving.extra_args=[--no-such-flag]", "server_0 ended"),
+        ("algo.clip_hgih=1", "did you mean algo.clip_high?"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(runs_dir, override, message):
+    done = torl("train", runs_dir, "bad", override)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("torl: error: ")
+    assert message in last
+    assert not processes_of("name=bad")
+
+
+def test_replayed_metrics_repeat_bit_for_bit(trained, runs_dir):
+    """Training from the record twice: equal losses, norms and exported weights."""
+    weights = []
+    for name in ("again_1", "again_2"):
+        done = torl("train", runs_dir, name, f"rollout.replay={trained}", "num_steps=2")
+        assert done.returncode == 0, done.stdout + done.stderr
+        from safetensors.numpy import load_file
+
+        weights.append(load_file(runs_dir / name / "hf" / "model.safetensors"))
+    first, second = (rows(runs_dir / name) for name in ("again_1", "again_2"))
+    for a, b in zip(first, second, strict=True):
+        assert (a["loss"], a["grad_norm"]) == (b["loss"], b["grad_norm"])
+    assert all(np.array_equal(weights[0][k], weights[1][k]) for k in weights[0])
