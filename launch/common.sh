@@ -116,7 +116,7 @@ torl_plan() { # sets PLACEMENT and its counts
   [ -n "$GPUS" ] || torl_die "no GPUs in this allocation; ask for --gpus-per-node"
   PLACEMENT=$LOGS/placement.json
   torl_once "$PYTHON" -m torl_mega.planner.command "$CONF" --nodes "$SLURM_JOB_NUM_NODES" --gpus "$GPUS" --hosts "$hosts" --cores "$cores" \
-    --base-port $((20000 + SLURM_JOB_ID * 1000 % 40000)) --out "$PLACEMENT" >"$LOGS/plan.txt" 2>&1
+    --base-port $((20000 + SLURM_JOB_ID % 12 * 1000)) --out "$PLACEMENT" >"$LOGS/plan.txt" 2>&1
   if [ ! -s "$PLACEMENT" ]; then cat "$LOGS/plan.txt" >&2; torl_die "torl plan refuses this run on $SLURM_JOB_NUM_NODES x $GPUS GPUs, see above"; fi
   read -r RANKS RANK_NODES SERVERS SERVER_NODES FIRST_SERVER < <(torl_once "$PYTHON" -c '
 import json, sys

@@ -97,15 +97,15 @@ def test_too_little_disk_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 def test_taken_ports_are_named() -> None:
-    plan, _ = place(config("cluster.gpu=cpu"), nodes=1, gpus=1, gpu="cpu", hosts=("n0",), base_port=45100)
+    plan, _ = place(config("cluster.gpu=cpu"), nodes=1, gpus=1, gpu="cpu", hosts=("n0",), base_port=15100)
     assert plan is not None
     assert only(doctor.placement_checks(plan, "n0"), "ports").level == "ok"
     with socket.socket() as listener:
-        listener.bind(("", 45101))
+        listener.bind(("", 15101))
         listener.listen()
         found = only(doctor.placement_checks(plan, "n0"), "ports")
     assert found.level == "fail"
-    assert "45101 (sandbox 0)" in found.detail
+    assert "15101 (sandbox 0)" in found.detail
 
 
 def test_unknown_hosts_are_named() -> None:

@@ -237,7 +237,7 @@ WRONG: list[tuple[list[str], dict, str]] = [
     (["trainer.precision=fp8_current"], {"gpu": "a100"}, "needs FP8, which a100 does not have"),
     (["trainer.precision=mxfp8"], {}, "needs Blackwell"),
     (["serving.mem_fraction=0.8"], {}, "does not fit"),
-    (["serving.mem_fraction=0.095"], {}, "KV cache"),
+    (["serving.mem_fraction=0.0905"], {}, "KV cache"),
     (["trainer.micro_batch_tokens=32768"], {}, "does not fit: training needs"),
     (["model.path=models/none"], {}, "model.path = models/none is not there"),
     (["cluster.placement=disaggregated", "cluster.server_nodes=2"], {}, "leaves no node of 2 for training"),

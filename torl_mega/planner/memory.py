@@ -140,10 +140,9 @@ def trainer_memory(
     cut = parallel.tensor if parallel.sequence else 1
     layer = layer_activation_bytes(shape, parallel, width, on_cpu)
     hidden = width * shape.hidden / cut
-    if trainer.recompute == "full":  # `selective` recomputes the attention core, of which flash attention keeps nothing
-        activations = tokens * (layers * hidden * flight + layer)
-    else:
-        activations = tokens * layers * layer * flight
+    # `selective` recomputes the attention core, of which flash attention keeps nothing
+    full = trainer.recompute == "full"
+    activations = tokens * (layers * hidden * flight + layer if full else layers * layer * flight)
     chunk = min(trainer.logprob_chunk_tokens, tokens)
     samples = config.rollout.prompts_per_step * config.rollout.group_size
     dynamic = 1 + (0 if on_cpu else assume.fragmentation)

@@ -3,11 +3,13 @@
 Contract: ranks are numbered node by node; a server never spans nodes; every process on a node gets cores of its own,
 in contiguous blocks (so a rank's cores lie near its GPU on the usual two-socket server). `Placement` travels as JSON
 from `torl plan --out` to `planner/role.py`, which stands in each started task.
-Limits: all nodes are alike; ports are a block per job, free ones are checked by the preflight on each node.
+Limits: all nodes are alike; ports are a block of 1000 per job, below the kernel's ephemeral range (32768 and up); that they
+are free is checked by the preflight on each node.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -185,4 +187,4 @@ def _processes(shape: _Shape, hosts: tuple[str, ...], base_port: int, sandbox_co
 def _blocks(cores: int, count: int) -> list[tuple[int, int]]:
     """[0, cores) cut into `count` contiguous blocks, as even as they come; at least one core each."""
     edges = [round(i * cores / max(1, count)) for i in range(count + 1)]
-    return [(min(a, max(0, cores - 1)), max(b, a + 1)) for a, b in zip(edges, edges[1:], strict=False)]
+    return [(min(a, max(0, cores - 1)), max(b, a + 1)) for a, b in itertools.pairwise(edges)]

@@ -46,7 +46,8 @@ def as_json(config: Config, analysis: Analysis, assume: Assumptions, found: Sequ
 
 def totals(config: Config, analysis: Analysis) -> dict[str, float]:
     """Tokens/s/GPU, days and GPU-hours of the whole run at the predicted step time."""
-    assert analysis.time is not None and analysis.work is not None
+    assert analysis.time is not None
+    assert analysis.work is not None
     step = analysis.time.step_s
     return {
         "tokens_per_s_per_gpu": analysis.work.tokens / step / analysis.num_gpus,
@@ -124,7 +125,8 @@ def _memory(analysis: Analysis) -> Table:
 
 def _times(config: Config, analysis: Analysis, assume: Assumptions) -> Group:
     time, work = analysis.time, analysis.work
-    assert time is not None and work is not None
+    assert time is not None
+    assert work is not None
     table = Table(title="Predicted step (an estimate, nothing here was measured on these GPUs)", title_justify="left")
     columns = {
         "rollout": time.rollout_s, "log-probs": time.logprob_s, "training": time.train_s, "optimizer": time.optimizer_s,
