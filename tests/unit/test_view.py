@@ -1,0 +1,441 @@
+"""Pages and audit on trajectories that the shipped base model really sampled, and on hostile and damaged ones."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import copy
+import dataclasses
+import hashlib
+import html.parser
+import json
+import math
+import re
+import sys
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zstandard
+from transformers import Qwen2ForCausalLM
+
+from torl_mega.data.arithmetic import problems
+from torl_mega.data.tokenizer import Tokenizer
+from torl_mega.errors import DataError
+from torl_mega.rollout.audit import audit_files, audit_row
+from torl_mega.rollout.episode import Episode, EpisodeSettings
+from torl_mega.rollout.recorder import read_rows, step_path, write_step
+from torl_mega.types import (
+    ExecutionRequest,
+    ExecutionResult,
+    ExecutionStatus,
+    FinishReason,
+    Generation,
+    GenerationRequest,
+    GraderStatus,
+    Group,
+    Prompt,
+    Reward,
+    ToolCall,
+    Trajectory,
+    Turn,
+)
+from torl_mega.view.command import report, view
+from torl_mega.view.spans import pieces, shade, visible
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+
+from tiny_base_traces import TEMPLATE, interpret  # noqa: E402
+
+MODEL = ROOT / "conf/quickstart"
+STEP = 3
+Row = dict[str, Any]
+
+
+class ModelGenerator:
+    """A Generator over the shipped model in plain PyTorch, one token at a time."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._model = Qwen2ForCausalLM.from_pretrained(MODEL).eval()
+        self._tokenizer = tokenizer
+
+    @torch.no_grad()
+    async def generate(self, request: GenerationRequest) -> Generation:
+        rng = torch.Generator().manual_seed(request.seed)
+        ids, logprobs, text = list[int](), list[float](), ""
+        while len(ids) < request.max_new_tokens:
+            row = torch.tensor([[*request.token_ids, *ids]])
+            scores = self._model(row).logits[0, -1].log_softmax(-1)
+            ids.append(int(torch.multinomial(scores.exp(), 1, generator=rng)))
+            logprobs.append(float(scores[ids[-1]]))
+            text = self._tokenizer.decode(ids)
+            if ids[-1] == self._tokenizer.eos_id:
+                return self._done(ids, logprobs, text, FinishReason.EOS)
+            if any(text.endswith(stop) for stop in request.stop):
+                return self._done(ids, logprobs, text, FinishReason.STOP_STRING)
+        return self._done(ids, logprobs, text, FinishReason.LENGTH)
+
+    def _done(self, ids: list[int], logprobs: list[float], text: str, finish: FinishReason) -> Generation:
+        return Generation(tuple(ids), tuple(logprobs), (STEP,) * len(ids), text, finish)
+
+
+class Sums:
+    """A Sandbox for programs that only print sums: nothing is executed."""
+
+    async def run(self, request: ExecutionRequest) -> ExecutionResult:
+        shown, passed = interpret(request.code)
+        status = ExecutionStatus.OK if passed else ExecutionStatus.ERROR
+        out, err = (shown, "") if passed else ("", shown)
+        return ExecutionResult(status, 0 if passed else 1, out, err, 0.012, 0.01, 9.0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(MODEL)
+
+
+@pytest.fixture(scope="module")
+def groups(tokenizer: Tokenizer) -> tuple[Group, ...]:
+    """Three problems, six attempts each, sampled with C = 1."""
+    settings = EpisodeSettings(1.0, 1.0, 128, 1, wall_s=5, cpu_s=5, memory_mb=64, output_bytes=999)
+    episode = Episode(ModelGenerator(tokenizer), Sums(), tokenizer.encode, settings)
+    return tuple(
+        _group([asyncio.run(episode.run(prompt, i, seed=1)) for i in range(6)])
+        for p in islice(problems(4), 3)
+        for prompt in [Prompt(p, tokenizer.encode(TEMPLATE.format(problem=p.problem)))]
+    )
+
+
+def _group(trajectories: list[Trajectory]) -> Group:
+    return Group(trajectories[0].prompt, tuple(trajectories), tuple(_reward(t) for t in trajectories))
+
+
+def _reward(trajectory: Trajectory) -> Reward:
+    boxed = re.findall(r"\\boxed\{(-?\d+)\}", trajectory.response_text)
+    correct = bool(boxed) and boxed[-1] == trajectory.prompt.problem.answer
+    value = 1.0 if correct else -1.0
+    status = GraderStatus.OK if boxed else GraderStatus.NO_ANSWER
+    return Reward(value, correct, status, boxed[-1] if boxed else None, {"answer": value})
+
+
+def _write(run: Path, groups: tuple[Group, ...], step: int = STEP) -> Path:
+    config = {"config_hash": "0", "config": {"model": {"path": str(MODEL)}}}
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.json").write_text(json.dumps(config))
+    return write_step(run / "trajectories", step, groups, [0.5] * sum(len(g.trajectories) for g in groups))
+
+
+class Page(html.parser.HTMLParser):
+    """What a browser would make of a page: its tags, their attributes, and the text of each <pre>."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.pres: list[str] = []
+        self._inside = ""
+        self.feed(source)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._inside = tag if tag in ("pre", "style") else self._inside
+        if tag == "pre":
+            self.pres.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == self._inside:
+            self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "pre":
+            self.pres[-1] += data
+
+
+# ------------------------------------------------------------------------------------------------ view
+
+
+def test_the_page_shows_every_token_of_every_trajectory(
+    tmp_path: Path, groups: tuple[Group, ...], tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _write(tmp_path / "run", groups)
+    assert view(tmp_path / "run") == 0
+    path = Path(capsys.readouterr().out.strip())
+    page = Page(path.read_text())
+    shown = [t for g in groups for t in g.trajectories]
+    for trajectory, text in zip(shown, page.pres, strict=True):
+        ids = (*trajectory.prompt.token_ids, *trajectory.response_ids)
+        assert text == tokenizer.decode(ids)  # nothing lost, nothing twice, in order
+    spans = [a for tag, a in page.tags if tag == "span" and (a.get("class") or "").startswith("sampled")]
+    assert len(spans) == sum(sum(t.loss_mask) for t in shown)
+    first = shown[0].turns[0]
+    wanted = f"token {first.token_ids[0]} · log-prob {first.logprobs[0]:.3f} · p {math.exp(first.logprobs[0]):.3f} · version 3"
+    assert spans[0]["title"] == wanted
+    right = sum(r.correct for g in groups for r in g.rewards)
+    assert 0 < right < len(shown)
+    assert sum("a-right" in (a.get("class") or "") for tag, a in page.tags if tag == "details") == right
+
+
+def test_limit_step_and_json(tmp_path: Path, groups: tuple[Group, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    _write(tmp_path, groups, step=0)
+    _write(tmp_path, groups[:1], step=7)
+    assert view(tmp_path, step=0, limit=4, out=tmp_path / "x" / "page.html", as_json=True) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said == {"html": str(tmp_path / "x" / "page.html"), "step": 0, "shown": 4, "recorded": 18}
+    assert len(Page((tmp_path / "x" / "page.html").read_text()).pres) == 4
+    view(tmp_path, as_json=True)
+    assert json.loads(capsys.readouterr().out)["step"] == 7  # the last one
+    with pytest.raises(DataError, match=r"this run has steps 0 to 7"):
+        view(tmp_path, step=5)
+    with pytest.raises(DataError, match=r"give a run folder"):
+        view(tmp_path / "nothing")
+
+
+HOSTILE = (
+    "<script>alert(1)</script><img src=x onerror=alert(1)></pre></style><!-- ]]> {{ 7*7 }} &lt;b&gt; \"'` "
+    "\x1b[31mred\x1b]0;title\x07 \x00nul \u202egnp.exe \u200b\ufeff zero \r\n\x85 \x7f \ud800 ' onmouseover='alert(1)"
+)
+
+
+def test_hostile_text_is_inert(tmp_path: Path, groups: tuple[Group, ...]) -> None:
+    """Text of problem, model, program and grader cannot become markup, act on a terminal or reorder a line."""
+    group = groups[0]
+    problem = dataclasses.replace(group.prompt.problem, problem=HOSTILE, answer=HOSTILE, problem_id=HOSTILE)
+    prompt = dataclasses.replace(group.prompt, problem=problem)
+    call = ToolCall(HOSTILE, ExecutionStatus.OK, 0, HOSTILE, 0.1)
+    long = "A" * 200_000
+    turns = (Turn((1,), (-1.0,), (0,), HOSTILE, call, (2,)), Turn((3,), (-1.0,), (0,), HOSTILE + long))
+    trajectory = dataclasses.replace(group.trajectories[0], prompt=prompt, turns=turns)
+    reward = dataclasses.replace(group.rewards[0], extracted=HOSTILE)
+    _write(tmp_path, (Group(prompt, (trajectory,), (reward,)),))
+    (tmp_path / "config.json").unlink()  # no tokenizer: the recorded text itself is shown
+    out = tmp_path / "page.html"
+    assert view(tmp_path, out=out) == 0
+    raw = out.read_text(encoding="utf-8")
+    page = Page(raw)
+    allowed = "html head meta title style body header h1 h2 span div b i p input label main section details summary pre footer"
+    assert {tag for tag, _ in page.tags} <= set(allowed.split())
+    assert not any(name.startswith("on") or name in ("src", "href", "style") for _, a in page.tags for name in a)
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069\ufeff]", raw)
+    assert "Shown by turn instead of by token" in raw
+    assert page.pres[0].count(visible(HOSTILE)) == 4  # problem, both turns, observation
+    assert long in page.pres[0]
+
+
+def test_the_policy_allows_the_pages_own_style_and_nothing_else(tmp_path: Path, groups: tuple[Group, ...]) -> None:
+    _write(tmp_path, groups)
+    view(tmp_path, out=tmp_path / "page.html")
+    raw = (tmp_path / "page.html").read_text()
+    css = re.search(r"<style>(.*?)</style>", raw, re.S)
+    policy = next(a for tag, a in Page(raw).tags if a.get("http-equiv") == "Content-Security-Policy")["content"] or ""
+    assert css is not None
+    digest = base64.b64encode(hashlib.sha256(css[1].encode()).digest()).decode()
+    assert f"style-src 'sha256-{digest}'" in policy
+    assert policy.startswith("default-src 'none'")
+    assert "script-src" not in policy
+    assert not re.search(r"https?://|@import|url\(", raw)
+
+
+def test_every_filter_has_its_button_and_its_rule(tmp_path: Path, groups: tuple[Group, ...]) -> None:
+    _write(tmp_path, groups)
+    view(tmp_path, out=tmp_path / "page.html")
+    raw = (tmp_path / "page.html").read_text()
+    page = Page(raw)
+    inputs = {a["id"] for tag, a in page.tags if tag == "input"}
+    assert inputs == {a["for"] for tag, a in page.tags if tag == "label"}
+    assert all(f"#{i}:checked ~ .filters [for={i}]" in raw for i in inputs)
+    assert all(f"#{i}:checked ~ main" in raw for i in inputs if not str(i).endswith("1"))
+
+
+def test_tokens_that_share_a_character_are_one_piece(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("é漢🎉x")
+    assert [text for _, _, text in pieces(ids, tokenizer.decode)] == ["é", "漢", "🎉", "x"]
+    broken = [tokenizer.encode("漢")[0]] * 20  # bytes that never make a character
+    assert [last - first for first, last, _ in pieces(broken, tokenizer.decode)] == [8, 8, 4]
+    assert [shade(math.log(p)) for p in (0.95, 0.6, 0.3, 0.1, 0.02, 0.001)] == [0, 1, 2, 3, 4, 5]
+
+
+# ------------------------------------------------------------------------------------------------ audit
+
+
+def test_the_audit_passes_what_was_really_sampled(
+    tmp_path: Path, groups: tuple[Group, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _write(tmp_path, groups, step=STEP)
+    _write(tmp_path, groups, step=STEP + 1)
+    assert view(tmp_path, audit=True, as_json=True) == 0
+    said = json.loads(capsys.readouterr().out)
+    masks = [m for g in groups for t in g.trajectories for m in t.loss_mask]
+    assert said == {
+        "num_files": 2,
+        "num_trajectories": 36,
+        "num_sampled": 2 * sum(masks),
+        "num_inserted": 2 * (len(masks) - sum(masks)),
+        "violation": None,
+    }
+    assert said["num_inserted"] > 0
+
+
+def _call_turn(row: Row) -> Row:
+    return next(t for t in row["turns"] if t["tool_call"])
+
+
+def _set(path: str, value: Any) -> Callable[[Row], None]:
+    """Damages one place of the turn that called the tool (`turn.…`) or of the row."""
+
+    def damage(row: Row) -> None:
+        *parents, last = path.split(".")
+        place: Any = row
+        for name in parents:
+            place = _call_turn(row) if name == "turn" else place[int(name) if name.isdigit() else name]
+        place[int(last) if last.isdigit() else last] = value(place[int(last) if last.isdigit() else last])
+
+    return damage
+
+
+DAMAGE = {
+    "another sampled id": (_set("turn.token_ids.2", lambda i: (i + 1) % 256), "turns[0].text"),
+    "another text": (_set("turn.text", lambda s: s.replace("python", "Python")), "turns[0].text"),
+    "a logprob is missing": (_set("turn.logprobs", lambda x: x[:-1]), "turns[0].logprobs"),
+    "a logprob is positive": (_set("turn.logprobs.4", lambda _: 1e-3), "turns[0].logprobs[4]"),
+    "a logprob is not finite": (_set("turn.logprobs.4", lambda _: math.nan), "turns[0].logprobs[4]"),
+    "a version is missing": (_set("turn.policy_versions", lambda x: x[1:]), "turns[0].policy_versions"),
+    "a version of the future": (_set("turn.policy_versions.0", lambda _: STEP + 1), "turns[0].policy_versions[0]"),
+    "an inserted version": (_set("turn.policy_versions.0", lambda _: -1), "turns[0].policy_versions[0]"),
+    "another observation id": (_set("turn.observation_ids.0", lambda i: i + 1), "turns[0].observation_ids"),
+    "another observation": (_set("turn.tool_call.observation", lambda s: s + " "), "turns[0].observation_ids"),
+    "no observation, but on it goes": (_set("turn.observation_ids", lambda _: []), "turns[0].observation_ids"),
+    "inserted without a call": (_set("turn.tool_call", lambda _: None), "turns[0].observation_ids"),
+    "an unknown status": (_set("turn.tool_call.status", lambda _: "fine"), "row"),
+    "the prompt is cut": (_set("prompt_ids", lambda _: []), "prompt_ids"),
+    "the prompt was encoded otherwise": (_set("prompt_ids", lambda x: [48, *x[1:], 300, 290]), "prompt_ids"),
+    "an end that was not": (_set("turns", lambda t: [{**t[-1], "token_ids": t[-1]["token_ids"][:-1],
+        "logprobs": t[-1]["logprobs"][:-1], "policy_versions": t[-1]["policy_versions"][:-1],
+        "text": t[-1]["text"].removesuffix("<|endoftext|>")}]), "stop_reason"),
+    "no turn": (_set("turns", lambda _: []), "turns"),
+    "a reward that its parts do not make": (_set("reward.value", lambda v: v + 0.5), "reward.value"),
+    "an advantage that is not a number": (_set("advantage", lambda _: math.inf), "advantage"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_the_audit_names_the_first_damage(
+    name: str, tmp_path: Path, groups: tuple[Group, ...], tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage, field = DAMAGE[name]
+    path = _write(tmp_path, groups)
+    rows = list(read_rows(path))
+    line = next(
+        n for n, row in enumerate(rows) if any(t["tool_call"] for t in row["turns"]) and row["stop_reason"] == "eos"
+    )
+    assert audit_row(copy.deepcopy(rows[line]), tokenizer)[1] is None
+    damage(rows[line])
+    text = "".join(json.dumps(r) + "\n" for r in rows)
+    path.write_bytes(zstandard.ZstdCompressor().compress(text.encode()))
+    assert view(tmp_path, audit=True) == 1
+    said = capsys.readouterr().out
+    assert said.startswith(f"audit failed: {path}:{line + 1}: {field}"), said
+    assert said.count("\n") == 1
+
+
+def test_the_audit_reports_a_damaged_file(tmp_path: Path, groups: tuple[Group, ...], tokenizer: Tokenizer) -> None:
+    path = _write(tmp_path, groups)
+    whole = path.read_bytes()
+    for broken in (b"", b"not zstd", whole[: len(whole) // 2], zstandard.ZstdCompressor().compress(b'{"step": 1\n')):
+        path.write_bytes(broken)
+        assert audit_files([path], tokenizer).violation is not None
+
+
+def test_a_token_may_run_past_the_stop_string_and_no_further(groups: tuple[Group, ...], tokenizer: Tokenizer) -> None:
+    """SGLang stops on text: the last token can hold more than the stop string, its ids stay as sampled."""
+    row = _row_with_call(groups)
+    turn, tail = _call_turn(row), tokenizer.encode("`")[0]
+    turn["token_ids"], turn["text"] = list(tokenizer.encode("x\n```output")), "x\n```output"
+    for name, value in (("logprobs", -1.0), ("policy_versions", STEP)):
+        turn[name] = [value] * len(turn["token_ids"])
+    assert audit_row(row, tokenizer)[1] is None
+    for name, value in (("token_ids", tail), ("logprobs", -1.0), ("policy_versions", STEP)):
+        turn[name].append(value)
+    assert (audit_row(row, tokenizer)[1] or ("",))[0] == "turns[0].text"
+
+
+def _row_with_call(groups: tuple[Group, ...]) -> Row:
+    from torl_mega.rollout.recorder import trajectory_to_json
+
+    pairs = [(t, r) for g in groups for t, r in zip(g.trajectories, g.rewards, strict=True) if t.tool_calls]
+    return json.loads(json.dumps(trajectory_to_json(STEP, *pairs[0], 0.0)))
+
+
+# ------------------------------------------------------------------------------------------------ report
+
+
+def _metrics(run: Path, *, gain: float, tool: bool, summary: bool = True) -> Path:
+    run.mkdir(parents=True)
+    rows: list[Row] = [{"kind": "eval", "step": 0, "accuracy": 0.01, "code_ratio": 0.0}]
+    for s in range(20):
+        share = 1 - math.exp(-gain * s)
+        row = {
+            "accuracy": 0.2 + 0.8 * share,
+            "code_ratio": 0.4 + 0.6 * share,
+            "reward": 2 * share - 1,
+            "grad_norm": 0.3,
+        }
+        row |= {"max_abs_logprob_diff": 1e-5, "response_length": 20 + 10 * share, "rollout_s": 3.0, "train_s": 1.4}
+        row |= {"sync_s": 0.1, **({"pass_ratio": 0.7 + 0.3 * share} if tool else {})}
+        rows.append({"kind": "train", "step": s, **row})
+    rows.append({"kind": "eval", "step": 20, "accuracy": 0.2 + 0.8 * share, "code_ratio": 1.0})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"kind": "tr')
+    if summary:
+        (run / "summary.json").write_text(
+            json.dumps({"weight_sync": {"num_syncs": 21, "num_verified": 21}, "wall_s": {"total": 123.4}})
+        )
+    return run
+
+
+def test_report_of_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [
+        _metrics(tmp_path / "c1", gain=0.2, tool=True),
+        _metrics(tmp_path / "c0", gain=0.0, tool=False, summary=False),
+    ]
+    png = tmp_path / "docs" / "curves.png"
+    assert report(runs, tmp_path / "report.html", png=png, as_json=True) == 0
+    assert json.loads(capsys.readouterr().out) == {"html": str(tmp_path / "report.html"), "png": str(png)}
+    raw = (tmp_path / "report.html").read_text()
+    page = Page(raw)
+    pictures = {a["alt"]: a["src"] or "" for tag, a in page.tags if tag == "img"}
+    assert set(pictures) == {f"{t} against RL steps" for t in (
+        "accuracy", "code ratio", "pass ratio", "reward", "response length (tokens)", "gradient norm",
+        "largest |server − trainer| log-prob", "rollout (s)", "training (s)", "weight sync (s)",
+    )}  # fmt: skip
+    svg = base64.b64decode(pictures["accuracy against RL steps"].partition(",")[2]).decode()
+    assert svg.lstrip().startswith("<?xml")
+    assert "#1f5fae" in svg
+    assert "#d1652b" in svg  # both runs have a line
+    assert not re.search(r"<script|https?://(?!www\.w3\.org|purl\.org|creativecommons|matplotlib)", svg)
+    assert "21 of 21" in raw
+    assert "123 s" in raw
+    assert png.read_bytes().startswith(b"\x89PNG")
+    again = tmp_path / "again.html"
+    report(runs, again, png=tmp_path / "again.png")
+    assert again.read_text() == raw
+    assert (tmp_path / "again.png").read_bytes() == png.read_bytes()
+
+
+def test_report_says_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"metrics.jsonl has no rows"):
+        report([tmp_path])
+    with pytest.raises(DataError, match=r"needs a run folder"):
+        report([])
+
+
+def test_report_takes_hostile_names_and_values(tmp_path: Path) -> None:
+    run = tmp_path / "<script>$x^{ & 'run'"
+    run.mkdir()
+    rows = [{"kind": "train", "step": s, "accuracy": v} for s, v in enumerate([0.1, math.nan, "<b>", None, True, 0.4])]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*rows, [1], "x"]))
+    report([run], tmp_path / "report.html", png=tmp_path / "p.png")
+    assert "script" not in {tag for tag, _ in Page((tmp_path / "report.html").read_text()).tags}
+    assert step_path(run, 1).name == "step_00001.jsonl.zst"

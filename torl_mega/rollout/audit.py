@@ -1,0 +1,200 @@
+"""Proof from the log that a run trained on what it sampled: token in, token out (design, section 6.1).
+
+Contract: reads trajectories/step_*.jsonl.zst and re-proves for every trajectory that each trained token was sampled, with
+a finite log-prob <= 0 and the version of weights that existed then; that each masked token was inserted; that the ids
+say what the recorded text says; that an observation's ids are the encoding of that observation and of nothing else.
+The first violation is named by file, line and field.
+
+Limits: it trusts that the log was written from the records that were trained. A generation that was carried on by another
+server in the middle of a multi-byte character is recorded with a replacement character and is reported as a violation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torl_mega.errors import DataError
+from torl_mega.rollout.code_block import STOP
+from torl_mega.rollout.recorder import read_rows, trajectory_from_json
+from torl_mega.types import StopReason, Trajectory, Turn
+
+Fault = tuple[str, str]  # field, what is wrong with it
+
+
+class TextCodec(Protocol):
+    """The policy's tokenizer; `torl_mega.data.tokenizer.Tokenizer` is one."""
+
+    @property
+    def eos_id(self) -> int: ...
+
+    def encode(self, text: str) -> tuple[int, ...]: ...
+
+    def decode(self, token_ids: Sequence[int]) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    path: Path
+    line: int
+    field: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}: {self.field}: {self.message}"
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """What was read, up to and including the violation if there is one."""
+
+    num_files: int
+    num_trajectories: int
+    num_sampled: int  # trained tokens
+    num_inserted: int  # masked tokens after the prompt
+    violation: Violation | None
+
+
+def audit_files(paths: Iterable[Path], codec: TextCodec) -> Audit:
+    """Audits whole step files in order and stops at the first violation. Raises nothing for a damaged file: that is one."""
+    files = trajectories = sampled = inserted = 0
+    for path in paths:
+        files += 1
+        line = 0
+        try:
+            for line, row in enumerate(read_rows(path), 1):
+                trajectory, fault = audit_row(row, codec)
+                trajectories += 1
+                if fault is not None or trajectory is None:
+                    field, message = fault or ("row", "not a trajectory")
+                    return Audit(files, trajectories, sampled, inserted, Violation(path, line, field, message))
+                sampled += sum(trajectory.loss_mask)
+                inserted += len(trajectory.loss_mask) - sum(trajectory.loss_mask)
+        except DataError as exc:
+            return Audit(files, trajectories, sampled, inserted, Violation(path, line + 1, "line", str(exc)))
+        if line == 0:
+            return Audit(files, trajectories, sampled, inserted, Violation(path, 1, "file", "holds no trajectory"))
+    return Audit(files, trajectories, sampled, inserted, None)
+
+
+def audit_row(row: Mapping[str, Any], codec: TextCodec) -> tuple[Trajectory | None, Fault | None]:
+    """The trajectory of one recorded row and the first thing that is wrong with it."""
+    fault = _lengths(row)
+    if fault is not None:
+        return None, fault
+    try:
+        trajectory, reward = trajectory_from_json(row)
+        step, advantage = int(row["step"]), float(row["advantage"])
+    except (KeyError, TypeError, ValueError, AttributeError) as exc:
+        return None, ("row", f"not a trajectory: {type(exc).__name__} {exc}")
+    if not math.isfinite(advantage):
+        return trajectory, ("advantage", f"{advantage} is not finite")
+    if reward.parts and not math.isclose(sum(reward.parts.values()), reward.value, abs_tol=1e-6):
+        return trajectory, ("reward.value", f"{reward.value} is not the sum of its parts {dict(reward.parts)}")
+    fault = _prompt(trajectory, codec) or _turns(trajectory, step, codec) or _mask(trajectory)
+    return trajectory, fault
+
+
+def _lengths(row: Mapping[str, Any]) -> Fault | None:
+    """One log-prob and one version for every sampled token."""
+    turns = row.get("turns")
+    if not isinstance(turns, list) or not turns:
+        return "turns", "the trajectory has none"
+    for n, turn in enumerate(turns):
+        ids = turn.get("token_ids") if isinstance(turn, dict) else None
+        if not isinstance(ids, list):
+            return f"turns[{n}].token_ids", "missing"
+        for name in ("logprobs", "policy_versions"):
+            values = turn.get(name)
+            if not isinstance(values, list) or len(values) != len(ids):
+                return f"turns[{n}].{name}", f"{len(values or ())} for {len(ids)} sampled tokens"
+    return None
+
+
+def _prompt(trajectory: Trajectory, codec: TextCodec) -> Fault | None:
+    ids = trajectory.prompt.token_ids
+    if not ids:
+        return "prompt_ids", "empty"
+    text = codec.decode(ids)
+    if codec.encode(text) != ids:
+        return "prompt_ids", "are not the encoding of the text they decode to"
+    return None
+
+
+def _turns(trajectory: Trajectory, step: int, codec: TextCodec) -> Fault | None:
+    last = len(trajectory.turns) - 1
+    for n, turn in enumerate(trajectory.turns):
+        for check in (_sampled, _text, _observation):
+            fault = check(turn, step, codec)
+            if fault is not None:
+                return f"turns[{n}].{fault[0]}", fault[1]
+        if n < last and not turn.observation_ids:
+            return f"turns[{n}].observation_ids", "empty, but the trajectory goes on"
+    closing = trajectory.turns[last]
+    if closing.observation_ids and trajectory.stop_reason is not StopReason.LENGTH:
+        return "stop_reason", f"{trajectory.stop_reason.value}, but the last tokens were inserted"
+    if trajectory.stop_reason is StopReason.EOS and (not closing.token_ids or closing.token_ids[-1] != codec.eos_id):
+        return "stop_reason", f"eos, but the last sampled token is not the EOS token {codec.eos_id}"
+    return None
+
+
+def _sampled(turn: Turn, step: int, codec: TextCodec) -> Fault | None:
+    for t, (logprob, version) in enumerate(zip(turn.logprobs, turn.policy_versions, strict=True)):
+        if not (math.isfinite(logprob) and logprob <= 0):
+            return f"logprobs[{t}]", f"{logprob} is not the log of a probability"
+        if not 0 <= version <= step:
+            return f"policy_versions[{t}]", f"{version} did not exist in step {step}"
+    return None
+
+
+def _text(turn: Turn, step: int, codec: TextCodec) -> Fault | None:
+    """The text is what the ids say, with or without the closing EOS; a stop string may end inside the last token."""
+    decoded = codec.decode(turn.token_ids)
+    spoken = turn.token_ids[:-1] if turn.token_ids and turn.token_ids[-1] == codec.eos_id else turn.token_ids
+    if _same(turn.text, decoded) or _same(turn.text, codec.decode(spoken)):
+        return None
+    stopped = turn.tool_call is not None and turn.text.endswith(STOP) and decoded.startswith(turn.text)
+    if stopped and len(codec.decode(turn.token_ids[:-1])) < len(turn.text):
+        return None
+    return "text", f"{_ends(turn.text)} is not what the token ids say: {_ends(decoded)}"
+
+
+def _same(a: str, b: str) -> bool:
+    """Equal but for bytes of an unfinished character at the end, which decoders show or leave out."""
+    return a.rstrip("\ufffd") == b.rstrip("\ufffd")
+
+
+def _ends(text: str) -> str:
+    return repr(text) if len(text) <= 60 else f"{text[:30]!r}...{text[-30:]!r}"
+
+
+def _observation(turn: Turn, step: int, codec: TextCodec) -> Fault | None:
+    if turn.tool_call is None:
+        return ("observation_ids", "inserted without a tool call") if turn.observation_ids else None
+    if not turn.text.endswith(STOP):
+        return "text", f"a tool ran, but the text does not end in {STOP!r}"
+    if turn.observation_ids and turn.observation_ids != codec.encode(turn.tool_call.observation):
+        return "observation_ids", f"are not the encoding of the observation {_ends(turn.tool_call.observation)}"
+    return None
+
+
+def _mask(trajectory: Trajectory) -> Fault | None:
+    """The flat arrays that training sees hold the sampled tokens where the mask is True, the inserted ones elsewhere."""
+
+    pairs = tuple(zip(trajectory.response_ids, trajectory.loss_mask, strict=True))
+    trained = tuple(i for i, sampled in pairs if sampled)
+    masked = tuple(i for i, sampled in pairs if not sampled)
+    if trained != tuple(i for t in trajectory.turns for i in t.token_ids) or masked != tuple(
+        i for t in trajectory.turns for i in t.observation_ids
+    ):
+        return "loss_mask", "does not separate sampled from inserted tokens"
+    versions = trajectory.policy_versions
+    if any((v >= 0) is not sampled for v, sampled in zip(versions, trajectory.loss_mask, strict=True)):
+        return "policy_versions", "a trained token has no version, or an inserted one has"
+    return None
+
+
+__all__ = ["Audit", "TextCodec", "Violation", "audit_files", "audit_row"]

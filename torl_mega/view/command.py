@@ -1,0 +1,144 @@
+"""What `torl view` and `torl report` do: from run folders to one static page, a picture, or the verdict of an audit.
+
+Both return an exit code, print where they wrote, and raise DataError with one line for a folder that holds no run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+
+from torl_mega.data.tokenizer import Tokenizer
+from torl_mega.errors import DataError
+from torl_mega.rollout.audit import Audit, audit_files
+from torl_mega.rollout.recorder import read_rows, step_path, trajectory_from_json
+from torl_mega.view.page import Scored, trajectories_page
+
+
+def view(
+    run: Path,
+    *,
+    step: int | None = None,
+    out: Path | None = None,
+    audit: bool = False,
+    limit: int = 64,
+    tokenizer: Path | None = None,
+    as_json: bool = False,
+) -> int:
+    """Writes one step's trajectories as HTML (the last step unless `step` says), the first `limit` of them.
+
+    `out` defaults to `RUN/view/step_NNNNN.html`; `tokenizer` to the run's own `model.path`. With `audit` no page is
+    made: every step (or the one) is re-proved token by token, and 1 is returned at the first violation.
+    """
+    paths = _step_files(run, step)
+    if audit:
+        return _audit(paths if step is not None else _step_files(run, None), tokenizer or _model_path(run), as_json)
+    path = paths[-1]
+    codec, note = _tokenizer(run, tokenizer)
+    rows = list(read_rows(path))
+    scored = []
+    for line, row in enumerate(islice(rows, limit), 1):
+        try:
+            scored.append(Scored(*trajectory_from_json(row), float(row["advantage"])))
+        except (KeyError, TypeError, ValueError, AttributeError) as exc:
+            raise DataError(f"{path}:{line}: not a trajectory: {type(exc).__name__} {exc}") from None
+    number = _number(path)
+    decode = codec.decode if codec else None
+    page = trajectories_page(run.name, number, scored, num_recorded=len(rows), decode=decode, note=note)
+    target = out or run / "view" / f"step_{number:05d}.html"
+    write_text(target, page)
+    _say({"html": str(target), "step": number, "shown": len(scored), "recorded": len(rows)}, as_json, str(target))
+    return 0
+
+
+def report(runs: Sequence[Path], out: Path | None = None, *, png: Path | None = None, as_json: bool = False) -> int:
+    """Writes the curves of one or several runs as HTML (default: `RUN/report.html` of the first) and, with `png`, a
+    picture of accuracy, code ratio and pass ratio against steps."""
+    from torl_mega.view.report import read_run, report_page, write_png  # matplotlib: heavy
+
+    if not runs:
+        raise DataError("torl report needs a run folder, e.g. runs/quickstart")
+    read = [read_run(run) for run in runs]
+    target = out or runs[0] / "report.html"
+    write_text(target, report_page(read))
+    written = {"html": str(target)}
+    if png is not None:
+        write_png(png, read)
+        written["png"] = str(png)
+    _say(written, as_json, "\n".join(written.values()))
+    return 0
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+    os.replace(temporary, path)
+
+
+def _audit(paths: Sequence[Path], tokenizer: Path, as_json: bool) -> int:
+    result = audit_files(paths, Tokenizer(tokenizer))
+    _say(
+        {**asdict(result), "violation": str(result.violation) if result.violation else None}, as_json, _verdict(result)
+    )
+    return 0 if result.violation is None else 1
+
+
+def _verdict(result: Audit) -> str:
+    if result.violation is not None:
+        return f"audit failed: {result.violation}"
+    return (
+        f"audit passed: {result.num_trajectories} trajectories in {result.num_files} files; "
+        f"{result.num_sampled} trained tokens were sampled, {result.num_inserted} masked ones were inserted"
+    )
+
+
+def _step_files(run: Path, step: int | None) -> list[Path]:
+    folder = run / "trajectories"
+    paths = sorted(folder.glob("step_*.jsonl.zst"))
+    if not paths:
+        raise DataError(f"{folder} holds no step_*.jsonl.zst; give a run folder such as runs/quickstart")
+    if step is None:
+        return paths
+    wanted = step_path(folder, step)
+    if wanted not in paths:
+        raise DataError(f"{wanted} is not there; this run has steps {_number(paths[0])} to {_number(paths[-1])}")
+    return [wanted]
+
+
+def _number(path: Path) -> int:
+    found = re.match(r"step_(\d+)\.", path.name)
+    if found is None:
+        raise DataError(f"{path}: not named step_NNNNN.jsonl.zst")
+    return int(found[1])
+
+
+def _model_path(run: Path) -> Path:
+    """Where the run's config says its model is; relative paths count from the working folder, as in training."""
+    config = run / "config.json"
+    try:
+        return Path(json.loads(config.read_text())["config"]["model"]["path"])
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise DataError(
+            f"{config}: does not name the model ({type(exc).__name__}); give its folder by --tokenizer"
+        ) from None
+
+
+def _tokenizer(run: Path, given: Path | None) -> tuple[Tokenizer | None, str]:
+    """A page can do without; then it says so. A tokenizer that was asked for by name must be there."""
+    if given is not None:
+        return Tokenizer(given), ""
+    try:
+        return Tokenizer(_model_path(run)), ""
+    except DataError as exc:
+        return None, f"Shown by turn instead of by token: {exc}"
+
+
+def _say(values: Mapping[str, object], as_json: bool, text: str) -> None:
+    print(json.dumps(values) if as_json else text)

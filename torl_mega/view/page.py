@@ -1,0 +1,163 @@
+"""One static HTML page of a step's trajectories. No script, nothing fetched: it opens from a mail attachment.
+
+Contract: whatever a model or a program wrote is data. Jinja escapes it, `visible` takes away what acts on the reader, and a
+Content-Security-Policy forbids scripts, frames, forms and fetches; filters are CSS alone.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+import jinja2
+
+from torl_mega.types import ExecutionStatus, Reward, ToolCall, Trajectory
+from torl_mega.view.spans import Decode, Span, spans_of, visible
+
+OPEN_BELOW_TOKENS = 400  # longer answers start folded
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    trajectory: Trajectory
+    reward: Reward
+    advantage: float
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """One trajectory as the template shows it."""
+
+    anchor: str
+    classes: str
+    correct: bool
+    sample_index: int
+    reward: str
+    advantage: str
+    extracted: str
+    grader: str
+    calls: tuple[tuple[str, str], ...]  # (class, text)
+    num_sampled: int
+    num_inserted: int
+    stop_reason: str
+    open: bool
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """One problem and its attempts."""
+
+    problem_id: str
+    problem: str
+    answer: str
+    num_correct: int
+    cards: tuple[Card, ...]
+
+
+def trajectories_page(
+    run: str, step: int, scored: Sequence[Scored], *, num_recorded: int, decode: Decode | None, note: str
+) -> str:
+    """The page's HTML. `scored` is shown in order, `num_recorded` is how many the step has, `note` a line for the reader."""
+    return (
+        environment()
+        .get_template("trajectories.html.j2")
+        .render(
+            run=run,
+            step=step,
+            sections=_sections(scored, decode),
+            num_shown=len(scored),
+            num_recorded=num_recorded,
+            tiles=_tiles(scored),
+            note=note,
+            **style(),
+        )
+    )
+
+
+def environment() -> jinja2.Environment:
+    loader = jinja2.FunctionLoader(lambda name: (files("torl_mega.view") / name).read_text("utf-8"))
+    return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+
+
+@cache
+def style() -> dict[str, str]:
+    """The style sheet and the hash under which the page's policy allows it, and nothing else."""
+    css = (files("torl_mega.view") / "style.css.j2").read_text("utf-8")
+    digest = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
+    return {"css": css, "css_hash": f"sha256-{digest}"}
+
+
+def _sections(scored: Sequence[Scored], decode: Decode | None) -> list[Section]:
+    groups: list[list[Scored]] = []
+    for item in scored:
+        before = groups[-1][-1].trajectory if groups else None
+        same = before is not None and before.prompt == item.trajectory.prompt
+        if not same or (before and item.trajectory.sample_index <= before.sample_index):
+            groups.append([])
+        groups[-1].append(item)
+    return [
+        Section(
+            problem_id=visible(group[0].trajectory.prompt.problem.problem_id),
+            problem=visible(group[0].trajectory.prompt.problem.problem),
+            answer=visible(group[0].trajectory.prompt.problem.answer),
+            num_correct=sum(s.reward.correct for s in group),
+            cards=tuple(_card(f"g{n}-{i}", s, decode) for i, s in enumerate(group)),
+        )
+        for n, group in enumerate(groups)
+    ]
+
+
+def _card(anchor: str, item: Scored, decode: Decode | None) -> Card:
+    trajectory, reward = item.trajectory, item.reward
+    num_sampled = sum(trajectory.loss_mask)
+    num_inserted = len(trajectory.loss_mask) - num_sampled
+    return Card(
+        anchor=anchor,
+        classes=f"{'a-right' if reward.correct else 'a-wrong'} {_tool_class(trajectory)} s-{trajectory.stop_reason.value}",
+        correct=reward.correct,
+        sample_index=trajectory.sample_index,
+        reward=f"{reward.value:+.2f}",
+        advantage=f"{item.advantage:+.2f}",
+        extracted="none" if reward.extracted is None else visible(reward.extracted)[:200],
+        grader=reward.status.value,
+        calls=tuple(_call(c) for c in trajectory.tool_calls),
+        num_sampled=num_sampled,
+        num_inserted=num_inserted,
+        stop_reason=trajectory.stop_reason.value,
+        open=num_sampled + num_inserted <= OPEN_BELOW_TOKENS,
+        spans=tuple(spans_of(trajectory, decode)),
+    )
+
+
+def _tool_class(trajectory: Trajectory) -> str:
+    if not trajectory.tool_calls:
+        return "t-none"
+    return "t-ok" if all(c.status is ExecutionStatus.OK for c in trajectory.tool_calls) else "t-failed"
+
+
+def _call(call: ToolCall) -> tuple[str, str]:
+    code = "" if call.return_code in (None, 0) else f" ({call.return_code})"
+    return (
+        "ok" if call.status is ExecutionStatus.OK else "bad"
+    ), f"{call.status.value}{code} · {call.wall_s * 1e3:.0f} ms"
+
+
+def _tiles(scored: Sequence[Scored]) -> list[tuple[str, str]]:
+    """(name, value) of what is shown, computed from it alone."""
+    calls = [c for s in scored for c in s.trajectory.tool_calls]
+    num = max(len(scored), 1)
+    return [
+        ("accuracy", f"{sum(s.reward.correct for s in scored) / num:.3f}"),
+        ("mean reward", f"{sum(s.reward.value for s in scored) / num:+.3f}"),
+        ("answers that called the tool", f"{sum(bool(s.trajectory.tool_calls) for s in scored) / num:.3f}"),
+        (
+            "programs that ran through",
+            f"{sum(c.status is ExecutionStatus.OK for c in calls) / len(calls):.3f}" if calls else "–",
+        ),
+        ("tokens an answer", f"{sum(len(s.trajectory.response_ids) for s in scored) / num:.0f}"),
+    ]
