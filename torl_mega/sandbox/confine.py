@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from torl_mega.sandbox import landlock, linux, seccomp
 
 MIB = 1 << 20
+SPARE_SLOTS = 2  # beyond the settings' slots, for children that were killed and answered for but are not gone yet
 BOX = "/tmp"  # the snippet's folder in tier A
 _KEEP = "/.below-tmp"
 _ROOT_CANDIDATES = ("/mnt", "/media", "/srv", "/opt", "/home", "/var", "/tmp")  # where the new root is mounted, briefly
@@ -224,11 +225,12 @@ def lock(cage: Cage, box: str, *, memory_mb: int, cpu_s: float, nproc: int | Non
 
 def _set_limits(cage: Cage, *, memory_mb: int, cpu_s: float, nproc: int | None) -> None:
     seconds = int(cpu_s) + 2  # a backstop: the zygote measures and kills to the millisecond
-    megabytes = cage.settings.scratch_mb * MIB
+    # without a tmpfs of its own a snippet could hold NOFILE deleted files open, which no look at its folder shows
+    file_bytes = cage.settings.scratch_mb * MIB // (1 if cage.settings.tier == "A" else 4)
     limits = {
         resource.RLIMIT_AS: cage.vm_bytes + memory_mb * MIB,
         resource.RLIMIT_CPU: seconds,
-        resource.RLIMIT_FSIZE: megabytes,
+        resource.RLIMIT_FSIZE: file_bytes,
         resource.RLIMIT_NOFILE: 64,
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_STACK: 8 * MIB,  # also what a thread's stack reserves of the address space

@@ -25,6 +25,7 @@ from hashlib import blake2b
 
 NAME = "main.py"
 MEMORY_FLAG = 0x4D
+_libc = ctypes.CDLL(None)
 _ENV = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
 
 
@@ -73,11 +74,10 @@ def fresh_look(box: str, code: bytes, *, deterministic: bool) -> types.ModuleTyp
         setattr(sys, f"__{name}__", stream)
     sys.argv[:] = [NAME]
     sys.path.insert(0, box)
-    sys.path_importer_cache.clear()
+    sys.path_importer_cache.pop(box, None)
     for name in [m for m in sys.modules if m == "torl_mega" or m.startswith("torl_mega.")]:
         del sys.modules[name]
     _seed(blake2b(code, digest_size=16).digest() if deterministic else os.urandom(16))
-    linecache.clearcache()
     text = code.decode("utf-8-sig", "replace")
     linecache.cache[NAME] = (
         len(text),
@@ -115,7 +115,7 @@ def _seed(entropy: bytes) -> None:
 def run(main: types.ModuleType, code: bytes, flags: mmap.mmap) -> None:
     """Compiles and runs `code` as `__main__`, then ends the process with Python's own exit code. Does not return."""
     leave, say, excepthook = os._exit, traceback.print_exception, sys.excepthook
-    join_threads, flush_c = threading._shutdown, ctypes.CDLL(None).fflush  # type: ignore[attr-defined]
+    join_threads, flush_c = threading._shutdown, _libc.fflush  # type: ignore[attr-defined]
     memory_error, flag = MemoryError, MEMORY_FLAG
     status = 1
     try:

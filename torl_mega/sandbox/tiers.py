@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from torl_mega.config import SandboxConfig
 from torl_mega.errors import ServerError
 from torl_mega.sandbox import landlock, linux
-from torl_mega.sandbox.confine import Settings
+from torl_mega.sandbox.confine import SPARE_SLOTS, Settings
 from torl_mega.sandbox.host import PROJECT, Ready
 from torl_mega.sandbox.warm import PRELOAD, WARM
 
@@ -61,8 +61,9 @@ class Plan:
         uids: list[int] = []
         if self.slot_uids:
             pool = self.slot_uids["all"]
-            uids = [pool[(self._uid_cursor + i) % len(pool)] for i in range(k.slots)]
-            self._uid_cursor += k.slots
+            num = k.slots + SPARE_SLOTS
+            uids = [pool[(self._uid_cursor + i) % len(pool)] for i in range(num)]
+            self._uid_cursor += num
         return Settings(
             tier=self.tier, readable=readable_paths(c), slots=k.slots, preload=list(PRELOAD[kind]), warm=WARM[kind],
             uid=self.uid, slot_uids=uids, scratch_base=self.scratch, max_threads=c.max_threads, nproc=None,
@@ -108,7 +109,7 @@ def plan(config: SandboxConfig, tier: str) -> Plan:
     if config.data_libraries:
         num_data = max(1, num_math // 4)
         kinds["data"] = KindPlan("data", num_data, -(-running // num_data))
-    uid, slot_uids, warnings = _users(config, tier, sum(k.num_zygotes * k.slots for k in kinds.values()))
+    uid, slot_uids, warnings = _users(config, tier, sum(k.num_zygotes * (k.slots + SPARE_SLOTS) for k in kinds.values()))
     made = Plan(tier, config, kinds, running, uid, slot_uids, None, exact_threads=True, warnings=warnings)
     if tier == "A":
         made.exact_threads = _kernel() >= (5, 14)

@@ -15,6 +15,7 @@ PRELOAD: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 _MATH = """
+import encodings.utf_8_sig
 import numpy as np, sympy as s
 x, y, n = s.symbols('x y n')
 s.solve(x**2 - 7*x + 10, x); s.solve(x**3 - 6*x**2 + 11*x - 6, x); s.solve([x + y - 3, x - y - 1], [x, y])
@@ -26,7 +27,7 @@ s.Matrix([[1, 2], [3, 4]]).inv(); s.Matrix([[1, 2], [3, 4]]).det(); s.Rational(1
 s.latex(x**2/2); s.pretty(x**2); str(s.sqrt(8)); s.binomial(5, 2); s.factorial(5); (x**2 + 1).subs(x, 2).evalf()
 s.lambdify(x, x**2)(3); s.Poly(x**2 + 1, x).all_coeffs(); s.trigsimp(s.sin(2*x)/s.cos(x)); s.apart(1/(x**2 - 1))
 s.solve(x**2 - 2 > 0, x); abs(s.Integer(-3)); s.Abs(x).diff(x); s.log(8, 2); s.ceiling(s.Rational(7, 2))
-np.linalg.inv(np.eye(3)); np.linalg.solve(np.eye(2), np.ones(2)); np.roots([1, -3, 2]); np.random.rand(2); str(np.arange(3))
+np.linalg.inv(np.eye(3)); np.linalg.solve(np.eye(2), np.ones(2)); np.roots([1, -3, 2]); np.random.rand(2); np.random.seed(1); str(np.arange(3))
 exec('from sympy import *; from math import *; from fractions import Fraction; from itertools import *', {})
 """
 _DATA = """

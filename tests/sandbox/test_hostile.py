@@ -1,0 +1,142 @@
+"""Every hostile program, on every tier, as root and as an ordinary user: nothing escapes, nothing breaks, nothing stays."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from hostile import Hostile, cases
+from pools import ORDINARY_UID, PROJECT, Pool, pool, wait_gone, descendants
+
+from torl_mega.sandbox.client import SandboxClient
+from torl_mega.types import ExecutionRequest, ExecutionStatus
+
+ROOT = os.getuid() == 0
+CONFIGURATIONS = [
+    pytest.param("A", None, id="A-self"),
+    pytest.param("B", None, id="B-self"),
+    pytest.param("A", ORDINARY_UID, id="A-user", marks=pytest.mark.skipif(not ROOT, reason="needs root to change user")),
+    pytest.param("B", ORDINARY_UID, id="B-user", marks=pytest.mark.skipif(not ROOT, reason="needs root to change user")),
+]
+OTHER = "x = 'other-snippet-51c9'\nleft_by_other = 1\nimport time\ntime.sleep(0.2)\n"
+
+
+class Canaries:
+    """A file, a folder, a process and listening sockets of the pool's user, and how they looked at first."""
+
+    def __init__(self, served: Pool, user: int | None) -> None:
+        self.file = served.folder / "canary"
+        self.file.write_text("intact")
+        self.dir = served.folder / "dir"
+        self.dir.mkdir()
+        if user is not None:
+            os.chown(self.file, user, user)
+            os.chown(self.dir, user, user)
+        as_user = {} if user is None else {"user": user, "group": user, "extra_groups": []}
+        self.process = subprocess.Popen(["sleep", "1000"], **as_user)  # type: ignore[call-overload]
+        self.tcp = socket.create_server(("127.0.0.1", 0))
+        self.unix = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.name = f"torlcan{os.getpid() % 1000:03d}"
+        self.unix.bind(f"\0{self.name}")
+        self.unix.setblocking(False)
+        self.served = served
+        self.first = self.look()
+
+    def look(self) -> tuple[object, ...]:
+        info = self.file.stat()
+        pid = self.process.pid
+        try:
+            heard = self.unix.recv(100)
+        except BlockingIOError:
+            heard = b""
+        return (
+            self.file.read_text(), info.st_mode, info.st_uid, info.st_mtime_ns, info.st_nlink, os.listdir(self.dir), os.listxattr(self.file),
+            self.process.poll(), os.getpriority(os.PRIO_PROCESS, pid), os.sched_getaffinity(pid), heard, self.served.process.poll(),
+        )  # fmt: skip
+
+    def fill(self, code: str) -> str:
+        values = {
+            "@FILE@": self.file, "@DIR@": self.dir, "@PID@": self.process.pid, "@POOL@": self.served.process.pid,
+            "@PORT@": self.tcp.getsockname()[1], "@SOCK@": self.served.socket, "@ABSTRACT@": self.name, "@PROJECT@": PROJECT,
+        }  # fmt: skip
+        for key, value in values.items():
+            code = code.replace(key, str(value))
+        return code
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.tcp.close()
+        self.unix.close()
+
+
+async def attack(client: SandboxClient, case: Hostile, canaries: Canaries) -> list[str]:
+    """What was wrong; empty when all held."""
+    wrong = []
+    request = ExecutionRequest(canaries.fill(case.code), stdin=case.stdin, wall_s=case.wall_s, cpu_s=case.wall_s)
+    result = await client.run(request)
+    if result.status not in case.allowed:
+        wrong.append(f"ended as {result.status.value} rc={result.return_code} {result.stderr[-200:]} {result.message}")
+    if any(line.startswith("ESCAPED") for line in result.stdout.splitlines()):
+        wrong.append(f"escaped: {result.stdout[:200]}")
+    if case.stdout is not None and result.stdout != case.stdout:
+        wrong.append(f"said {result.stdout[:100]!r} {result.stderr[-200:]}")
+    if result.wall_s > case.wall_s + 1.0:
+        wrong.append(f"took {result.wall_s:.1f} s")
+    after = await client.run(ExecutionRequest("import sympy\nprint(6 * 7, sympy.solve('x-1'))"))
+    if after.stdout != "42 [1]\n":
+        wrong.append(f"the next snippet said {after}")
+    if (now := canaries.look()) != canaries.first:
+        wrong.append(f"a canary changed: {now} from {canaries.first}")
+    return [f"{case.name}: {w}" for w in wrong]
+
+
+async def _attack_all(served: Pool, canaries: Canaries, chosen: list[Hostile]) -> list[str]:
+    wrong: list[str] = []
+    queue = list(chosen)
+    async with SandboxClient(served.address) as client:
+
+        async def worker() -> None:
+            while queue:
+                wrong.extend(await attack(client, queue.pop(0), canaries))
+
+        async def neighbour() -> None:
+            while queue:
+                assert (await client.run(ExecutionRequest(OTHER))).status is ExecutionStatus.OK
+
+        await asyncio.gather(*(worker() for _ in range(4)), neighbour())
+        late = {w.split(":")[0] for w in wrong if ": took " in w}  # late among others on a busy machine: once more, alone
+        wrong = [w for w in wrong if ": took " not in w]
+        for case in [c for c in chosen if c.name in late]:
+            wrong.extend(await attack(client, case, canaries))
+    return wrong
+
+
+@pytest.mark.parametrize(("tier", "user"), CONFIGURATIONS)
+def test_hostile_corpus(tier: str, user: int | None) -> None:
+    with pool(tier=tier, user=user, max_running=6, data_libraries=False) as served:
+        canaries = Canaries(served, user)
+        before = descendants(served.process.pid)
+        try:
+            wrong = asyncio.run(_attack_all(served, canaries, cases()))
+            left = {p for p in descendants(served.process.pid) - before}
+            stray = wait_gone(left, 2.0)
+        finally:
+            canaries.close()
+        assert not wrong, "\n".join(wrong)
+        assert stray == set(), "a snippet's process stayed, or a zygote had to be replaced"
+        boxes = [p for base in Path("/tmp").glob(f"torl-sandbox-{served.process.pid}-*/zygote-*") for p in base.glob("box-*")]
+        deadline = time.monotonic() + 5
+        while [p for p in boxes if p.exists()] and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert [p for p in boxes if p.exists()] == []
+
+
+def test_corpus_is_large() -> None:
+    names = [case.name for case in cases()]
+    assert len(set(names)) == len(names) >= 120

@@ -1,0 +1,214 @@
+"""The served process: it ends with its parent, leaves nothing when killed, and callers always get an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import Counter
+from pathlib import Path
+
+import aiohttp
+import pytest
+from pools import PROJECT, descendants, pool, scratch_of, start, wait_gone
+
+from torl_mega.errors import ServerError
+from torl_mega.sandbox.client import SandboxClient
+from torl_mega.sandbox.fusion_client import FusionClient
+from torl_mega.types import ExecutionRequest as R
+from torl_mega.types import ExecutionStatus as S
+
+
+@pytest.mark.parametrize("tier", ["A", "B"])
+def test_killed_pool_takes_everything_along(tier: str) -> None:
+    """SIGKILL mid-burst: zygotes and snippets go, callers get INFRA, the next pool removes what tier B had on disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        process = start(Path(folder), tier=tier, user=None, data_libraries=False)
+        assert process.stdout is not None and process.stdout.readline().startswith("sandbox ready")
+
+        async def burst() -> Counter[S]:
+            async with SandboxClient(f"unix:{folder}/s", reconnect_timeout_s=0.5) as client:
+                calls = [asyncio.create_task(client.run(R("import time; time.sleep(0.5)"))) for _ in range(200)]
+                await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+                tree.update(descendants(process.pid))
+                process.kill()
+                return Counter(r.status for r in await asyncio.gather(*calls))
+
+        tree: set[int] = set()
+        counts = asyncio.run(burst())
+        process.wait()
+        process.stdout.close()
+        assert counts[S.INFRA] > 100 and set(counts) <= {S.OK, S.INFRA}
+        assert len(tree) > 2 and wait_gone(tree, 5.0) == set()
+        assert scratch_of(process.pid) == []
+
+
+def test_a_restarted_pool_gets_the_open_calls() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        first = start(Path(folder), tier="auto", user=None, data_libraries=False)
+        assert first.stdout is not None and first.stdout.readline().startswith("sandbox ready")
+
+        async def burst() -> tuple[Counter[S], subprocess.Popen[str]]:
+            async with SandboxClient(f"unix:{folder}/s", reconnect_timeout_s=30) as client:
+                calls = [asyncio.create_task(client.run(R("import time; time.sleep(0.1); print(7)"))) for _ in range(60)]
+                await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+                first.kill()
+                second = start(Path(folder), tier="auto", user=None, data_libraries=False)
+                return Counter(r.status for r in await asyncio.gather(*calls)), second
+
+        counts, second = asyncio.run(burst())
+        first.wait()
+        first.stdout.close()
+        second.terminate()
+        second.wait(15)
+        assert second.stdout is not None
+        second.stdout.close()
+        assert counts == {S.OK: 60}
+
+
+def test_ends_when_its_parent_is_killed() -> None:
+    """The parent holds the write end of a pipe; SIGKILL on it is end of file here."""
+    with tempfile.TemporaryDirectory() as folder:
+        code = f"""
+import os, sys, time
+sys.path[:0] = [{str(PROJECT)!r}, {str(PROJECT / "tests/sandbox")!r}]
+from pathlib import Path
+from pools import start
+r, w = os.pipe()
+p = start(Path({folder!r}), tier="auto", user=None, pass_fds=(r,), args=("--parent-fd", str(r)), data_libraries=False)
+os.close(r)
+print(p.pid, p.stdout.readline(), flush=True)
+time.sleep(100)
+"""
+        parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        assert parent.stdout is not None
+        pid, rest = parent.stdout.readline().split(maxsplit=1)
+        assert rest.startswith("sandbox ready")
+        tree = descendants(int(pid)) | {int(pid)}
+        parent.kill()
+        parent.wait()
+        parent.stdout.close()
+        assert len(tree) > 2 and wait_gone(tree, 5.0) == set()
+        assert not Path(folder, "s").exists()
+
+
+def test_sigterm_while_starting_and_running_leaves_nothing() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        process = start(Path(folder), tier="auto", user=None)
+        threading.Event().wait(0.6)
+        tree = descendants(process.pid)
+        process.terminate()
+        assert process.wait(15) in (0, -signal.SIGTERM)
+        assert process.stdout is not None
+        process.stdout.close()
+        assert wait_gone(tree, 5.0) == set()
+
+
+def test_a_second_pool_does_not_take_a_live_socket() -> None:
+    with pool(data_libraries=False) as served:
+        command = [sys.executable, "-m", "torl_mega.sandbox.serve", "--socket", served.socket, "--settings", '{"data_libraries": false}']
+        done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT)
+        assert done.returncode == 1 and "another sandbox listens" in done.stderr
+
+
+def test_client_without_a_pool() -> None:
+    async def main() -> None:
+        with pytest.raises(ServerError, match="no sandbox listens"):
+            await SandboxClient("unix:/nonexistent/s", start_timeout_s=0.2).start()
+        client = SandboxClient("unix:/nonexistent/s", reconnect_timeout_s=0.2)
+        result = await client.run(R("print(1)"))
+        assert result.status is S.INFRA and client.counters["sandbox_infra"] == 1
+        fusion = FusionClient(["http://127.0.0.1:1"])
+        assert (await fusion.run(R("print(1)"))).status is S.INFRA
+        await fusion.close()
+
+    asyncio.run(main())
+
+
+def test_client_follows_the_event_loop() -> None:
+    with pool(data_libraries=False) as served:
+        client = SandboxClient(served.address)
+        for _ in range(3):
+            assert asyncio.run(client.run(R("print(1)"))).stdout == "1\n"
+        fusion = FusionClient([served.url])
+        for _ in range(2):
+
+            async def once() -> str:
+                result = await fusion.run(R("print(2)"))
+                await fusion.close()
+                return result.stdout
+
+            assert asyncio.run(once()) == "2\n"
+
+
+def test_http_like_sandboxfusion() -> None:
+    async def main(url: str) -> None:
+        async with aiohttp.ClientSession() as session:
+
+            async def post(body: object) -> tuple[int, dict]:
+                async with session.post(f"{url}/run_code", json=body) as r:
+                    return r.status, await r.json()
+
+            async with session.get(f"{url}/v1/ping") as r:
+                assert (r.status, await r.json()) == (200, "pong")
+            ok = {"code": "print(1)", "language": "python", "compile_timeout": 10, "files": {"a": None}, "stdin": None}
+            status, answer = await post(ok)
+            assert status == 200 and isinstance(answer["run_result"].pop("execution_time"), float)
+            run = {"status": "Finished", "return_code": 0, "stdout": "1\n", "stderr": ""}
+            assert answer == {"status": "Success", "message": "", "compile_result": None, "run_result": run, "executor_pod_name": None, "files": {}}
+            _, late = await post({"code": "while True: pass", "language": "python", "run_timeout": 0.3})
+            assert (late["status"], late["run_result"]["status"], late["run_result"]["return_code"]) == ("Failed", "TimeLimitExceeded", None)
+            _, failed = await post({"code": "import sys; sys.exit(3)", "language": "python"})
+            assert (failed["status"], failed["run_result"]["status"], failed["run_result"]["return_code"]) == ("Failed", "Finished", 3)
+            for body, kind, place in (
+                ({"code": "1"}, "missing", ["body", "language"]),
+                ({"language": "python"}, "missing", ["body", "code"]),
+                ({"code": "1", "language": "klingon"}, "literal_error", ["body", "language"]),
+                ({"code": 5, "language": "python"}, "string_type", ["body", "code"]),
+                ({"code": "1", "language": "python", "run_timeout": "soon"}, "float_parsing", ["body", "run_timeout"]),
+            ):
+                status, answer = await post(body)
+                assert status == 422 and (answer["detail"][0]["type"], answer["detail"][0]["loc"]) == (kind, place)
+            async with session.post(f"{url}/run_code", data=b"{", headers={"Content-Type": "application/json"}) as r:
+                assert r.status == 422 and (await r.json())["detail"][0]["type"] == "json_invalid"
+            async with session.get(f"{url}/metrics") as r:
+                assert 'torl_sandbox_snippets_total{status="ok"} 1.0' in await r.text()
+
+    with pool(data_libraries=False) as served:
+        asyncio.run(main(served.url))
+
+
+def test_full_queue_is_503_and_the_client_waits() -> None:
+    async def main(url: str) -> None:
+        slow = {"code": "import time; time.sleep(1)", "language": "python"}
+        async with aiohttp.ClientSession() as session:
+
+            async def post() -> tuple[int, str | None]:
+                async with session.post(f"{url}/run_code", json=slow) as r:
+                    return r.status, r.headers.get("Retry-After")
+
+            answers = Counter(await asyncio.gather(*(post() for _ in range(12))))
+            assert set(answers) == {(200, None), (503, "1")}
+        async with FusionClient([url, url]) as client:
+            results = await asyncio.gather(*(client.run(R("import time; time.sleep(0.3); print(1)")) for _ in range(12)))
+            assert {r.stdout for r in results} == {"1\n"}
+
+    with pool(data_libraries=False, max_running=1, max_queue=2) as served:
+        asyncio.run(main(served.url))
+
+
+def test_nothing_of_the_environment_is_left_by_a_closed_pool() -> None:
+    before = set(os.listdir("/tmp"))
+    with pool(tier="B", data_libraries=False) as served:
+
+        async def main() -> None:
+            async with SandboxClient(served.address) as client:
+                await client.run(R("import os\nos.umask(0o777)\nfor _ in range(200): os.mkdir('d')\n"))
+                await client.run(R("import os\nfor _ in range(2000):\n    os.mkdir('d'); os.chdir('d')\n"))
+
+        asyncio.run(main())
+    assert {n for n in set(os.listdir("/tmp")) - before if n.startswith(("torl-sandbox-", ".gone"))} == set()
