@@ -15,7 +15,8 @@ PRELOAD: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 _MATH = """
-import encodings.utf_8_sig
+import encodings.utf_8_sig, ast, bisect, cmath, collections, copy, dataclasses, datetime, decimal, enum, fractions
+import functools, inspect, itertools, math, operator, re, statistics, string, textwrap, typing, warnings, tempfile
 import numpy as np, sympy as s
 x, y, n = s.symbols('x y n')
 s.solve(x**2 - 7*x + 10, x); s.solve(x**3 - 6*x**2 + 11*x - 6, x); s.solve([x + y - 3, x - y - 1], [x, y])

@@ -421,8 +421,6 @@ def main(control_fd: int, raw_settings: str, project: str) -> None:
             procfs = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         sys.path[:] = [p for p in sys.path if p and os.path.realpath(p) != project and os.path.exists(p)]
         sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]
-        import ast, bisect, cmath, collections, copy, dataclasses, datetime, decimal, enum, fractions, functools  # noqa: E401, F401, I001
-        import inspect, itertools, math, operator, re, statistics, string, textwrap, typing, contextlib, warnings, tempfile  # noqa: E401, F401, I001
 
         base = scratch.Base(settings.scratch_base) if settings.scratch_base else None
         os.environ["MPLCONFIGDIR"] = base.path if base else confine.BOX
