@@ -32,6 +32,7 @@ class Server:
         self.suspended: str | None = None  # why it is not used, or None
         self.num_outstanding = 0
         self.silent_since: float | None = None  # monotonic time of the first unanswered probe in a row
+        self.woken = asyncio.Event()  # look at this server now
         self._lost: set[asyncio.Future[None]] = set()
 
     @contextlib.contextmanager
@@ -100,6 +101,7 @@ class Fleet:
     def suspend(self, server: Server, why: str) -> None:
         if server.suspended is None:
             self._counters["server_suspended"] += 1
+            server.woken.set()
         server.suspended = why
 
     async def health(self) -> dict[str, bool]:
@@ -115,7 +117,9 @@ class Fleet:
                     self._changed.set()
             elif server.num_outstanding:
                 await self._listen(server)
-            await asyncio.sleep(POLL_S)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(server.woken.wait(), POLL_S)
+            server.woken.clear()
 
     async def _listen(self, server: Server) -> None:
         asked = time.monotonic()

@@ -38,7 +38,9 @@ def launch_command(config: Config, *, host: str, port: int, on_gpu: bool) -> lis
         command += ["--max-total-tokens", str(max(serving.max_total_tokens, context))]
     if serving.max_running_requests is not None:
         command += ["--max-running-requests", str(serving.max_running_requests)]
-    command += ["--mem-fraction-static", str(serving.mem_fraction)] if on_gpu else ["--device", "cpu"]
+    # an idle scheduler polls without pause, which on a CPU takes a whole core away from the trainer
+    cpu = ["--device", "cpu", "--sleep-on-idle"]
+    command += ["--mem-fraction-static", str(serving.mem_fraction)] if on_gpu else cpu
     return [*command, *serving.extra_args]
 
 

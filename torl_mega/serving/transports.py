@@ -15,6 +15,7 @@ import contextlib
 import json
 import pickle
 import shutil
+import socket
 import threading
 import time
 import uuid
@@ -80,7 +81,7 @@ class Broadcast:
         self.reset()
         limit = timedelta(seconds=deadline.left_s)
         self._name, self._members = f"torl_weights_{uuid.uuid4().hex[:12]}", tuple(members)
-        self._store = TCPStore(self._host, 0, is_master=True, wait_for_workers=False, timeout=limit)
+        self._store = _listening_store(self._host, limit)
         world_size = 1 + sum(member.num_ranks for member in members)
         calls, offset = [], 1
         for member in members:
@@ -153,6 +154,15 @@ class Broadcast:
         self._store, self._work, self._buffers, self._calls, self._members = None, None, [], [], ()
         threading.Thread(target=_abort, args=(group,), daemon=True, name="abort weight group").start()
         self._stuck = [kept for kept in self._stuck if kept[2] is not None and not kept[2].is_completed()]
+
+
+def _listening_store(host: str, limit: timedelta) -> TCPStore:
+    """A rendezvous on `host` alone; TCPStore by itself listens on every interface."""
+    listener = socket.create_server((host, 0))
+    port = listener.getsockname()[1]
+    return TCPStore(
+        host, port, is_master=True, wait_for_workers=False, timeout=limit, master_listen_fd=listener.detach()
+    )
 
 
 def _abort(group: Any) -> None:

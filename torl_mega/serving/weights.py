@@ -28,8 +28,8 @@ from torl_mega.serving.buckets import make_buckets
 from torl_mega.serving.transports import Broadcast, Disk, Handles, Member, Transport
 from torl_mega.serving.verify import Expectation, LayoutCache
 
-PROBE_LIMIT_S = 5.0
-CLEANUP_LIMIT_S = 5.0
+PROBE_LIMIT_S = 4.0
+CLEANUP_LIMIT_S = 3.0
 TORN = "torn"
 
 

@@ -1,0 +1,118 @@
+"""The side-car as a program: what it says when it cannot start, and what it leaves behind."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from live_server import LiveServer, write_config
+
+from torl_mega import process
+from torl_mega.config import Config
+from torl_mega.config_file import load_config
+from torl_mega.errors import ServerError
+from torl_mega.serving.server import CONTEXT_SLACK, launch_command, launch_env, wait_ready
+
+
+def serve(*args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torl_mega.serving.serve", *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_a_port_in_use_is_one_clear_line(tiny_config_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = serve(str(tiny_config_path), "--port", str(port))
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"error: port {port} on 127.0.0.1 is in use; stop what listens there or choose another --port\n"
+    )
+
+
+def test_a_missing_model_and_a_context_too_long_are_one_clear_line(tiny_config_path: Path, tmp_path: Path) -> None:
+    port = str(process.free_port())
+    done = serve(str(tiny_config_path), f"model.path={tmp_path}/none", "--port", port)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"error: model.path = {tmp_path}/none: no config.json there")
+    done = serve(
+        str(tiny_config_path), "rollout.max_response_tokens=4000", "trainer.micro_batch_tokens=8192", "--port", port
+    )
+    assert done.returncode == 1
+    assert "4512 tokens" in done.stderr
+    assert "max_position_embeddings 2048" in done.stderr
+
+
+def test_a_server_that_dies_in_start_up_shows_its_log(tiny_config_path: Path, tmp_path: Path) -> None:
+    log = tmp_path / "sglang.log"
+    port = str(process.free_port())
+    done = serve(str(tiny_config_path), "serving.extra_args=[--no-such-option]", "--port", port, "--log", str(log))
+    assert done.returncode == 1
+    assert "died while starting (exit code 2); the end of" in done.stderr
+    assert "no-such-option" in done.stderr
+
+
+def test_a_server_that_is_not_ready_in_time(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with process.start(["sh", "-c", "echo still loading; sleep 60"], name="slow", log_path=log) as child:
+        url = f"http://127.0.0.1:{process.free_port()}"
+        with pytest.raises(ServerError, match=r"not ready after 0\.5 s; the end of(.|\n)*still loading"):
+            asyncio.run(wait_ready(url, 0.5, process=child, log_path=log))
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_nothing_survives_the_sidecar(tiny_config_path: Path, tmp_path: Path, how: signal.Signals) -> None:
+    """Killed while SGLang is still starting its processes, the worst moment."""
+    port = process.free_port()
+    command = [sys.executable, "-m", "torl_mega.serving.serve", str(tiny_config_path), "--port", str(port)]
+    sidecar = subprocess.Popen([*command, "--log", str(tmp_path / "log")], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    tree: list[psutil.Process] = []
+    while len(tree) < 3 and time.monotonic() < deadline:  # guardian, SGLang, its first child
+        tree = psutil.Process(sidecar.pid).children(recursive=True)
+        time.sleep(0.05)
+    assert len(tree) >= 3
+    sidecar.send_signal(how)
+    assert sidecar.wait(10) == (0 if how is signal.SIGTERM else -how)
+    _, alive = psutil.wait_procs(tree, timeout=10)
+    assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+    assert not process.port_in_use("127.0.0.1", port)
+
+
+def test_the_command_line_says_what_the_config_says(tiny_config: Config) -> None:
+    command = launch_command(tiny_config, host="127.0.0.1", port=4000, on_gpu=False)
+    options = dict(zip(command[3::2], command[4::2], strict=False))
+    assert options["--context-length"] == str(tiny_config.max_context_tokens + CONTEXT_SLACK)
+    assert options["--device"] == "cpu"
+    assert options["--dtype"] == "float32"
+    assert "--mem-fraction-static" not in options
+    other = launch_command(tiny_config, host="127.0.0.1", port=4001, on_gpu=True)
+    gpu = dict(zip(other[3::2], other[4::2], strict=False))
+    assert gpu["--mem-fraction-static"] == str(tiny_config.serving.mem_fraction)
+    assert "--device" not in gpu
+    assert gpu["--random-seed"] != options["--random-seed"]
+    env = launch_env(tiny_config, gpu_ids=(2, 3), base={"RANK": "0", "PATH": "/bin"})
+    assert env["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert "RANK" not in env
+
+
+def test_a_small_cache_still_holds_one_whole_context(tmp_path: Path, tiny_model: Path) -> None:
+    config = load_config(write_config(tmp_path, tiny_model), ["serving.max_total_tokens=16"])
+    command = launch_command(config, host="127.0.0.1", port=4000, on_gpu=False)
+    total = command[command.index("--max-total-tokens") + 1]
+    assert int(total) == config.max_context_tokens + CONTEXT_SLACK
+
+
+def test_the_server_binds_this_machine_only(live_server: LiveServer) -> None:
+    port = int(live_server.url.rpartition(":")[2])
+    tree = psutil.Process(live_server.sidecar.pid).children(recursive=True)
+    sockets = [c for p in tree for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+    assert {c.laddr.ip for c in sockets if c.laddr.port == port} == {"127.0.0.1"}
