@@ -143,7 +143,8 @@ def _draw(axes: Axes, panel: Panel, runs: Sequence[Run]) -> None:
         if steps:
             axes.plot(steps, values, color=colour, linewidth=1.6, label=run.name.replace("$", r"\$"))
         at, measured = series(run.evals, panel.name) if panel.share else ([], [])
-        axes.plot(at, measured, "o", color=colour, markersize=5, markerfacecolor="white", zorder=3, clip_on=False)
+        if at:  # an empty line that is not clipped would unhinge the layout
+            axes.plot(at, measured, "o", color=colour, markersize=5, markerfacecolor="white", zorder=3, clip_on=False)
     if panel.log:
         axes.set_yscale("log")
     if panel.share:
