@@ -1,13 +1,12 @@
-"""Distributed checkpoints: any layout in, any layout out; a crash in the middle of saving never harms the last good one.
+"""Megatron's distributed checkpoints: any layout in, any layout out.
 
-    <run>/checkpoints/step_000010/      Megatron's torch_dist files (weights, optimizer, schedule, RNG), fully reshardable
+    <run>/checkpoints/step_000010/      torch_dist files (weights, optimizer, schedule, RNG), fully reshardable
                      .../extra.json     what the loop keeps (steps done, prompt cursor, ...)
-                     .../manifest.json  model, layout, and size and CRC-32 of every other file; written last
+                     .../manifest.json  see checkpoint_files.py
 
-A checkpoint is built in `.step_000010.tmp`, synced to disk and renamed, so a folder of the final name is complete; `latest`
-takes the newest one that has a manifest. With `async_save` a forked process writes while training goes on, and the rename
-happens at the first `poll` after it is done. Loading first compares model, sizes and checksums with the manifest.
-Limits: needs a file system that all ranks share.
+Contract: every method is a collective. A run resumed from a checkpoint in the same layout goes on bit for bit; in another
+layout, to rounding. With `async_save` a forked process writes while training goes on, and the checkpoint appears at the
+first `poll` after it is done. Loading compares model, sizes and checksums with the manifest before it changes anything.
 """
 
 from __future__ import annotations
@@ -15,41 +14,25 @@ from __future__ import annotations
 import json
 import pickle
 import random
-import re
-import shutil
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from torl_mega.config import CheckpointConfig
 from torl_mega.errors import CheckpointError
+from torl_mega.trainer import checkpoint_files as files
 from torl_mega.trainer import parallel
-from torl_mega.trainer.hf_io import fsync, replace_folder
+from torl_mega.trainer.checkpoint_files import complete, latest
 from torl_mega.trainer.layout import ModelShape
 
-_STEP = re.compile(r"step_(\d+)")
-_MANIFEST, _EXTRA = "manifest.json", "extra.json"
+__all__ = ["Checkpoints", "complete", "latest", "load_weights", "save_weights"]
 
-
-def latest(root: Path) -> Path | None:
-    """The complete checkpoint with the highest step below `root`, or None."""
-    found = complete(root)
-    return found[-1] if found else None
-
-
-def complete(root: Path) -> list[Path]:
-    """Complete checkpoints below `root`, oldest step first."""
-    if not root.is_dir():
-        return []
-    named = [(int(m[1]), p) for p in root.iterdir() if (m := _STEP.fullmatch(p.name)) and (p / _MANIFEST).is_file()]
-    return [p for _, p in sorted(named)]
+_LOAD_ERRORS = (RuntimeError, KeyError, ValueError, AssertionError, pickle.UnpicklingError, OSError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,31 +43,23 @@ class _Save:
 
 
 class Checkpoints:
-    """Saves and loads what one trainer rank holds; every method is a collective."""
+    """Saves and loads what one trainer rank holds."""
 
-    def __init__(self, config: CheckpointConfig, shape: ModelShape) -> None:
+    def __init__(self, config: CheckpointConfig, shape: ModelShape, hf_config: Mapping[str, Any]) -> None:
         self.config = config
         self.shape = shape
+        self._record = files.record_of(shape, hf_config, "training")
         self._queue: Any = None
         self._pending: list[_Save] = []  # under way, oldest first
 
     def save(self, path: Path, model: Sequence[Any], optimizer: Any, schedule: Any, extra: Mapping[str, Any]) -> None:
         """Write a checkpoint to `path`; with async_save return as soon as the state is copied."""
-        from megatron.core import dist_checkpointing
-        from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
-
         self.poll(wait=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        text = parallel.share(lambda: _prepare(temporary, extra))
+        temporary = files.temporary_for(path)
+        text = parallel.share(lambda: files.prepare(temporary, extra))
         metadata = _metadata()
-        state = _state(model, optimizer, schedule, metadata, loading=False)
-        request = dist_checkpointing.save(
-            state,
-            str(temporary),
-            get_default_save_sharded_strategy("torch_dist"),
-            async_sharded_save=self.config.async_save,
-            content_metadata={k: v for k, v in metadata.items() if k != "dp_cp_group"},
-        )
+        state = _training_state(model, optimizer, schedule, metadata, loading=False)
+        request = _write(temporary, state, metadata, asynchronous=self.config.async_save)
         self._pending.append(_Save(temporary, path, text))
         if self.config.async_save:
             self._async_queue().schedule_async_request(request)
@@ -101,42 +76,19 @@ class Checkpoints:
 
     def load(self, path: Path, model: Sequence[Any], optimizer: Any, schedule: Any) -> Mapping[str, Any]:
         """Fill model, optimizer, schedule and RNG; returns `extra`. Raises CheckpointError before anything is changed
-        when the checkpoint is missing, damaged or of another model."""
-        from megatron.core import dist_checkpointing
-        from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
-
-        self.verify(path)
-        metadata = {**_metadata(), **dist_checkpointing.load_content_metadata(str(path))}
-        state = _state(model, optimizer, schedule, metadata, loading=True)
-        error: BaseException | None = None
-        try:
-            loaded: Any = dist_checkpointing.load(state, str(path), get_default_load_sharded_strategy(str(path)))
-            for n, chunk in enumerate(model):
-                chunk.module.load_state_dict(loaded[_chunk_name(n, len(model))], strict=True)
+        when the checkpoint is missing, damaged, of another model or without a training state."""
+        manifest = _checked_manifest(path, self.shape)
+        if manifest["content"] != "training":
+            raise CheckpointError(f"{path} holds weights only; convert it to HF and name that folder in model.path")
+        with _one_line_errors(path):
+            metadata = {**_metadata(), **_content_metadata(path)}
+            loaded = _read(path, _training_state(model, optimizer, schedule, metadata, loading=True))
+            _fill_weights([chunk.module for chunk in model], loaded)
             with torch.no_grad():  # fp32 parameters are views that must not be copied into under autograd
                 optimizer.load_state_dict(loaded["optimizer"])
             schedule.load_state_dict(loaded["schedule"])
             _restore_rng(loaded["rng"])
-        except (RuntimeError, KeyError, ValueError, pickle.UnpicklingError, OSError) as exc:
-            error = CheckpointError(f"{path}: cannot be loaded: {_one_line(exc)}")
-        parallel.raise_together(error)
-        return json.loads((path / _EXTRA).read_text())
-
-    def verify(self, path: Path) -> None:
-        """Compare model, file sizes and checksums with the manifest; the ranks share the reading."""
-        manifest = parallel.share(lambda: _read_manifest(path, self.shape))
-        error: BaseException | None = None
-        files = sorted(manifest["files"].items())
-        for name, wanted in files[_rank() :: parallel.world_size()]:
-            found = _fingerprint(path / name)
-            if found != wanted:
-                size = "is missing" if found is None else f"has {found['size']} bytes, crc {found['crc32']}"
-                error = CheckpointError(
-                    f"{path / name} {size}; the manifest says {wanted['size']} bytes, crc {wanted['crc32']}: "
-                    "the checkpoint is damaged, remove its folder to resume from the one before"
-                )
-                break
-        parallel.raise_together(error)
+        return json.loads((path / files.EXTRA).read_text())
 
     def _async_queue(self) -> Any:
         if self._queue is None:
@@ -148,82 +100,78 @@ class Checkpoints:
 
     def _publish(self) -> None:
         save = self._pending.pop(0)
-        temporary = save.temporary
-        parallel.share(lambda: (temporary / _EXTRA).write_text(save.extra))
-        files = sorted(p for p in temporary.rglob("*") if p.is_file())
-        mine = {str(p.relative_to(temporary)): _fingerprint(p) for p in files[_rank() :: parallel.world_size()]}
-        for name in mine:
-            fsync(temporary / name)
-        prints: list[Any] = [mine]
-        if parallel.world_size() > 1:
-            prints = [None] * parallel.world_size()
-            dist.all_gather_object(prints, mine, group=parallel.share_group())
-        parallel.share(lambda: _finish(temporary, save.path, self.shape, prints, self.config.keep_last))
+        files.publish(save.temporary, save.path, save.extra, self._record, self.config.keep_last)
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+def save_weights(path: Path, chunks: Sequence[Any], shape: ModelShape, hf_config: Mapping[str, Any]) -> None:
+    """Weights alone of bare model chunks, for conversion."""
+    temporary = files.temporary_for(path)
+    text = parallel.share(lambda: files.prepare(temporary, {}))
+    metadata = _metadata()
+    _write(temporary, _weights_state(chunks, metadata), metadata, asynchronous=False)
+    files.publish(temporary, path, text, files.record_of(shape, hf_config, "weights"), None)
 
 
-def _prepare(temporary: Path, extra: Mapping[str, Any]) -> str:
-    """An empty folder to write to; returns `extra` as text."""
+def load_weights(path: Path, chunks: Sequence[Any], shape: ModelShape) -> None:
+    """Weights alone out of any checkpoint into bare model chunks of any layout."""
+    _checked_manifest(path, shape)
+    with _one_line_errors(path):
+        loaded = _read(path, _weights_state(chunks, {**_metadata(), **_content_metadata(path)}))
+        _fill_weights(chunks, loaded)
+
+
+def _checked_manifest(path: Path, shape: ModelShape) -> dict[str, Any]:
+    def read() -> dict[str, Any]:
+        manifest = files.read_manifest(path)
+        files.check_model(path, manifest, shape)
+        return manifest
+
+    manifest = parallel.share(read)
+    files.check_files(path, manifest)
+    return manifest
+
+
+@contextmanager
+def _one_line_errors(path: Path) -> Iterator[None]:
+    """What Megatron raises while loading, as one CheckpointError on every rank."""
+    error: BaseException | None = None
     try:
-        text = json.dumps(dict(extra))
-    except TypeError as exc:
-        raise CheckpointError(f"what the loop wants to keep is not JSON: {exc}") from None
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    except OSError as exc:
-        raise CheckpointError(f"{temporary}: cannot be written ({exc}); free space or choose another runs_dir") from None
-    return text
+        yield
+    except _LOAD_ERRORS as exc:
+        text = " ".join(f"{type(exc).__name__}: {exc}".split())[:300]
+        error = CheckpointError(f"{path}: cannot be loaded: {text}")
+    parallel.raise_together(error)
 
 
-def _finish(temporary: Path, path: Path, shape: ModelShape, prints: list[Any], keep_last: int) -> None:
-    files = {name: found for part in prints for name, found in part.items()}
-    manifest = {"format": 1, "model": _model_record(shape), "files": files}
-    (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-    replace_folder(temporary, path)
-    for old in complete(path.parent)[:-keep_last]:
-        if old != path:
-            shutil.rmtree(old, ignore_errors=True)
+def _write(folder: Path, state: dict[str, Any], metadata: dict[str, Any], *, asynchronous: bool) -> Any:
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+
+    return dist_checkpointing.save(
+        state,
+        str(folder),
+        get_default_save_sharded_strategy("torch_dist"),
+        async_sharded_save=asynchronous,
+        content_metadata={k: v for k, v in metadata.items() if k != "dp_cp_group"},
+    )
 
 
-def _model_record(shape: ModelShape) -> dict[str, Any]:
-    """What must agree between a checkpoint and the model it is loaded into."""
-    record = asdict(shape)
-    return {k: record[k] for k in ("architecture", "num_layers", "hidden", "num_heads", "num_kv_groups", "head_dim",
-                                   "ffn", "vocab", "tied")}  # fmt: skip
+def _read(folder: Path, state: dict[str, Any]) -> Any:
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+
+    return dist_checkpointing.load(state, str(folder), get_default_load_sharded_strategy(str(folder)))
 
 
-def _read_manifest(path: Path, shape: ModelShape) -> dict[str, Any]:
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such checkpoint")
-    try:
-        manifest = json.loads((path / _MANIFEST).read_bytes())
-        files, model = dict(manifest["files"]), dict(manifest["model"])
-    except OSError:
-        raise CheckpointError(f"{path}: no {_MANIFEST}, so the checkpoint is not complete; take another step_* folder") from None
-    except (ValueError, KeyError, TypeError) as exc:
-        raise CheckpointError(f"{path / _MANIFEST} is damaged: {exc!r}; take another step_* folder") from None
-    mine = _model_record(shape)
-    differs = [f"{k} {model.get(k)} (model.path: {v})" for k, v in mine.items() if model.get(k) != v]
-    if differs:
-        raise CheckpointError(f"{path} belongs to another model: {', '.join(differs)}; set model.path or name to match")
-    return {"files": files}
+def _content_metadata(folder: Path) -> dict[str, Any]:
+    from megatron.core import dist_checkpointing
+
+    return dist_checkpointing.load_content_metadata(str(folder)) or {}
 
 
-def _fingerprint(file: Path) -> dict[str, int] | None:
-    """Size and CRC-32, read in pieces; None when the file is not there."""
-    crc = size = 0
-    try:
-        with file.open("rb") as handle:
-            while piece := handle.read(1 << 22):
-                crc = zlib.crc32(piece, crc)
-                size += len(piece)
-    except OSError:
-        return None
-    return {"size": size, "crc32": crc}
+def _fill_weights(chunks: Sequence[Any], loaded: Mapping[str, Any]) -> None:
+    for n, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded[_chunk_name(n, len(chunks))], strict=True)
 
 
 def _metadata() -> dict[str, Any]:
@@ -242,10 +190,14 @@ def _chunk_name(n: int, chunks: int) -> str:
     return "model" if chunks == 1 else f"model{n}"
 
 
-def _state(
+def _weights_state(chunks: Sequence[Any], metadata: dict[str, Any]) -> dict[str, Any]:
+    return {_chunk_name(n, len(chunks)): c.sharded_state_dict(metadata=metadata) for n, c in enumerate(chunks)}
+
+
+def _training_state(
     model: Sequence[Any], optimizer: Any, schedule: Any, metadata: dict[str, Any], *, loading: bool
 ) -> dict[str, Any]:
-    weights = {_chunk_name(n, len(model)): c.module.sharded_state_dict(metadata=metadata) for n, c in enumerate(model)}
+    weights = _weights_state([chunk.module for chunk in model], metadata)
     state: dict[str, Any] = dict(weights)
     with _unpadded_indices(optimizer):
         state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata)
@@ -284,7 +236,3 @@ def _restore_rng(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     np.random.set_state(state["numpy"])
     random.setstate(state["python"])
-
-
-def _one_line(exc: BaseException) -> str:
-    return " ".join(f"{type(exc).__name__}: {exc}".split())[:300]

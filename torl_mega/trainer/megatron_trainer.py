@@ -72,7 +72,7 @@ class MegatronTrainer:
         self.optimizer, self.schedule = build_optimizer(
             self.model, self.model_config, config.optim, config.trainer, total_steps=self._total_steps()
         )
-        self.checkpoints = checkpoint.Checkpoints(config.checkpoint, self.shape)
+        self.checkpoints = checkpoint.Checkpoints(config.checkpoint, self.shape, self.hf_config)
         self._metric_names: tuple[str, ...] = ()
         self._num_micro_batches = 0
 
