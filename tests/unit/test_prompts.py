@@ -51,7 +51,7 @@ def test_the_templates_have_the_paper_bytes(name: str) -> None:
 def test_a_custom_template_keeps_its_other_braces_and_must_name_the_problem() -> None:
     problem = Problem("s/0", "1+1", "2", "s")
     assert render_template("Q: {problem}, in \\boxed{}: ", problem) == "Q: 1+1, in \\boxed{}: "
-    with pytest.raises(DataError, match="no {problem} in it"):
+    with pytest.raises(DataError, match=r"no \{problem\} in it"):
         render_template("Q: {question}", problem)
 
 

@@ -33,9 +33,9 @@ _TEMPLATE_ASK = "put your final answer within \\boxed{}.\n"
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
-    """(row number from 0, row) of a .parquet, .jsonl or .json file or of a folder of them; a row that is not an object comes as text saying why.
+    """(row number from 0, row) of a .parquet, .jsonl, .json or .arrow file; what is not an object comes as text saying why.
 
-    Row numbers of a .jsonl are line numbers from 0. Raises DataError when the file is missing, unreadable or of an unknown ending.
+    Row numbers of a .jsonl are line numbers from 0. Raises DataError for a missing or unreadable file or an unknown ending.
     """
     if not path.exists():
         raise DataError(f"{path}: no such data file; data.train and eval.data take .parquet, .jsonl or arithmetic:SEED")

@@ -41,19 +41,20 @@ class Grader:
         self._lock = asyncio.Lock()
         self._open: dict[int, asyncio.Future[Verdict]] = {}
         self._next_id = 0
+        self._closed = False
         self._cache: OrderedDict[tuple[str, str, str], Verdict] = OrderedDict()
         self.num_restarts = 0
 
     async def start(self) -> None:
         """Starts the grader process when it does not run. Raises TorlError when it cannot come up."""
         async with self._lock:
-            if self._process is not None and self._process.returncode is None:
-                return
-            await self._spawn()
+            self._closed = False
+            await self._ensure_running()
 
     async def close(self) -> None:
         """Ends the grader process; what is still open becomes a FAULT."""
         async with self._lock:
+            self._closed = True
             process, self._process = self._process, None
             if process is None:
                 return
@@ -84,9 +85,10 @@ class Grader:
         return verdict
 
     async def _ask(self, answer: str, gold: str, problem: str) -> Verdict:
-        await self.start()
-        process = self._process
-        assert process is not None
+        async with self._lock:
+            if self._closed:
+                return Verdict.FAULT
+            process = await self._ensure_running()
         assert process.stdin is not None
         identity, self._next_id = self._next_id, self._next_id + 1
         future: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
@@ -101,7 +103,13 @@ class Grader:
         finally:
             self._open.pop(identity, None)
 
-    async def _spawn(self) -> None:
+    async def _ensure_running(self) -> asyncio.subprocess.Process:
+        if self._process is None or self._process.returncode is not None:
+            self._process = await self._spawn()
+            self._reader = asyncio.create_task(self._read(self._process))
+        return self._process
+
+    async def _spawn(self) -> asyncio.subprocess.Process:
         root = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
         command = [sys.executable, "-m", "torl_mega.reward.pool", "--workers", str(self._workers)]
@@ -113,21 +121,19 @@ class Grader:
             env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         )
         assert process.stdout is not None
+        ready = b""
         try:
-            ready = await asyncio.wait_for(process.stdout.readline(), _START_TIMEOUT_S)
-        except TimeoutError:
-            ready = b""
-        if not ready:
-            if process.returncode is None:
+            with contextlib.suppress(TimeoutError):
+                ready = await asyncio.wait_for(process.stdout.readline(), _START_TIMEOUT_S)
+        finally:
+            if not ready and process.returncode is None:
                 process.kill()
-            await process.wait()
-            raise TorlError(
-                f"the grader process did not come up (exit code {process.returncode}); try `{' '.join(command)}`"
-            )
+        if not ready:
+            code = await process.wait()
+            raise TorlError(f"the grader process did not come up (exit code {code}); try `{' '.join(command)}`")
         if self._reader is not None:
             self.num_restarts += 1
-        self._process = process
-        self._reader = asyncio.create_task(self._read(process))
+        return process
 
     async def _read(self, process: asyncio.subprocess.Process) -> None:
         """Hands replies to those who wait; when the process ends, whoever still waits on it gets a FAULT."""

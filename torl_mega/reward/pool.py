@@ -12,8 +12,8 @@ memory limit, the answer did it and counts as `timeout`; when something killed i
 An answer that runs longer than `_ASIDE_S` is set aside: it keeps running at low priority while a fresh child takes its
 place, so hanging answers wait for their limit side by side and never in a queue.
 
-The limit is wall-clock time, but no answer times out before it had `timeout_s / 20` seconds of CPU, so a crowded machine
-does not turn ordinary answers into timeouts.
+The limit is wall-clock time, but no answer times out before it had `timeout_s / 20` seconds of CPU or ten times
+the limit, so a crowded machine does not turn ordinary answers into timeouts.
 
 Limits: Linux (fork, /proc, prctl). The process ends, and its children with it, when its stdin closes or its parent dies.
 """
@@ -159,7 +159,9 @@ class _Pool:
         now = time.monotonic()
         for child in [c for c in self.children if c.job is not None]:
             running_s = now - child.started
-            if running_s > self.timeout_s and _cpu_s(child.pid) - child.cpu_at_start >= self.timeout_s / 20:
+            if running_s > self.timeout_s and (
+                running_s > 10 * self.timeout_s or _cpu_s(child.pid) - child.cpu_at_start >= self.timeout_s / 20
+            ):
                 assert child.job is not None
                 _reply(child.job, "timeout")
                 child.job = None

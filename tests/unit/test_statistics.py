@@ -1,0 +1,101 @@
+"""Figure 5's quantities on trajectories written by hand, each number worked out on paper."""
+
+from __future__ import annotations
+
+import pytest
+
+from torl_mega.rollout.statistics import rollout_metrics
+from torl_mega.types import (
+    ExecutionStatus,
+    GraderStatus,
+    Group,
+    Problem,
+    Prompt,
+    Reward,
+    Rollout,
+    StopReason,
+    ToolCall,
+    Trajectory,
+    Turn,
+)
+
+PROMPT = Prompt(Problem("s/0", "1+1", "2", "s"), (1, 2))
+CODE = "think\n```python\nprint(2)\n```\n```output"
+
+
+def turn(text: str, tokens: int, status: ExecutionStatus | None = None, observation: int = 0) -> Turn:
+    call = None if status is None else ToolCall("print(2)\n", status, 0, "\n2\n```\n", 0.1)
+    return Turn(tuple(range(tokens)), (0.0,) * tokens, (0,) * tokens, text, call, tuple(range(observation)))
+
+
+def attempt(index: int, *turns: Turn, stop: StopReason = StopReason.EOS) -> Trajectory:
+    return Trajectory(PROMPT, index, turns, stop)
+
+
+def reward(correct: bool, status: GraderStatus = GraderStatus.OK, **parts: float) -> Reward:
+    parts = {"answer": 1.0 if correct else -1.0, **parts}
+    return Reward(sum(parts.values()), correct, status, "2" if correct else None, parts)
+
+
+@pytest.fixture
+def rollout() -> Rollout:
+    """Six responses in three groups: code that works, code that fails then works, code written but never called, no code,
+    an answer before its code, and a truncated one."""
+    works = attempt(0, turn(CODE, 10, ExecutionStatus.OK, 3), turn("so \\boxed{2}", 5))
+    fails_then_works = attempt(
+        1, turn(CODE, 10, ExecutionStatus.ERROR, 3), turn(CODE, 10, ExecutionStatus.OK, 3), turn("\\boxed{3}", 4)
+    )
+    never_called = attempt(0, turn("```python\nprint(2)\n```\n so \\boxed{2}", 20))
+    no_code = attempt(1, turn("it is \\boxed{2}", 8))
+    answer_first = attempt(
+        0, turn("\\boxed{2} let me check\n" + CODE, 12, ExecutionStatus.TIMEOUT_WALL, 3), turn("yes", 2)
+    )
+    truncated = attempt(1, turn("hm", 100), stop=StopReason.LENGTH)
+    groups = (
+        Group(PROMPT, (works, fails_then_works), (reward(True), reward(False, code_error=-0.5))),
+        Group(PROMPT, (never_called, no_code), (reward(True), reward(True))),
+        Group(PROMPT, (answer_first, truncated), (reward(True), reward(False, GraderStatus.NO_ANSWER))),
+    )
+    return Rollout(groups, {}, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("accuracy", 4 / 6),
+        ("reward", (1 - 1.5 + 1 + 1 + 1 - 1) / 6),
+        ("code_ratio", 4 / 6),  # all but no_code and truncated
+        ("executed_code_ratio", 3 / 4),  # never_called wrote code that did not run
+        ("pass_ratio", 2 / 4),  # OK, ERROR, OK, TIMEOUT
+        ("pass_ratio_correct", 1 / 2),  # works: OK; answer_first: TIMEOUT
+        ("pass_ratio_incorrect", 1 / 2),  # fails_then_works: ERROR, OK
+        ("code_before_answer_ratio", 2 / 3),  # works, fails_then_works; answer_first is the other way round
+        ("tool_calls", 4 / 6),
+        ("tool_calls_at_limit_ratio", 1 / 6),  # C = 2: fails_then_works alone
+        ("void_turn_ratio", 2 / 6),  # answer_first's "yes", truncated's "hm"
+        ("response_length", (18 + 30 + 20 + 8 + 17 + 100) / 6),
+        ("response_length_max", 100),
+        ("turns", (2 + 3 + 1 + 1 + 2 + 1) / 6),
+        ("truncated_ratio", 1 / 6),
+        ("no_answer_ratio", 1 / 6),
+        ("grader_timeout_ratio", 0.0),
+        ("group_zero_signal_ratio", 1 / 3),  # the second group: both 1.0
+        ("execution/error", 1 / 4),
+        ("execution/timeout_wall", 1 / 4),
+        ("execution/memory", 0.0),
+        ("reward/answer", (1 - 1 + 1 + 1 + 1 - 1) / 6),
+        ("reward/code_error", -0.5 / 6),
+    ],
+)
+def test_the_quantities(rollout: Rollout, name: str, value: float) -> None:
+    assert rollout_metrics(rollout, max_tool_calls=2)[name] == pytest.approx(value)
+
+
+def test_an_empty_rollout_has_the_same_names_at_zero(rollout: Rollout) -> None:
+    empty = rollout_metrics(Rollout((), {}, 0.0), max_tool_calls=1)
+    assert set(empty) == {n for n in rollout_metrics(rollout, max_tool_calls=1) if not n.startswith("reward/")}
+    assert set(empty.values()) == {0.0}
+
+
+def test_without_tool_calls_nothing_is_at_the_limit(rollout: Rollout) -> None:
+    assert rollout_metrics(rollout, max_tool_calls=0)["tool_calls_at_limit_ratio"] == 0.0
