@@ -27,8 +27,9 @@ torl_die() { echo "torl: error: $*" >&2; exit 1; }
 # ---------------------------------------------------------------------------------------------- what must be there
 
 torl_environment() {
-  TORL_HOME=$(cd "${TORL_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}" 2>/dev/null && pwd) ||
-    torl_die "TORL_HOME = ${TORL_HOME:-} is no folder; set it to the checkout, on a file system all nodes share"
+  TORL_HOME=${TORL_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
+  [ -d "$TORL_HOME" ] || torl_die "TORL_HOME = $TORL_HOME is no folder; set it to the checkout, on a file system all nodes share"
+  TORL_HOME=$(cd "$TORL_HOME" && pwd)
   [ -d "$TORL_HOME/torl_mega" ] || torl_die "TORL_HOME = $TORL_HOME holds no torl_mega; submit from the checkout or set TORL_HOME"
   # shellcheck disable=SC1091
   if [ -f "$TORL_HOME/launch/site.env" ]; then . "$TORL_HOME/launch/site.env"; fi
@@ -147,6 +148,7 @@ torl_step() { # NODES TASKS srun-arguments... -- command...
 torl_sidecars() { # sets SIDECARS to the srun pids
   local role="$PYTHON -m torl_mega.planner.role" last=$SLURM_JOB_NUM_NODES
   SIDECARS=()
+  [ "$SERVERS" -gt 0 ] || return 0 # a replay of recorded trajectories needs neither
   # shellcheck disable=SC2086
   torl_step "$last" 1 --job-name=sandbox --gres=none --output="$LOGS/%N.sandbox_%n.log" -- $role sandbox "$PLACEMENT" "$CONF" &
   SIDECARS+=($!)
@@ -158,6 +160,7 @@ torl_sidecars() { # sets SIDECARS to the srun pids
 
 torl_stop_sidecars() { # SIGUSR2 is passed on by srun to every task; what is left after 20 s goes the hard way
   local pid i
+  [ ${#SIDECARS[@]} -gt 0 ] || return 0
   for pid in "${SIDECARS[@]}"; do kill -USR2 "$pid" 2>/dev/null; done
   for i in $(seq 40); do
     kill -0 "${SIDECARS[@]}" 2>/dev/null || break

@@ -334,6 +334,9 @@ def _run_folder(config: Config) -> Iterator[Check]:
 def _sandbox(config: Config) -> Iterator[Check]:
     from torl_mega.sandbox.pool import SandboxPool
 
+    if config.rollout.replay is not None:
+        yield Check("sandbox", "ok", "not needed: replays recorded trajectories")
+        return
     if config.sandbox.address is not None:
         yield Check("sandbox", "ok", f"runs at {config.sandbox.address}")
         return

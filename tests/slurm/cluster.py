@@ -60,6 +60,11 @@ class Cluster:
     has_pyxis: bool = False
 
     @property
+    def mark(self) -> str:
+        """Ends this cluster's lines in /etc/hosts."""
+        return f"{MARK} {self.root}"
+
+    @property
     def env(self) -> dict[str, str]:
         return {**CLEAN_ENV, "SLURM_CONF": str(self.root / "slurm.conf")}
 
@@ -136,7 +141,7 @@ class Cluster:
         (self.root / "plugstack.conf").write_text(self._pyxis())
         (self.root / "slurm.conf").write_text(self._slurm_conf())
         with HOSTS.open("a") as hosts:
-            hosts.writelines(f"127.0.0.1 n{i} {MARK}\n" for i in range(self.shape.nodes))
+            hosts.writelines(f"127.0.0.1 n{i} {self.mark}\n" for i in range(self.shape.nodes))
         self._start("slurmctld", "slurmctld", "-D", "-c")
         for i in range(self.shape.nodes):
             self.start_slurmd(f"n{i}")
@@ -172,7 +177,7 @@ class Cluster:
             for victim in [*descendants(pid), pid]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(victim, signal.SIGKILL)
-        kept = [line for line in HOSTS.read_text().splitlines(keepends=True) if MARK not in line]
+        kept = [line for line in HOSTS.read_text().splitlines(keepends=True) if not line.endswith(f"{self.mark}\n")]
         HOSTS.write_text("".join(kept))  # written in place: it may be a bind mount
         shutil.rmtree(self.root, ignore_errors=True)
 

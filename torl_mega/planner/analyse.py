@@ -85,7 +85,8 @@ def analyse(config: Config, hardware: Hardware, assume: Assumptions, mean_respon
     found = tuple(memory.phases(trainer, server, gpu, placement.colocated))
     problems += _memory_problems(config, found, server, on_cpu)
     time = steptime.predict(
-        shape, config, gpu, server, ranks=world, servers=placement.num_servers, nodes=hardware.nodes, work=work, assume=assume,
+        shape, config, gpu, server, ranks=world, servers=max(1, placement.num_servers), nodes=hardware.nodes, work=work,
+        assume=assume,
     )  # fmt: skip
     warnings = _warnings(config, placement, server, work, time)
     return Analysis(hardware, tuple(problems), tuple(warnings), shape, placement, trainer, server, found, work, time)
@@ -155,7 +156,7 @@ def _remedy(config: Config, phase: PhaseMemory) -> str:
         "activations": "trainer.recompute = full"
         if config.trainer.recompute != "full"
         else f"trainer.micro_batch_tokens = {max(config.max_context_tokens, config.trainer.micro_batch_tokens // 2)}",
-        "logits": f"trainer.logprob_chunk_tokens = {config.trainer.logprob_chunk_tokens // 2}",
+        "logits, layer at work": f"trainer.logprob_chunk_tokens = {config.trainer.logprob_chunk_tokens // 2}",
         "sync buckets": f"serving.bucket_mb = {max(64, config.serving.bucket_mb // 2)}",
         "server weights": f"serving.tensor = {2 * config.serving.tensor}",
     }
@@ -169,7 +170,7 @@ def _lower_fraction(config: Config, phase: PhaseMemory) -> float:
 
 def _warnings(config: Config, placement: Placement, server: ServerMemory, work: Workload, time: StepTime) -> list[str]:
     found = []
-    wanted = -(-work.samples // placement.num_servers)
+    wanted = -(-work.samples // max(1, placement.num_servers))
     if time.concurrency < wanted and placement.gpu != "cpu":
         found.append(
             f"a server decodes {time.concurrency} of its {wanted} trajectories at once (its KV cache holds "

@@ -32,10 +32,9 @@ class TrainerMemory:
     weights: float
     gradients: float
     optimizer: float
-    activations: float  # of all micro-batches in flight, at the peak of the backward pass
-    forward_only: float  # of the log-prob pass: one layer at work
-    logits: float  # of one chunk of tokens
-    head_gradient: float  # fp32 gradient of the output head while its chunks are summed
+    activations: float  # kept for the backward pass, of all micro-batches in flight
+    working: float  # at work while those are kept: a chunk of logits and the head's gradient, or a recomputed layer
+    forward_working: float  # of the log-prob pass: a chunk of logits, or a layer
     batch: float  # token ids, masks, log-probs of a step's samples
     sync: float  # two buckets and the largest tensor, gathered
     fixed: float  # context, NCCL
@@ -86,25 +85,19 @@ def layer_activation_bytes(shape: ModelShape, parallel: ParallelConfig, width: i
 
     Kept whole on each tensor rank without sequence parallelism, cut with it: the inputs of both norms and their outputs.
     Always cut: fused q/k/v, rotated q and k, attention output; gate and up, and their product.
-    The local (CPU) layers keep more, because nothing is fused: see CPU_EXTRA_* and docs/cluster.md.
+    The local (CPU) layers fuse nothing: norms also keep the normalised input, rotary its cosines and sines, attention its
+    own copies of q, k and v, and SwiGLU five tensors of width f (counted with torch's saved_tensors_hooks).
     """
     h, f = shape.hidden, shape.ffn
     q, kv = shape.num_heads * shape.head_dim, shape.num_kv_groups * shape.head_dim
-    whole = 4 * h
-    cut = (q + 2 * kv) + (q + kv) + q + 3 * f
     if on_cpu:
-        whole += CPU_EXTRA_WHOLE * h
-        cut += CPU_EXTRA_Q * q + CPU_EXTRA_KV * kv + CPU_EXTRA_F * f
+        whole = 6 * h + 4 * shape.head_dim
+        cut = 3 * q + 2 * kv + 5 * f
+    else:
+        whole = 4 * h
+        cut = (q + 2 * kv) + (q + kv) + q + 3 * f
     whole_share = parallel.tensor if parallel.sequence else 1
     return width * (whole / whole_share + cut / parallel.tensor) + 4 * shape.num_heads / parallel.tensor
-
-
-# What the local layers keep beyond the fused ones, in tensors of that width; counted with
-# torch.autograd.graph.saved_tensors_hooks on the CPU trainer (tests/unit/test_planner_memory_cpu.py checks the sum).
-CPU_EXTRA_WHOLE = 0.0
-CPU_EXTRA_Q = 2.0
-CPU_EXTRA_KV = 2.0
-CPU_EXTRA_F = 1.0
 
 
 def micro_batches_in_flight(parallel: ParallelConfig, num_micro_batches: int) -> float:
@@ -142,8 +135,10 @@ def trainer_memory(
     hidden = width * shape.hidden / cut
     # `selective` recomputes the attention core, of which flash attention keeps nothing
     full = trainer.recompute == "full"
-    activations = tokens * (layers * hidden * flight + layer if full else layers * layer * flight)
+    kept = tokens * layers * flight * (hidden if full else layer)
     chunk = min(trainer.logprob_chunk_tokens, tokens)
+    logits = chunk * padded_vocab(shape.vocab, parallel.tensor) / parallel.tensor * LOGIT_BYTES
+    head_gradient = 2 * GRAD_BYTES * padded_vocab(shape.vocab, parallel.tensor) * shape.hidden / parallel.tensor
     samples = config.rollout.prompts_per_step * config.rollout.group_size
     dynamic = 1 + (0 if on_cpu else assume.fragmentation)
     largest = padded_vocab(shape.vocab, parallel.tensor) * shape.hidden
@@ -151,10 +146,9 @@ def trainer_memory(
         weights=params * width,
         gradients=params * GRAD_BYTES,
         optimizer=0.0 if trainer.optimizer_offload and not on_cpu else params * (8 + master) / shard,
-        activations=dynamic * (activations + tokens * 3 * hidden),
-        forward_only=dynamic * tokens * (layer + 3 * hidden),
-        logits=dynamic * chunk * padded_vocab(shape.vocab, parallel.tensor) / parallel.tensor * LOGIT_BYTES,
-        head_gradient=2 * GRAD_BYTES * largest / parallel.tensor,
+        activations=dynamic * (kept + tokens * 3 * hidden),
+        working=dynamic * max(logits + head_gradient, tokens * layer if full else 0.0),
+        forward_working=dynamic * (max(logits, tokens * layer) + tokens * 3 * hidden),
         batch=samples * mean_tokens * 25 / data,
         sync=min(2 * config.serving.bucket_mb * 2**20, shape.num_parameters * width) + 2 * width * largest,
         fixed=0.0 if on_cpu else (assume.context_gib + assume.nccl_gib) * GIB,
@@ -185,10 +179,11 @@ def phases(trainer: TrainerMemory, server: ServerMemory, gpu: Gpu, colocated: bo
     serve = {"server weights": server.weights, "KV cache": server.kv_pool, "server context + graphs": server.fixed}
     own = {**keep, **(serve if colocated else {})}
     where = "shared" if colocated else "trainer"
-    backward = {"activations": trainer.activations, "logits": trainer.logits, "head gradient": trainer.head_gradient}
+    backward = {"activations": trainer.activations, "logits, layer at work": trainer.working}
+    scoring = {"logits, layer at work": trainer.forward_working}
     found = [
         PhaseMemory("rollout", "shared" if colocated else "server", own if colocated else serve, gpu.memory),
-        PhaseMemory("log-probs", where, {**own, "activations": trainer.forward_only, "logits": trainer.logits}, gpu.memory),
+        PhaseMemory("log-probs", where, {**own, **scoring}, gpu.memory),
         PhaseMemory("training", where, {**own, **backward}, gpu.memory),
         PhaseMemory("weight sync", where, {**own, "sync buckets": trainer.sync}, gpu.memory),
     ]  # fmt: skip

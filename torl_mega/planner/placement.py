@@ -137,9 +137,12 @@ def place(
     cores = cores or gpus * GPUS[gpu].cores
     shape = _Shape(nodes, gpus, cores, colocated, train_nodes, train_gpus, serve_gpus, ranks, max(1, servers), tensor)
     processes = _processes(shape, hosts, base_port, cluster.sandbox_cores)
+    if config.rollout.replay is not None:  # trains from a recording: nobody samples, nothing is executed
+        processes = tuple(process for process in processes if process.role == "rank")
     num_server_nodes = nodes if not cluster.server_nodes else cluster.server_nodes
+    servers_per_node = 0 if config.rollout.replay is not None else shape.servers
     return Placement(
-        hosts, gpus, cores, gpu, colocated, ranks, shape.servers, train_nodes, num_server_nodes,
+        hosts, gpus, cores, gpu, colocated, ranks, servers_per_node, train_nodes, num_server_nodes,
         base_port + MASTER_OFFSET, processes,
     ), []  # fmt: skip
 
