@@ -27,7 +27,7 @@ from torl_mega.reward.expression import NUM_POINTS, close, evaluate, same_everyw
 from torl_mega.reward.extract import extract_answer
 from torl_mega.reward.finished import is_finished
 from torl_mega.reward.normalize import normalize, squeeze
-from torl_mega.reward.scalars import as_mpf, decimal_comma, read_scalar, same_scalar, same_text
+from torl_mega.reward.scalars import as_mpf, decimal_comma, read_scalar, same_scalar, same_text, text_words
 from torl_mega.reward.structure import (
     Difference,
     Form,
@@ -47,7 +47,7 @@ from torl_mega.reward.symbolic import ask_math_verify
 from torl_mega.reward.syntax import Node, symbols
 from torl_mega.reward.tokens import Unreadable
 
-__all__ = ["check", "extract_answer", "grade", "is_finished", "warm_up"]
+__all__ = ["check", "extract_answer", "grade", "is_finished", "is_understood", "warm_up"]
 
 MAX_ANSWER_CHARS = 1000
 
@@ -75,6 +75,18 @@ def check(answer: str, gold: str) -> bool:
 def grade(answer: str, gold: str, problem: str = "") -> bool:
     """What the reward asks: right, and really an answer to `problem`."""
     return len(answer) <= MAX_ANSWER_CHARS and is_finished(answer, gold, problem) and check(answer, gold)
+
+
+def is_understood(gold: str) -> bool:
+    """Whether a gold answer is read here: a value, list, interval, matrix or relation, a few words, or a choice letter."""
+    text = normalize(gold)
+    if not text or len(gold) > MAX_ANSWER_CHARS:
+        return False
+    try:
+        _probe(read_form(text))
+    except Unreadable:
+        return 1 <= len(text_words(text).split()) <= 4
+    return True
 
 
 def warm_up() -> None:

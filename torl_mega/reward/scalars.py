@@ -88,13 +88,13 @@ def _approximately(a: Node, g: Node) -> bool:
 def same_text(a: str, g: str) -> bool:
     if squeeze(a) == squeeze(g):
         return True
-    words = _words(a)
-    if not words or words != _words(g):
+    words = text_words(a)
+    if not words or words != text_words(g):
         return False
     return "\\text" in a + g or len(max(words.split(), key=len)) > 3 or a[1:] == g[1:]
 
 
-def _words(text: str) -> str:
+def text_words(text: str) -> str:
     """A textual answer (`\\text{Evelyn}`, even) as lower-case words; empty for anything with mathematics in it."""
     plain = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text).strip().strip("\"'.")
     if not re.fullmatch(r"[A-Za-z][A-Za-z',.\- ]*", plain) or not re.search(r"[A-Za-z]{2}", plain):
