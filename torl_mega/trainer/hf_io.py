@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from torl_mega.errors import CheckpointError, ConfigError
+from torl_mega.errors import CheckpointError, ConfigError, TorlError
 from torl_mega.trainer.hf_mapping import all_names, hf_shape
 from torl_mega.trainer.layout import ModelShape
 
@@ -80,8 +80,11 @@ def write_hf(
     config: Mapping[str, Any],
     source: Path | None,
     max_file_bytes: int = 5 << 30,
+    verify: Callable[[Path], None] | None = None,
 ) -> int:
     """Write an HF folder from a stream of tensors; `source` lends tokenizer and generation files. Returns bytes of weights.
+
+    `verify` looks at the finished temporary folder and raises what keeps it from taking the target's place.
 
     An existing `target` is replaced only when the new one is complete. Raises CheckpointError when the disk refuses.
     """
@@ -94,7 +97,12 @@ def write_hf(
         for name in _COPIED:
             if source is not None and (source / name).is_file():
                 shutil.copyfile(source / name, temporary / name)
+        if verify is not None:
+            verify(temporary)
         replace_folder(temporary, target)
+    except TorlError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     except OSError as exc:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"{target}: cannot be written ({exc}); free space or choose another folder") from None

@@ -1,0 +1,29 @@
+"""HF folder -> Megatron torch_dist checkpoint (weights), written in a layout of choice and readable in any.
+
+    python tools/convert_hf_to_megatron.py --hf DIR --out DIR --tp 2 --pp 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from torl_mega.config import ParallelConfig
+from torl_mega.trainer.convert import hf_to_megatron, run
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--hf", type=Path, required=True, help="HF folder: config.json and safetensors")
+    parser.add_argument("--out", type=Path, required=True, help="checkpoint folder; replaced when it exists")
+    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel size to write with")
+    parser.add_argument("--pp", type=int, default=1, help="pipeline stages to write with")
+    parser.add_argument("--vpp", type=int, default=1, help="model chunks per stage")
+    args = parser.parse_args()
+    cut = ParallelConfig(tensor=args.tp, pipeline=args.pp, virtual_pipeline=args.vpp)
+    return run(cut, lambda: hf_to_megatron(args.hf, args.out, cut))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
