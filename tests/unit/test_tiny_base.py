@@ -125,7 +125,16 @@ def test_check_says_in_one_line_what_is_wrong(tmp_path: Path, capsys: pytest.Cap
     assert tool.main(["--check", str(tmp_path)]) == 1
     assert capsys.readouterr().err.count("\n") == 1
     tokenizer = tool.make_tokenizer(0)
-    tool.write(tmp_path / "raw", tool.make_model(tokenizer.eos_token_id), tokenizer, "untrained")
+    tool.write(tmp_path / "raw", _silent(tool.make_model(tokenizer.eos_token_id)), tokenizer, "says nothing")
     assert tool.main(["--check", str(tmp_path / "raw")]) == 1
     assert "sampled accuracy is 0.000, the card says 0.15 to 0.30" in capsys.readouterr().err
     assert [f.name for f in tmp_path.iterdir()] == ["raw"]  # nothing half-written beside it
+
+
+@torch.no_grad()
+def _silent(model: Qwen2ForCausalLM) -> Qwen2ForCausalLM:
+    """The model with weights under which EOS is always next."""
+    for name, weight in model.named_parameters():
+        weight.fill_(1.0 if "norm" in name or "embed" in name else 0.0)
+    model.lm_head.weight[model.config.eos_token_id] = 1.0
+    return model
