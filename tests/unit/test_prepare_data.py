@@ -39,8 +39,8 @@ def jsonl(path: Path, rows: list) -> Path:
 @pytest.fixture
 def inputs(tmp_path: Path) -> list[Path]:
     numina = [
-        {"problem": "Add 1 and 2.", "answer": "3", "solution": "s", "source": "cn_k12", "problem_type": "Algebra", "question_type": "math-word-problem"},
-        {"problem": "Prove that 2 is even.", "answer": "proof", "source": "olympiads", "problem_type": "Number Theory", "question_type": "proof"},
+        {"problem": "Add 1 and 2.", "answer": "3", "source": "cn_k12", "problem_type": "Algebra", "question_type": "MCQ"},
+        {"problem": "Prove that 2 is even.", "answer": "proof", "source": "olympiads", "question_type": "proof"},
         {"problem": "Is it so?", "answer": "it depends on how one reads the question at hand", "source": "olympiads"},
         "{broken",
         {"problem": "ADD $1$ and 2", "answer": "3", "source": "again"},

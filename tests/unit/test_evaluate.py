@@ -1,0 +1,191 @@
+"""Benchmarks with a policy whose attempts are known: every number of the report worked out by hand or by brute force."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from torl_mega.config import DataConfig, EvalConfig
+from torl_mega.data.prompts import PromptSource
+from torl_mega.evaluate import Evaluation, canonical_name, estimate, evaluate, load_benchmarks, pass_at_k
+from torl_mega.types import (
+    ExecutionStatus,
+    GraderStatus,
+    Group,
+    Prompt,
+    Reward,
+    Rollout,
+    StopReason,
+    ToolCall,
+    Trajectory,
+    Turn,
+)
+
+TORL_TEST = Path(__file__).resolve().parents[3] / "shared/data/torl_test.parquet"
+
+
+def encode(text: str) -> list[int]:
+    return list(text.encode())
+
+
+def settings(tmp_path: Path, rows: list[dict], **changes) -> tuple[EvalConfig, DataConfig]:
+    path = tmp_path / "b.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"train": str(path), "template": "{problem}", "max_prompt_tokens": 50}
+    return EvalConfig.model_validate({"data": (str(path),), "temperature": 0.0, **changes}), DataConfig.model_validate(
+        data
+    )
+
+
+class Policy:
+    """Attempts whose outcome is decided by `right(problem, sample)`; every other attempt runs a program that works."""
+
+    def __init__(self, right, *, lose: int = 0) -> None:
+        self.right, self.lose, self.calls = right, lose, []
+
+    def __call__(self, prompts: Sequence[Prompt], *, temperature: float, samples_per_prompt: int) -> Rollout:
+        self.calls.append((len(prompts), temperature, samples_per_prompt))
+        groups, lost = [], self.lose
+        for prompt in prompts:
+            attempts = []
+            for sample in range(samples_per_prompt):
+                if lost:
+                    lost -= 1
+                    continue
+                correct = self.right(prompt.problem.problem, sample)
+                status = ExecutionStatus.OK if correct else ExecutionStatus.ERROR
+                call = ToolCall("1", status, 0, "\n1\n```\n", 0.0) if sample % 2 else None
+                turn = Turn((1, 2), (0.0, 0.0), (0, 0), "```python\n1\n```\n" if call else "\\boxed{1}", call)
+                reward = Reward(1.0 if correct else -1.0, correct, GraderStatus.OK, "1", {"answer": 1.0})
+                attempts.append((Trajectory(prompt, sample, (turn,), StopReason.EOS), reward))
+            groups.append(Group(prompt, tuple(t for t, _ in attempts), tuple(r for _, r in attempts)))
+        return Rollout(tuple(groups), {"lost": self.lose} if self.lose else {}, 1.0)
+
+
+def row(source: str, problem: str) -> dict:
+    return {"problem": problem, "answer": "1", "source": source}
+
+
+def test_accuracy_repeats_and_pass_at_k(tmp_path: Path) -> None:
+    rows = [row("AIME_2024", "p0"), row("AIME_2024", "p 1"), row("AIME_2024", "p  1"), row("amc23", "q0")]
+    config, data = settings(tmp_path, rows)
+    policy = Policy(lambda problem, sample: problem.startswith("p0") or (problem == "p 1" and sample == 0))
+    report = evaluate(
+        load_benchmarks(config, data, encode), policy, temperature=0.7, samples_per_problem=2, max_tool_calls=1
+    )
+    assert policy.calls == [(4, 0.7, 2)]
+    aime, amc = report.benchmarks
+    assert (aime.name, aime.num_problems, aime.num_samples, aime.samples_per_problem) == ("aime24", 2, 6, 2)
+    assert aime.accuracy.value == pytest.approx((2 / 2 + 1 / 4) / 2)  # p0: 2 of 2; p1: 1 of the 4 of its two rows
+    assert aime.pass_at[1].value == pytest.approx((1 + 1 / 4) / 2)
+    assert aime.pass_at[2].value == pytest.approx((1 + (1 - 3 / 6)) / 2)  # p1: 3 of the 6 pairs hold no right attempt
+    assert any("2 of the benchmark's 30 problems" in w for w in aime.warnings)
+    assert any("3 rows state 2 problems, each 1 to 2 times" in w for w in aime.warnings)
+    assert (amc.accuracy.value, amc.code_ratio, amc.pass_ratio) == (0.0, 0.5, 0.0)
+    assert report.mean_accuracy == pytest.approx(aime.accuracy.value / 2)
+    metrics = report.metrics()
+    assert metrics["aime24/accuracy"] == aime.accuracy.value
+    assert {"accuracy", "code_ratio", "pass_ratio"} <= set(metrics)
+
+
+def test_pass_at_k_is_the_average_over_all_choices_of_k_attempts() -> None:
+    for n in range(1, 7):
+        for c in range(n + 1):
+            outcomes = [True] * c + [False] * (n - c)
+            for k in range(1, n + 1):
+                picks = list(itertools.combinations(outcomes, k))
+                assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, picks)) / len(picks))
+
+
+def test_intervals_cover_and_shrink() -> None:
+    wide, narrow = estimate([0.0, 1.0] * 5), estimate([0.0, 1.0] * 500)
+    assert wide.low < narrow.low < 0.5 < narrow.high < wide.high
+    assert narrow.high - narrow.low == pytest.approx(2 * 1.96 * (0.25 / 1000) ** 0.5, rel=0.01)
+    assert estimate([1.0] * 30).low == pytest.approx(0.8865, abs=1e-3)  # Wilson at 30 of 30
+    assert (estimate([1.0] * 30).high, estimate([0.0] * 30).low) == (1.0, 0.0)
+    even = estimate([0.5] * 20)  # many attempts each: no scatter between problems to widen it
+    assert even.low < 0.5 < even.high
+
+
+def test_long_prompts_count_as_wrong_and_lost_attempts_are_left_out(tmp_path: Path) -> None:
+    config, data = settings(tmp_path, [row("s", "p" * 60), row("s", "short"), row("s", "other")])
+    report = evaluate(
+        load_benchmarks(config, data, encode),
+        Policy(lambda p, s: True, lose=1),
+        temperature=0.0,
+        samples_per_problem=1,
+        max_tool_calls=1,
+    )
+    [s] = report.benchmarks
+    assert s.accuracy.value == pytest.approx(1 / 2)  # one right, one too long, one lost
+    assert any("1 problems over data.max_prompt_tokens" in w for w in s.warnings)
+    assert any("1 attempts lost" in w for w in s.warnings)
+    assert report.faults == {"lost": 1}
+
+
+def test_a_run_writes_report_table_and_transcripts_and_repeats_exactly(tmp_path: Path) -> None:
+    config, data = settings(
+        tmp_path, [row("math500", f"p{i}") for i in range(6)], samples_per_problem=2, max_problems=4
+    )
+    written = []
+    for name in ("a", "b"):
+        evaluation = Evaluation(config, data, encode, tmp_path / name, max_tool_calls=1)
+        metrics = evaluation.run(Policy(lambda p, s: p in ("p0", "p1")), 7)
+        assert metrics["math500/accuracy"] == pytest.approx(0.5)
+        written.append({p.name: p.read_text() for p in sorted((tmp_path / name).iterdir())})
+    assert written[0] == written[1]
+    assert set(written[0]) == {"step_00007.json", "step_00007.md", "step_00007.jsonl"}
+    report = json.loads(written[0]["step_00007.json"])
+    assert report["mean_accuracy"] == pytest.approx(0.5)
+    assert "| step_00007 | – | – | 50.0* | – | – | 50.0 |" in written[0]["step_00007.md"]
+    assert "| ToRL-7B (paper) | 43.3 | 30.0 | 82.2 | 49.9 | 75.0 | 56.1 |" in written[0]["step_00007.md"]
+    assert "eval.max_problems = 4" in written[0]["step_00007.md"]
+    lines = [json.loads(line) for line in written[0]["step_00007.jsonl"].splitlines()]
+    assert len(lines) == 8
+    assert lines[0]["problem"] == "p0"
+    assert lines[0]["correct"] is True
+    assert lines[1]["tool_calls"][0]["status"] == "ok"
+
+
+def test_no_benchmarks_no_evaluation_and_the_cursor_is_not_touched(tmp_path: Path) -> None:
+    config, data = settings(tmp_path, [row("s", f"p{i}") for i in range(5)])
+    source = PromptSource(data, encode, seed=1)
+    source.next(2)
+    before = source.state()
+    Evaluation(config, data, encode, tmp_path / "e").run(Policy(lambda p, s: True), 0)
+    assert source.state() == before
+    none = EvalConfig.model_validate({"temperature": 0.0})
+    assert Evaluation(none, data, encode, tmp_path / "e").run(Policy(lambda p, s: True), 0) == {}
+
+
+@pytest.mark.skipif(not TORL_TEST.exists(), reason="needs the released test file")
+def test_the_released_file_is_told_with_its_doubts(tmp_path: Path) -> None:
+    config = EvalConfig.model_validate({"data": (str(TORL_TEST),), "temperature": 0.0})
+    data = DataConfig.model_validate({"train": str(TORL_TEST), "template": "torl", "max_prompt_tokens": 4000})
+    report = evaluate(
+        load_benchmarks(config, data, encode),
+        Policy(lambda p, s: True),
+        temperature=0.0,
+        samples_per_problem=1,
+        max_tool_calls=1,
+    )
+    by_name = {b.name: b for b in report.benchmarks}
+    assert {n: (b.num_problems, b.samples_per_problem) for n, b in by_name.items()} == {
+        "aime24": (30, 4), "aime25": (30, 4), "math500": (134, 1),
+    }  # fmt: skip
+    assert by_name["math500"].warnings == (
+        "134 of the benchmark's 500 problems; not comparable with published numbers",
+    )
+    assert by_name["aime24"].warnings == ("120 rows state 30 problems, each 4 times; counted as further attempts",)
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [("AIME_2024", "aime24"), ("aime-25", "aime25"), ("HuggingFaceH4/MATH-500", "math500"), ("olympiad_bench", "olympiadbench"), ("AMC 2023", "amc23"), ("arithmetic", "arithmetic")],
+)  # fmt: skip
+def test_benchmarks_are_known_under_all_their_names(source: str, name: str) -> None:
+    assert canonical_name(source) == name
