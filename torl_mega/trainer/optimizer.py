@@ -74,6 +74,10 @@ def build_optimizer(
         optimizer_offload_fraction=1.0 if trainer.optimizer_offload else 0.0,
     )
     optimizer = get_megatron_optimizer(settings, wrapped)
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        init = getattr(part, "init_state_fn", None)
+        if init is not None:  # so that a checkpoint before the first step has a state to save
+            init(part.optimizer, part.config)
     config.grad_scale_func = optimizer.scale_loss
     schedule = OptimizerParamScheduler(
         optimizer,
