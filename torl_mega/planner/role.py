@@ -103,7 +103,8 @@ def sidecar_command(mine: Process, placement: Placement, conf: str) -> list[str]
     where = ["--host", mine.host, "--port", str(mine.port)]
     if mine.role == "sandbox":
         return [sys.executable, "-m", "torl_mega.sandbox.serve", *where]
-    command = [sys.executable, "-m", "torl_mega.serving.serve", conf, *where]
+    python = os.environ.get("TORL_SGLANG_PYTHON", sys.executable)  # SGLang's pins may need an environment of their own
+    command = [python, "-m", "torl_mega.serving.serve", conf, *where]
     if placement.gpu != "cpu":
         command += ["--gpu-ids", ",".join(map(str, mine.gpus))]
     return command

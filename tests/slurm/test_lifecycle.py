@@ -1,0 +1,291 @@
+"""Jobs end in many ways; training goes on by itself and ends like an undisturbed run, bit for bit.
+
+All runs train the quickstart's model, TP=2 over two nodes, on one recording (see recording.py), so that equal weights
+are the only right answer. Servers and sandboxes take part in test_quickstart_with_engines alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from cluster import Cluster
+from recording import make_recording
+
+from torl_mega.config_file import load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+CONF = "conf/clusters/quickstart.yaml"
+STEPS = 6
+SIZES = ["rollout.prompts_per_step=2", "rollout.group_size=4", "trainer.mini_batch_samples=8", f"num_steps={STEPS}"]
+SIZES += ["checkpoint.every_steps=1", "eval.data=[]", "logging.tensorboard=false"]
+
+pytestmark = [pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="session")
+def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recording")
+    return make_recording(load_config(ROOT / CONF, SIZES), folder, num_steps=STEPS)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(recording: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """Final weights of the same run by `torl train` on this machine, two ranks and no Slurm."""
+    runs = tmp_path_factory.mktemp("local")
+    code = "import sys; from torl_mega.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "train", CONF, *SIZES, f"rollout.replay={recording}", f"runs_dir={runs}"]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=600)
+    return weights(runs)
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    yield folder
+    for link in (ROOT / "runs/.jobs").glob("*"):
+        if link.is_symlink() and str(link.readlink()).startswith(str(folder)):
+            link.unlink()
+
+
+def start(slurm: Cluster, runs: Path, recording: Path, *options: str, overrides: str = "", **env: str) -> int:
+    """Submits the real launch file; the job id."""
+    texts = " ".join([*SIZES, f"rollout.replay={recording}", f"runs_dir={runs}", overrides])
+    settings = {"TORL_OVERRIDES": texts, "OMP_NUM_THREADS": "1", **env}
+    return slurm.sbatch(f"--output={runs}/%j.out", *options, "launch/quickstart.slurm", env=settings, cwd=ROOT)
+
+
+def weights(runs: Path) -> bytes:
+    return b"".join(file.read_bytes() for file in sorted(runs.glob("*/hf/*.safetensors")))
+
+
+def steps_done(runs: Path) -> int:
+    lines = [line for file in runs.glob("*/metrics.jsonl") for line in file.read_text().splitlines()]
+    return len({json.loads(line)["step"] for line in lines if '"kind": "train"' in line})
+
+
+def await_step(runs: Path, step: int, job: Callable[[], dict[str, str]], timeout_s: float = 300.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while steps_done(runs) < step:
+        assert time.monotonic() < deadline, (
+            f"{steps_done(runs)} steps after {timeout_s} s, job {job()['JobState']}: {said(runs)}"
+        )
+        time.sleep(0.2)
+
+
+def said(runs: Path) -> str:
+    return "\n".join(file.read_text() for file in sorted(runs.glob("*.out")))
+
+
+def rank_pids(runs: Path) -> dict[int, int]:
+    """Rank -> pid of the rank programs of this run."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            command = (folder / "cmdline").read_bytes().split(b"\0")
+            if b"torl_mega.train" in command and command[1] == b"-m" and str(runs).encode() in command[3]:
+                pairs = dict(p.split(b"=", 1) for p in (folder / "environ").read_bytes().split(b"\0") if b"=" in p)
+                found[int(pairs[b"RANK"])] = int(folder.name)
+    return found
+
+
+def finish(slurm: Cluster, job: int, runs: Path, undisturbed: bytes) -> None:
+    record = slurm.wait(job, timeout_s=600)
+    assert record["JobState"] == "COMPLETED", said(runs)
+    assert weights(runs) == undisturbed
+
+
+# ------------------------------------------------------------------------------------------------ the smoke
+
+
+def test_a_replay_over_two_nodes_ends_like_the_local_run(
+    idle: Cluster, runs: Path, recording: Path, undisturbed: bytes
+) -> None:
+    job = start(idle, runs, recording)
+    finish(idle, job, runs, undisturbed)
+    assert "preflight: 2 nodes, all well" in said(runs)
+    logs = next(runs.glob("*/jobs/*/logs/0.0"))
+    assert {path.name.split(".")[-2] for path in logs.glob("*.log")} == {"rank_0", "rank_1"}
+    placement = json.loads((logs / "placement.json").read_text())
+    assert [p["role"] for p in placement["processes"]] == ["rank", "rank"]
+
+
+# --------------------------------------------------------------------------------------------- the lifecycle
+
+
+@pytest.mark.slow
+def test_scancel_signal_saves_and_requeues(idle: Cluster, runs: Path, recording: Path, undisturbed: bytes) -> None:
+    job = start(idle, runs, recording)
+    await_step(runs, 2, lambda: idle.job(job))
+    idle.run("scancel", "--signal=USR1", str(job))
+    finish(idle, job, runs, undisturbed)
+    assert int(idle.job(job)["Restarts"]) == 1
+
+
+@pytest.mark.slow
+def test_the_time_limit_requeues(idle: Cluster, runs: Path, recording: Path, undisturbed: bytes) -> None:
+    """The job needs longer than its limit, so it is warned (up to a minute early), saves, and goes on in a new start."""
+    job = start(idle, runs, recording, "--time=2", "--signal=USR1@60")
+    assert idle.job(job)["TimeLimit"] == "00:02:00"
+    finish(idle, job, runs, undisturbed)
+
+
+@pytest.mark.slow
+def test_preemption_requeues(idle: Cluster, runs: Path, recording: Path, undisturbed: bytes) -> None:
+    job = start(idle, runs, recording, "--nodes=2", "--nodelist=n0,n1")
+    await_step(runs, 2, lambda: idle.job(job))
+    urgent = idle.sbatch(
+        "--partition=urgent", "--nodes=2", "--nodelist=n0,n1", "--exclusive", "--output=/dev/null", "--wrap=sleep 5"
+    )
+    idle.wait(urgent, timeout_s=120)
+    finish(idle, job, runs, undisturbed)
+    assert int(idle.job(job)["Restarts"]) >= 1
+
+
+@pytest.mark.slow
+def test_a_lost_node_requeues_on_other_nodes(idle: Cluster, runs: Path, recording: Path, undisturbed: bytes) -> None:
+    job = start(idle, runs, recording)
+    await_step(runs, 2, lambda: idle.job(job))
+    assert idle.job(job)["NodeList"] == "n[0-1]"
+    idle.lose("n1")
+    finish(idle, job, runs, undisturbed)
+    assert int(idle.job(job)["Restarts"]) == 1
+    assert idle.job(job)["NodeList"] != "n[0-1]"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_starts_again_in_place(
+    idle: Cluster, runs: Path, recording: Path, undisturbed: bytes, rank: int
+) -> None:
+    job = start(idle, runs, recording)
+    await_step(runs, 2, lambda: idle.job(job))
+    os.kill(rank_pids(runs)[rank], signal.SIGKILL)
+    finish(idle, job, runs, undisturbed)
+    assert "start again from the last checkpoint" in said(runs)
+    assert int(idle.job(job)["Restarts"]) == 0
+
+
+@pytest.mark.slow
+def test_a_hung_rank_ends_with_every_ranks_stacks(idle: Cluster, runs: Path, recording: Path) -> None:
+    job = start(idle, runs, recording, overrides="cluster.hang_s=20", TORL_MAX_RESTARTS="0")
+    await_step(runs, 1, lambda: idle.job(job))
+    os.kill(rank_pids(runs)[1], signal.SIGSTOP)
+    time.sleep(1)
+    record = idle.wait(job, timeout_s=180)
+    assert record["ExitCode"] == "86:0", said(runs)
+    logs = next(runs.glob("*/jobs/*/logs/0.0"))
+    assert "no sign of life" in next(logs.glob("*.rank_0.log")).read_text()
+    assert "Fatal Python error: Aborted" in next(logs.glob("*.rank_0.log")).read_text()
+
+
+@pytest.mark.slow
+def test_a_full_disk_stops_with_one_line_and_goes_on_later(
+    idle: Cluster, runs: Path, recording: Path, undisturbed: bytes
+) -> None:
+    """Checkpoints on a small file system of their own: the job stops; with room again the same command goes on."""
+    small = runs / "quickstart_slurm" / "checkpoints"
+    small.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(small)], check=True)
+    try:
+        filler = small / "filler"
+        job = start(idle, runs, recording, overrides="checkpoint.keep_last=1")
+        await_step(runs, 2, lambda: idle.job(job))
+        with contextlib.suppress(OSError), filler.open("wb") as file:
+            while True:
+                file.write(b"\0" * 65536)
+        record = idle.wait(job, timeout_s=300)
+        assert record["JobState"] == "FAILED", said(runs)
+        assert "torl: error:" in said(runs)
+        assert "Traceback" not in said(runs)
+        filler.unlink()
+        finish(idle, start(idle, runs, recording, overrides="checkpoint.keep_last=1"), runs, undisturbed)
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+@pytest.mark.slow
+def test_a_cancelled_job_stays_cancelled(idle: Cluster, runs: Path, recording: Path) -> None:
+    job = start(idle, runs, recording)
+    await_step(runs, 1, lambda: idle.job(job))
+    idle.run("scancel", str(job))
+    assert idle.wait(job, timeout_s=60)["JobState"] == "CANCELLED"
+    time.sleep(2 * idle.shape.kill_wait_s)
+    assert idle.job(job)["JobState"] == "CANCELLED"
+
+
+@pytest.mark.slow
+def test_a_resumed_run_may_have_another_number_of_nodes(idle: Cluster, runs: Path, recording: Path) -> None:
+    """Half of the run on two nodes (DP=2), the rest on one; the weights differ by rounding only, the steps add up."""
+    alone = "parallel.tensor=1"
+    job = start(idle, runs, recording, overrides=f"{alone} num_steps=3")
+    assert idle.wait(job, timeout_s=300)["JobState"] == "COMPLETED", said(runs)
+    shutil.rmtree(runs / "quickstart_slurm" / "hf")
+    job = start(idle, runs, recording, "--nodes=1", overrides=alone)
+    assert idle.wait(job, timeout_s=300)["JobState"] == "COMPLETED", said(runs)
+    assert steps_done(runs) == STEPS
+    assert weights(runs)
+
+
+# ----------------------------------------------------------------------------------------- with the engines
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_quickstart_with_engines_survives_a_killed_server(idle: Cluster, runs: Path) -> None:
+    """The whole quickstart on two nodes, TP=2 across them, a server and a sandbox on each; one server is killed."""
+    texts = f"runs_dir={runs} num_steps=30"
+    job = idle.sbatch(
+        f"--output={runs}/%j.out",
+        "launch/quickstart.slurm",
+        env={"TORL_OVERRIDES": texts, "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+    )
+    await_step(runs, 3, lambda: idle.job(job), timeout_s=900)
+    os.kill(_server_pid(runs), signal.SIGKILL)
+    assert idle.wait(job, timeout_s=1500)["JobState"] == "COMPLETED", said(runs)
+    summary = json.loads((runs / "quickstart_slurm/summary.json").read_text())
+    assert summary["eval"]["after"]["accuracy"] > 0.9
+    assert summary["weight_sync"]["num_verified"] == summary["weight_sync"]["num_syncs"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_real_7b_launch_file_runs_with_tiny_sizes(idle: Cluster, runs: Path) -> None:
+    """2 nodes x 8 fake GPUs, 16 ranks, one CPU server per node: only sizes and the kind of GPU are overridden."""
+    sizes = [
+        "cluster.gpu=cpu", "cluster.servers_per_node=1", "model.path=conf/quickstart", "model.dtype=float32",
+        "data.train=arithmetic:1", "data.max_prompt_tokens=128", "num_steps=2",
+        "rollout.prompts_per_step=8", "rollout.group_size=8", "rollout.max_response_tokens=128", "serving.tensor=1",
+        "trainer.mini_batch_samples=64", "trainer.micro_batch_tokens=2048", "eval.data=[]", "eval.every_steps=0",
+        "serving.max_total_tokens=65536", "serving.max_running_requests=64", f"runs_dir={runs}", "checkpoint.every_steps=0",
+    ]  # fmt: skip
+    conf = runs / "tiny_7b.yaml"
+    conf.write_text(f'base: {ROOT}/conf/torl_7b.yaml\ndata:\n  template: "Q: {{problem}}=?\\nA:"\n')
+    job = idle.sbatch(
+        f"--output={runs}/%j.out", "--cpus-per-task=1", "launch/torl_7b.slurm", cwd=ROOT,
+        env={"TORL_CONF": str(conf), "TORL_OVERRIDES": " ".join(sizes), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert idle.wait(job, timeout_s=1500)["JobState"] == "COMPLETED", said(runs)
+    assert "16 ranks, 2 servers" in said(runs)
+    assert steps_done(runs) == 2
+
+
+def _server_pid(runs: Path) -> int:
+    """One of the run's SGLang servers."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            command = (folder / "cmdline").read_bytes().split(b"\0")
+            if b"sglang.launch_server" in command and b"n1" in command:
+                return int(folder.name)
+    raise AssertionError("no SGLang server of node n1 is running")
