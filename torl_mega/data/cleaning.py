@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torl_mega.data.readers import Row
 from torl_mega.reward.answers import MAX_ANSWER_CHARS, check, is_understood
@@ -79,7 +79,7 @@ def hash_words(words: Sequence[str]) -> int:
     return int.from_bytes(hashlib.blake2b(" ".join(words).encode(), digest_size=8).digest(), "big")
 
 
-def limr_scores(curves: dict[str, Sequence[float]]) -> dict[str, float]:
+def limr_scores(curves: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """LIMR's alignment of each problem's learning curve with the mean curve (arXiv 2502.11886, eq. 1-2), at most 1.
 
     `curves`: problem id -> mean reward of its group in [0, 1] at each epoch, all of the same length K.

@@ -402,6 +402,6 @@ def _endpoint(text: str) -> Any:
     with mpmath.workdps(45):
         if abs(value.imag) > mpmath.mpf(10) ** -40:
             raise Unreadable("an endpoint that is not real")
-        return (
-            Fraction(mpmath.nstr(value.real, 40, strip_zeros=False).replace("+", "")) if abs(value) < 10**20 else None
-        )
+        if abs(value) >= 10**20:
+            raise Unreadable("an endpoint too large to round")
+        return Fraction(str(mpmath.nstr(value.real, 40, strip_zeros=False)))

@@ -16,9 +16,11 @@ import hashlib
 import math
 from fractions import Fraction
 from functools import lru_cache
+from typing import Any
 
 import mpmath
 from mpmath import mp
+from mpmath.libmp.libhyper import NoConvergence
 
 from torl_mega.reward.syntax import Node, symbols
 from torl_mega.reward.tokens import Unreadable
@@ -48,7 +50,7 @@ def evaluate(node: Node, point: int) -> Value:
     with mp.workdps(_DIGITS):
         try:
             return _tidy(_eval(node, point))
-        except (ZeroDivisionError, ValueError, OverflowError, TypeError, mpmath.libmp.NoConvergence):
+        except (ZeroDivisionError, ValueError, OverflowError, TypeError, NoConvergence):
             raise Unreadable("not defined") from None
 
 
@@ -214,7 +216,7 @@ def _bounded(x: Fraction) -> Fraction:
     return x
 
 
-def _float(x: Value) -> mpmath.mpc:
+def _float(x: Value) -> Any:
     return mpmath.mpc(mpmath.mpf(x.numerator) / x.denominator) if isinstance(x, Fraction) else mpmath.mpc(x)
 
 

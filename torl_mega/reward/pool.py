@@ -210,7 +210,7 @@ def _child_main(request_fd: int, outcome_fd: int, memory_mb: int) -> NoReturn:
     if memory_mb:
         with open("/proc/self/statm") as file:
             used = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        resource.setrlimit(resource.RLIMIT_AS, (used + (memory_mb << 20),) * 2)
+        resource.setrlimit(resource.RLIMIT_AS, (used + (memory_mb << 20), used + (memory_mb << 20)))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)

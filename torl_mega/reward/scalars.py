@@ -73,7 +73,7 @@ def _equal(a: Node, g: Node) -> bool:
 
 
 def _approximately(a: Node, g: Node) -> bool:
-    """A decimal for an exact value: the same to 6 decimals and 5 significant digits (math-verify rounds to 6 decimals).
+    """A decimal for an exact value: the same to 6 decimals and 5 significant digits, and right in all the digits it shows.
 
     A gold answer that is itself a short exact number must be hit to 9 digits: 4.999999999 is 5, 4.9999995 is not.
     """
@@ -82,7 +82,19 @@ def _approximately(a: Node, g: Node) -> bool:
     with mpmath.workdps(60):
         size = abs(as_mpf(y))
         limit = 1e-9 * max(1, size) if short else mpmath.mpf(5e-7)
+        shown = [mpmath.mpf(10) ** -n for n in (_decimals(a), _decimals(g)) if n]
+        if shown:  # one unit of the last digit, or the rounding noise of a float
+            limit = min(limit, max(*shown, 1e-12 * size))
         return bool(abs(as_mpf(x) - as_mpf(y)) <= min(limit, 1e-5 * size))
+
+
+def _decimals(node: Node) -> int:
+    """Digits behind the point of a number written as a decimal; 0 for anything else."""
+    if node.kind == "neg":
+        return _decimals(node.args[0])
+    return (
+        len(node.name.partition(".")[2]) if node.kind == "num" and has_decimal(node) and node.name[-1].isdigit() else 0
+    )
 
 
 def same_text(a: str, g: str) -> bool:
