@@ -19,6 +19,10 @@ class GenerationError(TorlError):
     """A generation failed on every try."""
 
 
+class StaleServers(GenerationError):
+    """No server holds weights that may be sampled from; a weight sync mends it."""
+
+
 class ServerError(TorlError):
     """A server did not come up, died, or answered what it must not."""
 

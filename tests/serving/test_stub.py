@@ -13,7 +13,7 @@ from live_server import LiveServer
 from stub import Behaviour, Stub
 
 from torl_mega.config import ServingConfig
-from torl_mega.errors import GenerationError
+from torl_mega.errors import GenerationError, StaleServers
 from torl_mega.serving.client import SGLangClient
 from torl_mega.types import FinishReason, GenerationRequest
 
@@ -180,6 +180,19 @@ def test_a_server_that_is_gone_is_left_alone_until_it_is_back() -> None:
                     await asyncio.sleep(0.05)
             await asyncio.gather(*(client.generate(ask(route_key=str(n))) for n in range(100, 120)))
             assert len(stale.bodies) > asked
+
+    asyncio.run(run())
+
+
+def test_servers_that_all_hold_other_weights_need_a_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torl_mega.serving.fleet.STALE_LIMIT_S", 1.5)
+
+    async def run() -> None:
+        async with Stub(version="3") as one, Stub(version="default") as two, client_of(one, two) as client:
+            client.expect_version(4)
+            with pytest.raises(StaleServers, match="sync them and go on"):
+                await client.generate(ask())
+            assert len(one.bodies) == len(two.bodies) == 1  # each was believed once, then left alone
 
     asyncio.run(run())
 

@@ -88,10 +88,7 @@ class SGLangClient:
         causes: list[str] = []
         num_empty = 0
         while len(causes) <= self._config.max_retries and num_empty < MAX_EMPTY_ABORTS:
-            try:
-                server = await self._fleet.pick(request.route_key, self._config.request_timeout_s)
-            except ServerError as exc:
-                raise GenerationError(f"no server to generate on: {exc}; earlier: {causes or 'no failure'}") from None
+            server = await self._fleet.pick(request.route_key, self._config.request_timeout_s)
             try:
                 part = await self._one_try(server, request, parts)
             except _Refused as exc:

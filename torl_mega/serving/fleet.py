@@ -15,12 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 import aiohttp
 
-from torl_mega.errors import ServerError
+from torl_mega.errors import GenerationError, ServerError, StaleServers
 from torl_mega.serving.answer import UNKNOWN_VERSION
 
 POLL_S = 1.0
 PROBE_TIMEOUT_S = 5.0
 MAX_ROUTES = 65536  # remembered prefixes; the oldest are forgotten
+STALE = "wrong_version"
+STALE_LIMIT_S = 15.0  # a sync that is under way in another thread may take servers there within that
 SLACK = 8  # requests a sticky server may be ahead of the least busy one before a prefix moves
 
 
@@ -80,14 +82,19 @@ class Fleet:
         return [server for server in self._servers if server.suspended is None]
 
     async def pick(self, route_key: str, timeout_s: float) -> Server:
-        """The server for one more request; waits for one to come back. Raises ServerError after `timeout_s`."""
+        """The server for one more request; waits for one to come back. Raises GenerationError after `timeout_s`, and
+        StaleServers much earlier when all are back but hold other weights: only a sync can help then."""
+        begun = stale_since = time.monotonic()
         while not (up := self.up()):
             self._changed.clear()
-            try:
-                await asyncio.wait_for(self._changed.wait(), timeout_s)
-            except TimeoutError:
-                states = ", ".join(f"{s.url}: {s.suspended}" for s in self._servers)
-                raise ServerError(f"every server was unusable for {timeout_s:g} s ({states})") from None
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), POLL_S)
+            now, states = time.monotonic(), ", ".join(f"{s.url}: {s.suspended}" for s in self._servers)
+            stale_since = stale_since if all(s.suspended == STALE for s in self._servers) else now
+            if now - stale_since > STALE_LIMIT_S:
+                raise StaleServers(f"no server holds the policy's weights ({states}); sync them and go on")
+            if now - begun > timeout_s:
+                raise GenerationError(f"every server was unusable for {timeout_s:g} s ({states})")
         least = min(up, key=lambda server: server.num_outstanding)
         sticky = self._routes.get(route_key)
         keep = sticky is not None and sticky in up and sticky.num_outstanding <= 2 * least.num_outstanding + SLACK
@@ -138,7 +145,11 @@ class Fleet:
         if info is None or await self._get(server, "/server_info") is None:
             return False
         version = str(info.get("weight_version", ""))
-        return self.accepts(int(version) if version.isdecimal() else UNKNOWN_VERSION)
+        if self.accepts(int(version) if version.isdecimal() else UNKNOWN_VERSION):
+            return True
+        if server.suspended is not None:
+            server.suspended = STALE
+        return False
 
     async def _get(self, server: Server, path: str) -> dict[str, object] | None:
         assert self._session is not None
