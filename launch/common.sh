@@ -185,6 +185,10 @@ torl_ranks() { # returns the step's exit code: the highest of all ranks
 
 # ------------------------------------------------------------------------------------------------------- one job
 
+torl_stop() { # the ranks' tasks look for this file: only the rank programs are told, not every process of the job
+  if [ -n "${TORL_STATUS:-}" ]; then touch "$TORL_STATUS/stop"; fi
+}
+
 torl_attempt() { # one start of side-cars and ranks; returns the ranks' exit code
   export TORL_STATUS=$LOGS/status
   mkdir -p "$TORL_STATUS"
@@ -219,7 +223,7 @@ torl_job() { # DEFAULT_CONF
   [ -n "${SLURM_JOB_ID:-}" ] || torl_die "this is a batch script: sbatch $0 (on one machine: launch/local.sh)"
   unset SLURM_EXPORT_ENV # set by sbatch --export=NONE; srun would start tasks without PATH
   unset SLURM_GPUS_PER_NODE SLURM_GPUS SLURM_NTASKS_PER_NODE # srun would add them to what each step asks for
-  trap : TERM USR1       # the ranks get their own; this script only has to stay and decide
+  trap torl_stop TERM USR1
   torl_environment "$1"
   torl_freeze "$SLURM_JOB_ID"
   if [ -n "${TORL_IFNAME:-}" ]; then export GLOO_SOCKET_IFNAME=$TORL_IFNAME NCCL_SOCKET_IFNAME=$TORL_IFNAME; fi

@@ -6,12 +6,13 @@
 A task knows itself by SLURMD_NODENAME and SLURM_LOCALID. It takes its cores, starts the process below a guardian and
 watches it. `TORL_STATUS` is a folder shared by all tasks of one attempt; what happened is told there:
 
-    stop          a stop signal (SIGUSR1, SIGTERM) arrived: whatever the ranks end with, the job is to be requeued
+    stop          the job is to stop (written by the batch script or by a task that got SIGUSR1 or SIGTERM): every rank
+                  gets SIGUSR1; whatever the ranks end with, the job is to be requeued
     hang          no sign of life from the run: every rank prints its stacks and ends
     rank_<i>      the exit code of a rank that failed; the others print their stacks and end some seconds later
 
-Ranks get SIGUSR1 and SIGTERM passed on. Side-cars ignore both (Slurm signals every step) and stop on SIGUSR2; one that
-ends by itself is started again, because a failed server is not a failed job.
+Slurm signals every process of every step, side-cars and helpers too: they ignore SIGUSR1 and stop on SIGUSR2. A side-car
+that ends by itself is started again, because a failed server is not a failed job.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from torl_mega.run_folder import RunFolder, lock_run, open_run
 
 POLL_S = 0.5
 PEER_GRACE_S = 20.0  # a rank whose peer failed may still end by its own error; then its stacks are taken
+TELL_AGAIN_S = 10.0  # a rank that is still starting has no handler yet
 STACKS_S = 2.0  # from SIGABRT to the end of faulthandler's print
 RESTART_DELAY_S = 2.0
 MAX_RESTARTS = 20  # of one side-car; its own supervisor has restarted its server in place many times before
@@ -115,13 +117,13 @@ def _run_rank(mine: Process, placement: Placement, config: Config, conf: str, st
     lock = lock_run(folder) if mine.index == 0 else None
     env = {**os.environ, **rank_environment(mine, placement)}
     command = [sys.executable, "-m", "torl_mega.train", conf]
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # inherited by the guardian; the rank sets a handler of its own
     child = process.start(command, name=f"rank_{mine.index}", env=env)
-    signals = _PassOn(child, status / "stop")
+    _note_stop_signals(status / "stop")
     life = _SignOfLife(folder, config.cluster.hang_s) if mine.index == 0 else None
     try:
         return _watch_rank(child, mine, status, life)
     finally:
-        signals.close()
         child.stop()
         if lock is not None:
             os.close(lock)
@@ -130,8 +132,13 @@ def _run_rank(mine: Process, placement: Placement, config: Config, conf: str, st
 def _watch_rank(child: GuardedProcess, mine: Process, status: Path, life: _SignOfLife | None) -> int:
     """Until the rank ends, a peer's failure has left it hanging, or the run shows no sign of life."""
     peer_failed_at: float | None = None
+    tell_at = 0.0
     while (code := child.poll()) is None:
         time.sleep(POLL_S)
+        if time.monotonic() > tell_at and (status / "stop").exists():
+            tell_at = time.monotonic() + TELL_AGAIN_S
+            with contextlib.suppress(ProcessLookupError):  # it ended by itself
+                os.kill(child.pid, signal.SIGUSR1)
         if life is not None and life.is_over():
             print(
                 f"torl: no sign of life for {life.limit_s:g} s; taking every rank's stacks", file=sys.stderr, flush=True
@@ -157,8 +164,9 @@ def _watch_rank(child: GuardedProcess, mine: Process, status: Path, life: _SignO
 def _run_sidecar(mine: Process, placement: Placement, conf: str) -> int:
     """Starts the side-car, and again whenever it ends, until SIGUSR2."""
     stopping: list[int] = []
-    for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # inherited: Slurm signals every process of a step
+    ending: list[int] = []  # on SIGTERM the job is about to end: what ends now is not started again
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # inherited
+    signal.signal(signal.SIGTERM, lambda number, _frame: ending.append(number))
     signal.signal(signal.SIGUSR2, lambda number, _frame: stopping.append(number))
     command = sidecar_command(mine, placement, conf)
     name = f"{mine.role}_{mine.index}"
@@ -166,7 +174,7 @@ def _run_sidecar(mine: Process, placement: Placement, conf: str) -> int:
         child = process.start(command, name=name)
         while child.poll() is None and not stopping:
             time.sleep(POLL_S)
-        if stopping:
+        if stopping or ending:
             child.stop()
             return 0
         print(f"torl: {name} ended with code {child.poll()}; starting it again", file=sys.stderr, flush=True)
@@ -183,22 +191,10 @@ def _abort(child: GuardedProcess) -> None:
         time.sleep(0.1)
 
 
-class _PassOn:
-    """Passes stop signals on to the rank and leaves a note for the batch script."""
-
-    def __init__(self, child: GuardedProcess, note: Path) -> None:
-        self._child, self._note = child, note
-        for number in (signal.SIGUSR1, signal.SIGTERM):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, _frame: object) -> None:
-        self._note.touch()
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self._child.pid, number)
-
-    def close(self) -> None:
-        for number in (signal.SIGUSR1, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
+def _note_stop_signals(note: Path) -> None:
+    """Turns stop signals into the note that every task of this attempt looks for."""
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, lambda _number, _frame: note.touch())
 
 
 class _SignOfLife:
