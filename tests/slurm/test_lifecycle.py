@@ -127,7 +127,7 @@ def test_a_replay_over_two_nodes_ends_like_the_local_run(
 def test_scancel_signal_saves_and_requeues(idle: Cluster, runs: Path, recording: Path, undisturbed: bytes) -> None:
     job = start(idle, runs, recording)
     await_step(runs, 2, lambda: idle.job(job))
-    idle.run("scancel", "--signal=USR1", str(job))
+    idle.run("scancel", "--batch", "--signal=USR1", str(job))
     finish(idle, job, runs, undisturbed)
     assert int(idle.job(job)["Restarts"]) == 1
 
@@ -135,7 +135,7 @@ def test_scancel_signal_saves_and_requeues(idle: Cluster, runs: Path, recording:
 @pytest.mark.slow
 def test_the_time_limit_requeues(idle: Cluster, runs: Path, recording: Path, undisturbed: bytes) -> None:
     """The job needs longer than its limit, so it is warned (up to a minute early), saves, and goes on in a new start."""
-    job = start(idle, runs, recording, "--time=2", "--signal=USR1@60")
+    job = start(idle, runs, recording, "--time=2", "--signal=B:USR1@60")
     assert idle.job(job)["TimeLimit"] == "00:02:00"
     finish(idle, job, runs, undisturbed)
 

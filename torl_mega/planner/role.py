@@ -3,7 +3,7 @@
     python -m torl_mega.planner.role prepare CONF [a.b=value …]            once, before anything is queued or started
     python -m torl_mega.planner.role rank|server|sandbox PLACEMENT CONF    in each task of a step
 
-A task knows itself by SLURMD_NODENAME and SLURM_LOCALID. It takes its cores, starts the process below a guardian and
+A task knows itself by SLURMD_NODENAME and SLURM_LOCALID. It takes its cores, starts the process and
 watches it. `TORL_STATUS` is a folder shared by all tasks of one attempt; what happened is told there:
 
     stop          the job is to stop (written by the batch script or by a task that got SIGUSR1 or SIGTERM): every rank
@@ -21,6 +21,7 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -31,7 +32,6 @@ from torl_mega.config import Config
 from torl_mega.config_file import load_config
 from torl_mega.errors import ConfigError, TorlError
 from torl_mega.planner.placement import Placement, Process, read_placement
-from torl_mega.process import GuardedProcess
 from torl_mega.run_folder import RunFolder, lock_run, open_run
 
 POLL_S = 0.5
@@ -117,19 +117,21 @@ def _run_rank(mine: Process, placement: Placement, config: Config, conf: str, st
     lock = lock_run(folder) if mine.index == 0 else None
     env = {**os.environ, **rank_environment(mine, placement)}
     command = [sys.executable, "-m", "torl_mega.train", conf]
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # inherited by the guardian; the rank sets a handler of its own
-    child = process.start(command, name=f"rank_{mine.index}", env=env)
+    # no guardian as for side-cars: it would cut a rank's saving short on SIGTERM, and Slurm ends the tree of a lost task
+    child = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
     _note_stop_signals(status / "stop")
     life = _SignOfLife(folder, config.cluster.hang_s) if mine.index == 0 else None
     try:
         return _watch_rank(child, mine, status, life)
     finally:
-        child.stop()
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
         if lock is not None:
             os.close(lock)
 
 
-def _watch_rank(child: GuardedProcess, mine: Process, status: Path, life: _SignOfLife | None) -> int:
+def _watch_rank(child: subprocess.Popen[bytes], mine: Process, status: Path, life: _SignOfLife | None) -> int:
     """Until the rank ends, a peer's failure has left it hanging, or the run shows no sign of life."""
     peer_failed_at: float | None = None
     tell_at = 0.0
@@ -183,7 +185,7 @@ def _run_sidecar(mine: Process, placement: Placement, conf: str) -> int:
     return 1
 
 
-def _abort(child: GuardedProcess) -> None:
+def _abort(child: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(child.pid, signal.SIGABRT)
     deadline = time.monotonic() + STACKS_S
