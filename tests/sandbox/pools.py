@@ -60,13 +60,27 @@ def pool(*, tier: str = "auto", user: int | None = None, check: bool = True, **s
             assert scratch_of(process.pid) == [], "scratch folders outlived the pool"
 
 
-def start(folder: Path, *, tier: str, user: int | None, pass_fds: tuple[int, ...] = (), args: tuple[str, ...] = (), **settings: object) -> subprocess.Popen[str]:
+def start(
+    folder: Path,
+    *,
+    tier: str,
+    user: int | None,
+    pass_fds: tuple[int, ...] = (),
+    args: tuple[str, ...] = (),
+    **settings: object,
+) -> subprocess.Popen[str]:
     values = {"tier": tier, **settings}
     command = [sys.executable, "-m", "torl_mega.sandbox.serve", "--socket", str(folder / "s"), "--port", "0", *args]
     env = {"PATH": os.environ["PATH"], "TORL_SECRET": SECRET, "PYTHONPATH": str(PROJECT)}
     as_user = {} if user is None else {"user": user, "group": user, "extra_groups": []}
     return subprocess.Popen(
-        [*command, "--settings", json.dumps(values)], stdout=subprocess.PIPE, text=True, env=env, cwd="/", pass_fds=pass_fds, **as_user,
+        [*command, "--settings", json.dumps(values)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=env,
+        cwd="/",
+        pass_fds=pass_fds,
+        **as_user,
     )  # type: ignore[call-overload]
 
 

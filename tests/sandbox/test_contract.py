@@ -45,7 +45,7 @@ def run(request: pytest.FixtureRequest, served: Pool) -> Iterator[Run]:
         door = runner.run(stack.__aenter__())
 
         def call(code: str, **kw: object) -> ExecutionResult:
-            return runner.run(door.run(ExecutionRequest(code, **kw)))  # type: ignore[arg-type]
+            return runner.run(door.run(ExecutionRequest(code, **{"wall_s": 20.0, "cpu_s": 20.0, **kw})))  # type: ignore[arg-type]
 
         yield call
         runner.run(stack.__aexit__(None, None, None))
@@ -54,7 +54,7 @@ def run(request: pytest.FixtureRequest, served: Pool) -> Iterator[Run]:
 def test_ok(run: Run) -> None:
     r = run("print(6 * 7)")
     assert (r.status, r.return_code, r.stdout, r.stderr, r.message) == (S.OK, 0, "42\n", "", "")
-    assert 0 < r.cpu_s < 5 and 0 < r.wall_s < 5 and 20 < r.max_rss_mb < 500
+    assert 0 < r.cpu_s < 5 and 0 < r.wall_s < 20 and 20 < r.max_rss_mb < 500
 
 
 def test_error_keeps_pythons_traceback(run: Run) -> None:
@@ -97,7 +97,10 @@ def test_files_in_and_out(run: Run) -> None:
 
 
 def test_fetch_follows_no_link(run: Run) -> None:
-    r = run("import os\nos.symlink('/etc/passwd', 'a')\nos.symlink('/etc', 'd')\nopen('b', 'w').write('ok')", fetch_files=("a", "d/passwd", "b"))
+    r = run(
+        "import os\nos.symlink('/etc/passwd', 'a')\nos.symlink('/etc', 'd')\nopen('b', 'w').write('ok')",
+        fetch_files=("a", "d/passwd", "b"),
+    )
     assert r.files == {"b": b"ok"}
 
 
@@ -110,7 +113,7 @@ def test_paths_outside_are_refused(run: Run, path: str) -> None:
 def test_memory(run: Run) -> None:
     r = run("x = bytearray(10 ** 10)", memory_mb=256)
     assert (r.status, r.return_code) == (S.MEMORY, 1) and r.stderr.endswith("MemoryError\n")
-    assert run("x = bytearray(400 << 20); print(len(x))", memory_mb=512).status is S.OK
+    assert run("x = bytearray(200 << 20); print(len(x))", memory_mb=300).status is S.OK
 
 
 def test_large_output_is_whole(run: Run) -> None:

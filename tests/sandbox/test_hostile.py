@@ -20,8 +20,12 @@ ROOT = os.getuid() == 0
 CONFIGURATIONS = [
     pytest.param("A", None, id="A-self"),
     pytest.param("B", None, id="B-self"),
-    pytest.param("A", ORDINARY_UID, id="A-user", marks=pytest.mark.skipif(not ROOT, reason="needs root to change user")),
-    pytest.param("B", ORDINARY_UID, id="B-user", marks=pytest.mark.skipif(not ROOT, reason="needs root to change user")),
+    pytest.param(
+        "A", ORDINARY_UID, id="A-user", marks=pytest.mark.skipif(not ROOT, reason="needs root to change user")
+    ),
+    pytest.param(
+        "B", ORDINARY_UID, id="B-user", marks=pytest.mark.skipif(not ROOT, reason="needs root to change user")
+    ),
 ]
 OTHER = "x = 'other-snippet-51c9'\nleft_by_other = 1\nimport time\ntime.sleep(0.2)\n"
 
@@ -110,7 +114,9 @@ async def _attack_all(served: Pool, canaries: Canaries, chosen: list[Hostile]) -
                 assert (await client.run(ExecutionRequest(OTHER))).status is ExecutionStatus.OK
 
         await asyncio.gather(*(worker() for _ in range(4)), neighbour())
-        late = {w.split(":")[0] for w in wrong if ": took " in w}  # late among others on a busy machine: once more, alone
+        late = {
+            w.split(":")[0] for w in wrong if ": took " in w
+        }  # late among others on a busy machine: once more, alone
         wrong = [w for w in wrong if ": took " not in w]
         for case in [c for c in chosen if c.name in late]:
             wrong.extend(await attack(client, case, canaries))
@@ -130,7 +136,9 @@ def test_hostile_corpus(tier: str, user: int | None) -> None:
             canaries.close()
         assert not wrong, "\n".join(wrong)
         assert stray == set(), "a snippet's process stayed, or a zygote had to be replaced"
-        boxes = [p for base in Path("/tmp").glob(f"torl-sandbox-{served.process.pid}-*/zygote-*") for p in base.glob("box-*")]
+        boxes = [
+            p for base in Path("/tmp").glob(f"torl-sandbox-{served.process.pid}-*/zygote-*") for p in base.glob("box-*")
+        ]
         deadline = time.monotonic() + 5
         while [p for p in boxes if p.exists()] and time.monotonic() < deadline:
             time.sleep(0.05)

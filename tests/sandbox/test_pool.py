@@ -10,10 +10,9 @@ from collections import Counter
 from collections.abc import Iterator
 
 import pytest
-from pools import descendants
+from pools import descendants, wait_gone
 
 from torl_mega.config import SandboxConfig
-from torl_mega.errors import ServerError
 from torl_mega.sandbox.pool import SandboxPool
 from torl_mega.types import ExecutionRequest as R
 from torl_mega.types import ExecutionStatus as S
@@ -44,7 +43,11 @@ def test_cpu_limit_counts_cpu(runner: asyncio.Runner, pool: SandboxPool) -> None
 
 
 def test_head_and_tail(runner: asyncio.Runner, pool: SandboxPool) -> None:
-    r = runner.run(pool.run(R("for i in range(100000): print(i)\nimport sys\nsys.stderr.write('y' * 100000)\n1/0", output_bytes=1000)))
+    r = runner.run(
+        pool.run(
+            R("for i in range(100000): print(i)\nimport sys\nsys.stderr.write('y' * 100000)\n1/0", output_bytes=1000)
+        )
+    )
     assert r.stdout.startswith("0\n1\n") and r.stdout.endswith("99999\n") and "bytes left out" in r.stdout
     assert len(r.stdout) < 1100 and r.stderr.endswith("ZeroDivisionError: division by zero\n")
 
@@ -71,14 +74,19 @@ def test_ordinary_answers_survive_hostile_neighbours(runner: asyncio.Runner, poo
     assert len(hostile) == 60
 
     async def mixed() -> int:
-        ordinary = [pool.run(R(f"import sympy, numpy as np\nprint(sympy.factorint({n}), np.arange({n % 7}).sum())")) for n in range(2, 302)]
+        ordinary = [
+            pool.run(R(f"import sympy, numpy as np\nprint(sympy.factorint({n}), np.arange({n % 7}).sum())"))
+            for n in range(2, 302)
+        ]
         others = [pool.run(R(c.code, wall_s=1.0, cpu_s=1.0)) for c in hostile]
         merged = [x for pair in zip(ordinary[:60], others, strict=True) for x in pair] + ordinary[60:]
         results = await asyncio.gather(*merged)
         answers = [r.stdout for i, r in enumerate(results) if i >= 120 or i % 2 == 0]
         import sympy
 
-        return sum(a != f"{sympy.factorint(n)} {sum(range(n % 7))}\n" for n, a in zip(range(2, 302), answers, strict=True))
+        return sum(
+            a != f"{sympy.factorint(n)} {sum(range(n % 7))}\n" for n, a in zip(range(2, 302), answers, strict=True)
+        )
 
     assert runner.run(mixed()) == 0
 
@@ -100,17 +108,10 @@ def test_killed_zygotes_lose_no_answer(tier: str) -> None:
             assert again.status is S.OK
             return Counter(r.status for r in results)
 
+    before = descendants(os.getpid())
     counts = asyncio.run(main())
     assert set(counts) <= {S.OK, S.INFRA} and counts[S.OK] >= 100
-    assert not descendants(os.getpid()) or all("zygote" not in _cmd(p) for p in descendants(os.getpid()))
-
-
-def _cmd(pid: int) -> str:
-    try:
-        with open(f"/proc/{pid}/cmdline") as f:
-            return f.read()
-    except OSError:
-        return ""
+    assert wait_gone(descendants(os.getpid()) - before, 5.0) == set()
 
 
 def test_zygotes_are_recycled() -> None:
@@ -161,12 +162,3 @@ def test_deterministic_random_repeats() -> None:
 
     first, second = asyncio.run(main())
     assert first == second != ""
-
-
-def test_an_impossible_tier_says_why() -> None:
-    async def main() -> None:
-        async with SandboxPool(SandboxConfig(tier="A", readable_paths=("/",), data_libraries=False)):
-            pass
-
-    with pytest.raises(ServerError, match="tier A"):
-        asyncio.run(main())

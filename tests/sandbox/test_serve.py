@@ -14,7 +14,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from pools import PROJECT, descendants, pool, scratch_of, start, wait_gone
+from pools import ORDINARY_UID, PROJECT, descendants, pool, scratch_of, start, wait_gone
 
 from torl_mega.errors import ServerError
 from torl_mega.sandbox.client import SandboxClient
@@ -54,7 +54,9 @@ def test_a_restarted_pool_gets_the_open_calls() -> None:
 
         async def burst() -> tuple[Counter[S], subprocess.Popen[str]]:
             async with SandboxClient(f"unix:{folder}/s", reconnect_timeout_s=30) as client:
-                calls = [asyncio.create_task(client.run(R("import time; time.sleep(0.1); print(7)"))) for _ in range(60)]
+                calls = [
+                    asyncio.create_task(client.run(R("import time; time.sleep(0.1); print(7)"))) for _ in range(60)
+                ]
                 await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
                 first.kill()
                 second = start(Path(folder), tier="auto", user=None, data_libraries=False)
@@ -110,7 +112,15 @@ def test_sigterm_while_starting_and_running_leaves_nothing() -> None:
 
 def test_a_second_pool_does_not_take_a_live_socket() -> None:
     with pool(data_libraries=False) as served:
-        command = [sys.executable, "-m", "torl_mega.sandbox.serve", "--socket", served.socket, "--settings", '{"data_libraries": false}']
+        command = [
+            sys.executable,
+            "-m",
+            "torl_mega.sandbox.serve",
+            "--socket",
+            served.socket,
+            "--settings",
+            '{"data_libraries": false}',
+        ]
         done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT)
         assert done.returncode == 1 and "another sandbox listens" in done.stderr
 
@@ -159,11 +169,26 @@ def test_http_like_sandboxfusion() -> None:
             status, answer = await post(ok)
             assert status == 200 and isinstance(answer["run_result"].pop("execution_time"), float)
             run = {"status": "Finished", "return_code": 0, "stdout": "1\n", "stderr": ""}
-            assert answer == {"status": "Success", "message": "", "compile_result": None, "run_result": run, "executor_pod_name": None, "files": {}}
+            assert answer == {
+                "status": "Success",
+                "message": "",
+                "compile_result": None,
+                "run_result": run,
+                "executor_pod_name": None,
+                "files": {},
+            }
             _, late = await post({"code": "while True: pass", "language": "python", "run_timeout": 0.3})
-            assert (late["status"], late["run_result"]["status"], late["run_result"]["return_code"]) == ("Failed", "TimeLimitExceeded", None)
+            assert (late["status"], late["run_result"]["status"], late["run_result"]["return_code"]) == (
+                "Failed",
+                "TimeLimitExceeded",
+                None,
+            )
             _, failed = await post({"code": "import sys; sys.exit(3)", "language": "python"})
-            assert (failed["status"], failed["run_result"]["status"], failed["run_result"]["return_code"]) == ("Failed", "Finished", 3)
+            assert (failed["status"], failed["run_result"]["status"], failed["run_result"]["return_code"]) == (
+                "Failed",
+                "Finished",
+                3,
+            )
             for body, kind, place in (
                 ({"code": "1"}, "missing", ["body", "language"]),
                 ({"language": "python"}, "missing", ["body", "code"]),
@@ -194,7 +219,9 @@ def test_full_queue_is_503_and_the_client_waits() -> None:
             answers = Counter(await asyncio.gather(*(post() for _ in range(12))))
             assert set(answers) == {(200, None), (503, "1")}
         async with FusionClient([url, url]) as client:
-            results = await asyncio.gather(*(client.run(R("import time; time.sleep(0.3); print(1)")) for _ in range(12)))
+            results = await asyncio.gather(
+                *(client.run(R("import time; time.sleep(0.3); print(1)")) for _ in range(12))
+            )
             assert {r.stdout for r in results} == {"1\n"}
 
     with pool(data_libraries=False, max_running=1, max_queue=2) as served:
@@ -212,3 +239,49 @@ def test_nothing_of_the_environment_is_left_by_a_closed_pool() -> None:
 
         asyncio.run(main())
     assert {n for n in set(os.listdir("/tmp")) - before if n.startswith(("torl-sandbox-", ".gone"))} == set()
+
+
+NO_NAMESPACES = """
+import ctypes, os, struct, sys
+sys.path.insert(0, sys.argv[1])
+from torl_mega.sandbox import linux, seccomp
+ins = seccomp._ins
+number = {"x86_64": 272, "aarch64": 97}[linux.MACHINE]  # unshare
+program = b"".join([ins(0x20, 0), ins(0x15, number, 0, 1), ins(0x06, 0x00050001), ins(0x06, 0x7FFF0000)])
+linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
+seccomp.install(program, 0)
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
+
+
+@pytest.mark.parametrize(
+    "user", [None, pytest.param(ORDINARY_UID, marks=pytest.mark.skipif(os.getuid() != 0, reason="needs root"))]
+)
+def test_without_namespaces_tier_b_is_chosen(user: int | None) -> None:
+    """As under docker's default seccomp profile, which refuses unshare()."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        as_user = {} if user is None else {"user": user, "group": user, "extra_groups": []}
+        served = ["-m", "torl_mega.sandbox.serve", "--port", "0", "--settings", '{"data_libraries": false}']
+        env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(PROJECT)}
+        process = subprocess.Popen(
+            [sys.executable, "-c", NO_NAMESPACES, str(PROJECT), *served],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
+            cwd="/",
+            **as_user,
+        )  # type: ignore[call-overload]
+        assert process.stdout is not None
+        ready = process.stdout.readline()
+        url = ready.split("address=")[1].strip()
+
+        async def main() -> str:
+            async with FusionClient([url]) as client:
+                return (await client.run(R("print(1)"))).stdout
+
+        answer = asyncio.run(main())
+        process.terminate()
+        assert process.wait(15) == 0
+        process.stdout.close()
+        assert ready.startswith("sandbox ready tier=B") and answer == "1\n"

@@ -98,6 +98,7 @@ class SandboxPool:
         if check.stdout != "ready\n":
             said = (check.stderr.strip().splitlines() or [check.message or check.status.value])[-1]
             raise ServerError(f"sandbox tier {tier}: the first snippet failed: {said}")
+        self.metrics = Metrics()  # the self-test is no call
         self._dispatch_missing()
         return plan
 

@@ -6,6 +6,7 @@ and never follows a link: each folder is first moved up to the base, so that eve
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import tempfile
@@ -43,8 +44,13 @@ class Base:
                 os._exit(0)
         removers.add(pid)
 
-    def remove(self) -> None:
-        remove_tree(self.path, os.path.dirname(self.path))
+    def remove(self, *, with_parent: bool) -> None:
+        """`with_parent`: the pool is dead, and the last of its zygotes removes its folder too."""
+        parent = os.path.dirname(self.path)
+        remove_tree(self.path, parent)
+        if with_parent:
+            with contextlib.suppress(OSError):  # others are still at work in it
+                os.rmdir(parent)
 
 
 def remove_tree(path: str, base: str) -> None:

@@ -6,10 +6,10 @@ says why, and the next one is tried. This module supplies the order and the sett
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -22,6 +22,7 @@ from torl_mega.errors import ServerError
 from torl_mega.sandbox import landlock, linux
 from torl_mega.sandbox.confine import SPARE_SLOTS, Settings
 from torl_mega.sandbox.host import PROJECT, Ready
+from torl_mega.sandbox.scratch import remove_tree
 from torl_mega.sandbox.warm import PRELOAD, WARM
 
 _SYSTEM = (
@@ -88,7 +89,8 @@ class Plan:
 
     def remove_scratch(self) -> None:
         if self.scratch is not None:
-            shutil.rmtree(self.scratch, ignore_errors=True)  # the zygotes have emptied it
+            with contextlib.suppress(FileNotFoundError):
+                remove_tree(self.scratch, os.path.dirname(self.scratch))
 
 
 def order(config: SandboxConfig) -> list[str]:
@@ -109,7 +111,9 @@ def plan(config: SandboxConfig, tier: str) -> Plan:
     if config.data_libraries:
         num_data = max(1, num_math // 4)
         kinds["data"] = KindPlan("data", num_data, -(-running // num_data))
-    uid, slot_uids, warnings = _users(config, tier, sum(k.num_zygotes * (k.slots + SPARE_SLOTS) for k in kinds.values()))
+    uid, slot_uids, warnings = _users(
+        config, tier, sum(k.num_zygotes * (k.slots + SPARE_SLOTS) for k in kinds.values())
+    )
     made = Plan(tier, config, kinds, running, uid, slot_uids, None, exact_threads=True, warnings=warnings)
     if tier == "A":
         made.exact_threads = _kernel() >= (5, 14)
@@ -146,9 +150,7 @@ def _users(config: SandboxConfig, tier: str, num_slots: int) -> tuple[int | None
     try:
         _try_user(config.uid_base, readable_from_root=tier == "A")
     except ServerError as e:
-        if tier == "A":
-            raise
-        return None, {}, [f"{e}; snippets keep the pool's user, fenced in by Landlock"]
+        return None, {}, [f"{e}; snippets keep the pool's user" + (", fenced in by Landlock" if tier == "B" else "")]
     if tier == "A":
         return config.uid_base, {}, []
     return None, {"all": [config.uid_base + i for i in range(num_slots + 64)]}, []

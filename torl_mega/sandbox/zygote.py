@@ -64,6 +64,7 @@ class Zygote:
         self.ended = False
         self.own_pid = os.getpid()
         self.base = base
+        self.pool_pid = os.getppid()
 
     # -------------------------------------------------------------------------------------------- the loop
 
@@ -99,7 +100,7 @@ class Zygote:
         for pid in list(self.children):
             os.waitpid(pid, 0)
         if self.base:
-            self.base.remove()
+            self.base.remove(with_parent=os.getppid() != self.pool_pid)
 
     def _receive(self) -> None:
         while self.free_slots and not self.ended:
@@ -408,7 +409,9 @@ def main(control_fd: int, raw_settings: str, project: str) -> None:
     linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL if settings.tier == "A" else signal.SIGTERM)
     _volunteer_for_oom()
     with contextlib.suppress(PermissionError):
-        os.setpriority(os.PRIO_PROCESS, 0, -10)  # so that it still keeps time when snippets and others fight for the cores
+        os.setpriority(
+            os.PRIO_PROCESS, 0, -10
+        )  # so that it still keeps time when snippets and others fight for the cores
     procfs = vm = -1
     try:
         namespaces: list[int] = []
@@ -423,6 +426,8 @@ def main(control_fd: int, raw_settings: str, project: str) -> None:
         sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]
 
         base = scratch.Base(settings.scratch_base) if settings.scratch_base else None
+        if base:  # until serve() takes over: the pool's death must not leave the folder behind
+            signal.signal(signal.SIGTERM, lambda *_: (base.remove(with_parent=True), os._exit(0)))
         os.environ["MPLCONFIGDIR"] = base.path if base else confine.BOX
         missing = _preload(settings)
         cage = confine.prepare(settings)

@@ -7,7 +7,11 @@ from hostile.processes import _LIBC, refused
 
 
 def call(name: str, number: int, args: str, tries: str = "") -> Hostile:
-    return refused(name, tries or f"the system call {name}", _LIBC + f"b = ctypes.create_string_buffer(4096)\nck(libc.syscall({number}, {args}))")
+    return refused(
+        name,
+        tries or f"the system call {name}",
+        _LIBC + f"b = ctypes.create_string_buffer(4096)\nck(libc.syscall({number}, {args}))",
+    )
 
 
 CASES = [

@@ -9,7 +9,12 @@ from torl_mega.types import ExecutionStatus as S
 def refused(name: str, tries: str, body: str, **kw: object) -> Hostile:
     """`body` must raise; getting past it is the escape."""
     lines = "\n".join("    " + line for line in body.strip().splitlines())
-    return Hostile(name, tries, f"import os, sys, ctypes, signal, time\ntry:\n{lines}\n    print('ESCAPED')\nexcept BaseException as e:\n    print('refused', type(e).__name__)\n", **kw)  # type: ignore[arg-type]
+    return Hostile(
+        name,
+        tries,
+        f"import os, sys, ctypes, signal, time\ntry:\n{lines}\n    print('ESCAPED')\nexcept BaseException as e:\n    print('refused', type(e).__name__)\n",
+        **kw,
+    )  # type: ignore[arg-type]
 
 
 _LIBC = "libc = ctypes.CDLL(None, use_errno=True)\ndef ck(r):\n    if r < 0: raise OSError(ctypes.get_errno())\n"
