@@ -4,7 +4,8 @@
 
 `ordinary`: golds of mixed kinds with right, differently written and wrong answers, every pair fresh (nothing comes from
 the cache), through the grader process. `with_hanging`: the same with a share of answers that never finish; what is lost
-must be 0 and the time at most the ideal time of the ordinary ones plus one time limit.
+must be 0 and the time at most the ideal time of the ordinary ones plus one time limit. `answers_per_cpu_s` counts the CPU time
+of the grader process with all its workers (start-up left out), which a busy machine does not change.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import asyncio
 import json
 import os
+import resource
 import time
 
 from torl_mega.reward.grader import Grader, Verdict
@@ -40,6 +42,12 @@ def ordinary(n: int) -> list[tuple[str, str]]:
     return pairs
 
 
+def cpu_s() -> float:
+    """CPU time of ended children and theirs."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 async def run(pairs: list[tuple[str, str]], args: argparse.Namespace) -> tuple[float, list[Verdict]]:
     grader = Grader(args.workers, args.timeout_s)
     await grader.start()
@@ -60,7 +68,10 @@ def main() -> None:
     parser.add_argument("--timeout-s", type=float, default=5.0)
     args = parser.parse_args()
     pairs = ordinary(args.answers)
+    asyncio.run(run([], args))
+    start_up_s = cpu_s()
     ideal_s, verdicts = asyncio.run(run(pairs, args))
+    ordinary_cpu_s = cpu_s() - 2 * start_up_s
     num_hanging = round(args.answers * args.hanging)
     mixed = list(pairs)
     for k in range(num_hanging):
@@ -75,6 +86,7 @@ def main() -> None:
             "wall_s": round(ideal_s, 3),
             "answers_per_s": round(args.answers / ideal_s, 1),
             "answers_per_s_per_worker": round(args.answers / ideal_s / args.workers, 1),
+            "answers_per_cpu_s": round(args.answers / ordinary_cpu_s, 1),
             "right": verdicts.count(Verdict.RIGHT),
         },
         "with_hanging": {

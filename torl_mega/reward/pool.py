@@ -12,7 +12,7 @@ memory limit, the answer did it and counts as `timeout`; when something killed i
 An answer that runs longer than `_ASIDE_S` is set aside: it keeps running at low priority while a fresh child takes its
 place, so hanging answers wait for their limit side by side and never in a queue.
 
-The limit is wall-clock time, but no answer times out before it had `timeout_s / 20` seconds of CPU or ten times
+The limit is wall-clock time, but no answer times out before it had `timeout_s / 50` seconds of CPU or three times
 the limit, so a crowded machine does not turn ordinary answers into timeouts.
 
 Limits: Linux (fork, /proc, prctl). The process ends, and its children with it, when its stdin closes or its parent dies.
@@ -160,7 +160,7 @@ class _Pool:
         for child in [c for c in self.children if c.job is not None]:
             running_s = now - child.started
             if running_s > self.timeout_s and (
-                running_s > 10 * self.timeout_s or _cpu_s(child.pid) - child.cpu_at_start >= self.timeout_s / 20
+                running_s > 3 * self.timeout_s or _cpu_s(child.pid) - child.cpu_at_start >= self.timeout_s / 50
             ):
                 assert child.job is not None
                 _reply(child.job, "timeout")
@@ -169,7 +169,7 @@ class _Pool:
             elif running_s > _ASIDE_S and not child.aside and sum(c.aside for c in self.children) < _MAX_ASIDE:
                 child.aside = True
                 with contextlib.suppress(ProcessLookupError):
-                    os.setpriority(os.PRIO_PROCESS, child.pid, 10)
+                    os.setpriority(os.PRIO_PROCESS, child.pid, 5)
 
     # ---------------------------------------------------------------- children
 
