@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ def slurm() -> Iterator[Cluster]:
     base = Path(tempfile.mkdtemp(prefix="torl-slurm-", dir="/tmp"))
     base.chmod(0o755)
     try:
-        with cluster(base / "c", Shape()) as handle:
+        with cluster(base / "c", Shape(base_port=12000 + os.getpid() % 200 * 20)) as handle:
             yield handle
     finally:
         shutil.rmtree(base, ignore_errors=True)
