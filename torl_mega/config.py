@@ -145,6 +145,9 @@ class ServingConfig(Section):
     """Size of one flattened weight bucket; the sync needs at most two of them."""
     sync_timeout_s: PositiveFloat = 600.0
     """One whole weight sync; past it the run stops and names the server."""
+    deterministic: bool = False
+    """Same seeds, same tokens and log-probs, bit for bit: SGLang's deterministic inference on GPUs; on a CPU one request
+    at a time without prefix cache (slow, for exact comparisons)."""
     extra_args: tuple[str, ...] = ()
     """Further `sglang.launch_server` arguments, passed on as they are."""
 

@@ -25,12 +25,20 @@ def hooks() -> None:
     import torch
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from torl_mega.serving import weight_audit
+    from torl_mega.serving import seeded_sampling, weight_audit
 
     HookRegistry.register("sglang.srt.utils.weight_checker.WeightChecker.handle", weight_audit.handle, HookType.AROUND)
     if not torch.cuda.is_available():
         HookRegistry.register(
             "sglang.srt.mem_cache.pool_host.common._cuda_host_register", _no_host_register, HookType.REPLACE
+        )
+        HookRegistry.register(
+            "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch",
+            seeded_sampling.from_schedule_batch,
+            HookType.AROUND,
+        )
+        HookRegistry.register(
+            "sglang.srt.layers.sampler.murmur_hash32", seeded_sampling.murmur_hash32, HookType.REPLACE
         )
 
 

@@ -36,8 +36,11 @@ def launch_command(config: Config, *, host: str, port: int, on_gpu: bool) -> lis
     command += ["--context-length", str(context), "--log-level-http", "warning"]
     if serving.max_total_tokens is not None:
         command += ["--max-total-tokens", str(max(serving.max_total_tokens, context))]
-    if serving.max_running_requests is not None:
-        command += ["--max-running-requests", str(serving.max_running_requests)]
+    running = 1 if serving.deterministic and not on_gpu else serving.max_running_requests
+    if running is not None:
+        command += ["--max-running-requests", str(running)]
+    if serving.deterministic:
+        command += ["--enable-deterministic-inference"] if on_gpu else ["--disable-radix-cache"]
     # an idle scheduler polls without pause, which on a CPU takes a whole core away from the trainer
     cpu = ["--device", "cpu", "--sleep-on-idle"]
     command += ["--mem-fraction-static", str(serving.mem_fraction)] if on_gpu else cpu
@@ -55,6 +58,9 @@ def launch_env(config: Config, *, gpu_ids: Sequence[int], base: dict[str, str] |
         env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpu_ids))
         return env
     env.setdefault("OMP_NUM_THREADS", "1")
+    env.setdefault(
+        "TORCHDYNAMO_DISABLE", "1"
+    )  # the seeded sampler is decorated with torch.compile; eager is the CPU's way
     # glibc maps and unmaps every large block anew, which costs more than copying a weight bucket; keep them instead.
     env.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 32))
     env.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 32))

@@ -1,0 +1,61 @@
+"""On a CPU the sampling seed counts: alone, and in whatever company a request is batched."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+import pytest
+import torch
+from live_server import LiveServer
+from test_client import request
+from tiny_model import VOCAB_SIZE
+
+from torl_mega.config import Config
+from torl_mega.serving.client import SGLangClient
+from torl_mega.serving.seeded_sampling import murmur_hash32
+
+
+def sample(url: str, config: Config, seeds: list[int]) -> list[tuple[int, ...]]:
+    """The tokens of requests with these seeds, all sent at once."""
+
+    async def run() -> list[tuple[int, ...]]:
+        async with SGLangClient([url], config.serving, vocab_size=VOCAB_SIZE) as client:
+            client.expect_version(None)
+            answers = await asyncio.gather(*(client.generate(request(seed=s, max_new_tokens=24)) for s in seeds))
+            return [a.token_ids for a in answers]
+
+    return asyncio.run(run())
+
+
+@pytest.mark.skipif(os.environ.get("CUDA_VISIBLE_DEVICES", "") != "", reason="GPUs use SGLang's deterministic mode")
+def test_tokens_follow_the_seed(live_server: LiveServer, tiny_config: Config) -> None:
+    (alone,) = sample(live_server.url, tiny_config, [7])
+    together = sample(live_server.url, tiny_config, [1, 2, 7, 3, 7])
+    assert together[2] == together[4] == alone
+    assert len({*together}) == 4
+
+
+def murmur3(data: bytes) -> int:
+    """MurmurHash3_x86_32 with seed 0 for a multiple of four bytes, from its reference (Appleby, smhasher)."""
+    mask, h = 0xFFFFFFFF, 0
+    for at in range(0, len(data), 4):
+        k = int.from_bytes(data[at : at + 4], "little") * 0xCC9E2D51 & mask
+        k = (k << 15 | k >> 17) & mask
+        h ^= k * 0x1B873593 & mask
+        h = (h << 13 | h >> 19) & mask
+        h = h * 5 + 0xE6546B64 & mask
+    h ^= len(data)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        h = (h ^ h >> shift) * factor & mask
+    return h
+
+
+def test_the_hash_is_murmur3() -> None:
+    seeds, positions, columns = [0, 7, 2**31 - 1, 2**40 + 5], [0, 1, 4095, 77], [0, 5, 151935]
+    got = murmur_hash32(torch.tensor(seeds), torch.tensor(positions), torch.tensor(columns))
+    expected = [
+        [murmur3(s.to_bytes(8, "little") + p.to_bytes(4, "little") + c.to_bytes(4, "little")) for c in columns]
+        for s, p in zip(seeds, positions, strict=True)
+    ]
+    assert got.tolist() == expected
