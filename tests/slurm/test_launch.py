@@ -53,7 +53,7 @@ QUICK = "launch/quickstart.slurm"
 # (arguments of launch/submit.sh, environment, what the one line says)
 WRONG: list[tuple[list[str], dict[str, str], str]] = [
     ([QUICK, "--nodes=9"], {}, "sbatch refuses"),
-    ([QUICK, "--partition=nowhere"], {}, "invalid partition specified: nowhere"),
+    ([QUICK, "--partition=nowhere"], {}, "Invalid partition name specified"),
     (["launch/none.slurm"], {}, "is not readable"),
     (["launch/common.sh"], {}, "is not a launch file"),
     (["--chain", "many", QUICK], {}, "expected a number of jobs"),
