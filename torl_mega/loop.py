@@ -15,8 +15,11 @@ from dataclasses import dataclass
 
 from torl_mega.algo.correction import mismatch
 from torl_mega.data.samples import split_mini_batches
-from torl_mega.errors import Preempted, ServerLost, WeightSyncError
+from torl_mega.errors import Preempted, ServerLost, StaleServers, WeightSyncError
 from torl_mega.interfaces import Rollouts, RunLog, Share, Trainer, WeightSink
+from torl_mega.types import StepBatch
+
+COLLECT_TRIES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,7 @@ class Loop:
     def _step(self, step: int) -> dict[str, float]:
         times: dict[str, float] = {}
         with _timed(times, "rollout_s"):
-            batch = self.share(lambda: self.rollouts.collect(step))
+            batch = self._collect(step)
         with _timed(times, "train_s"):
             train_samples = self.trainer.old_logprobs(batch.samples)
             updates = [
@@ -80,6 +83,17 @@ class Loop:
             **times,
             "step_s": sum(times.values()),
         }
+
+    def _collect(self, step: int) -> StepBatch:
+        """Rank 0's collection. Servers that came back from a crash hold other weights: they are sent the policy's."""
+        for tries_left in range(COLLECT_TRIES - 1, -1, -1):
+            try:
+                return self.share(lambda: self.rollouts.collect(step))
+            except StaleServers:
+                if not tries_left:
+                    raise
+                self.sync(step)
+        raise AssertionError("unreachable")
 
     def sync(self, version: int) -> Mapping[str, float]:
         """Sends the weights; once more without a server that died in the middle. Errors are raised on every rank."""

@@ -63,8 +63,7 @@ class OverlappedRollouts:
 
     def evaluate(self, step: int) -> Mapping[str, float]:
         self.drain()
-        self._pipe.send(("evaluate", step))
-        return self._receive()
+        return self._command("evaluate", step)
 
     def state(self) -> Mapping[str, Any]:
         while self._in_flight and self._pipe.poll():
@@ -73,8 +72,7 @@ class OverlappedRollouts:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self._cursor = state["cursor"]
-        self._pipe.send(("restore", state["cursor"]))
-        self._receive()
+        self._command("restore", self._cursor)
         for step, metrics in sorted((int(s), m) for s, m in state["collected"].items()):
             groups = read_groups(step_path(self._folder.trajectories, step))
             self._ready[step] = StepBatch(tuple(make_samples(groups, self._config.algo)), metrics)
@@ -104,8 +102,22 @@ class OverlappedRollouts:
         self._asked = max(first, last + 1)
 
     def _take(self) -> None:
-        batch, self._cursor = self._receive()
-        self._ready[self._in_flight.pop(0)] = batch
+        """The next batch comes home. If it failed, what was asked for after it is dropped, to be asked for again."""
+        step = self._in_flight.pop(0)
+        try:
+            self._ready[step], self._cursor = self._receive()
+        except TorlError:
+            while self._in_flight:
+                self._in_flight.pop(0)
+                with contextlib.suppress(TorlError):
+                    self._receive()
+            self._asked = step
+            self._command("restore", self._cursor)
+            raise
+
+    def _command(self, name: str, value: Any) -> Any:
+        self._pipe.send((name, value))
+        return self._receive()
 
     def _receive(self) -> Any:
         """The child's next answer. What it raised is raised here; a stop request ends the wait."""

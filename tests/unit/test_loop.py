@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from torl_mega.config import GuardsConfig
-from torl_mega.errors import GuardError, Preempted
+from torl_mega.errors import GuardError, Preempted, ServerLost, StaleServers, WeightSyncError
 from torl_mega.guards import check_guards
 from torl_mega.loop import Loop
 from torl_mega.types import Sample, StepBatch, TrainSample
@@ -115,6 +115,36 @@ def test_a_stop_request_ends_the_run_after_the_step():
     fake = Recorder(stop_after=1)
     assert not loop(fake, num_steps=5, save_every=0).run(0, evaluate_first=False)
     assert fake.calls == [*one_step(0), "save 1"]
+
+
+def test_servers_back_from_a_crash_get_the_weights_and_the_step_is_collected_again():
+    fake = Recorder()
+    collect, failures = fake.collect, [StaleServers("restarted"), StaleServers("again")]
+
+    def flaky(step):
+        if failures:
+            raise failures.pop()
+        return collect(step)
+
+    fake.collect = flaky
+    assert loop(fake, num_steps=1).run(0, evaluate_first=False)
+    assert fake.calls[:3] == ["sync 0", "sync 0", "collect 0"]
+
+
+def test_a_server_lost_in_a_sync_is_left_out_and_any_other_sync_error_ends_the_run():
+    fake = Recorder()
+    update, failures = fake.update, [ServerLost("died")]
+
+    def flaky(tensors, *, version):
+        if failures:
+            raise failures.pop()
+        return update(tensors, version=version)
+
+    fake.update = flaky
+    assert loop(fake).sync(3) == {"bytes": 8.0}
+    failures[:] = [WeightSyncError("lm_head.weight differs")]
+    with pytest.raises(WeightSyncError, match="lm_head"):
+        loop(fake).sync(4)
 
 
 def test_guards_name_metric_setting_and_remedy():

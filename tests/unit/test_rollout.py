@@ -10,7 +10,7 @@ import pytest
 
 from torl_mega.config_file import load_config
 from torl_mega.data.samples import make_samples, split_mini_batches
-from torl_mega.errors import DataError, GenerationError
+from torl_mega.errors import DataError, GenerationError, StaleServers
 from torl_mega.rollout.collector import AsyncCollector, lost_trajectories
 from torl_mega.rollout.episode import Episode, EpisodeSettings, sampling_seed
 from torl_mega.rollout.recorder import read_groups, read_rows, step_path, write_step
@@ -156,6 +156,11 @@ def test_a_bug_is_not_taken_for_a_fault():
     with pytest.raises(ExceptionGroup) as error:
         collect(Script(ZeroDivisionError("a bug")))
     assert isinstance(error.value.exceptions[0], ZeroDivisionError)
+
+
+def test_stale_servers_end_the_whole_collection():
+    with pytest.raises(StaleServers, match="sync them"):
+        collect(Script(StaleServers("sync them"), "\\boxed{42}"), group_size=2)
 
 
 class Hanging:

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
-from torl_mega.errors import GenerationError
+from torl_mega.errors import GenerationError, StaleServers
 from torl_mega.interfaces import RewardFn
 from torl_mega.rollout.episode import Episode, SandboxFault
 from torl_mega.types import GraderStatus, Group, Prompt, Reward, Rollout, Trajectory
@@ -53,8 +53,14 @@ class AsyncCollector:
                 self.progress(finished, total)
             return scored
 
-        async with asyncio.TaskGroup() as tasks:
-            groups = [[tasks.create_task(one(p, i)) for i in range(group_size)] for p in prompts]
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                groups = [[tasks.create_task(one(p, i)) for i in range(group_size)] for p in prompts]
+        except BaseExceptionGroup as failed:
+            stale = failed.subgroup(StaleServers)
+            if stale is None:
+                raise
+            raise StaleServers(str(stale.exceptions[0])) from None  # nothing can be sampled before a weight sync
         done = [[t.result() for t in group] for group in groups]
         return Rollout(
             groups=tuple(_group(p, [s for s in scored if s]) for p, scored in zip(prompts, done, strict=True)),
@@ -70,6 +76,8 @@ class AsyncCollector:
                 async with asyncio.timeout(self.deadline_s):
                     trajectory = await episode.run(prompt, index, seed=seed)
                     reward = await self.reward_fn.score(trajectory)
+            except StaleServers:
+                raise
             except (GenerationError, SandboxFault, TimeoutError) as exc:
                 kind = "deadline" if isinstance(exc, TimeoutError) else type(exc).__name__
                 self._faults[f"{kind}_retry" if attempt + 1 < ATTEMPTS else f"{kind}_lost"] += 1
