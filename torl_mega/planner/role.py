@@ -119,10 +119,10 @@ def _run_rank(mine: Process, placement: Placement, config: Config, conf: str, st
     command = [sys.executable, "-m", "torl_mega.train", conf]
     # no guardian as for side-cars: it would cut a rank's saving short on SIGTERM, and Slurm ends the tree of a lost task
     child = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
-    _note_stop_signals(status / "stop")
+    received = _note_stop_signals(status / "stop")
     life = _SignOfLife(folder, config.cluster.hang_s) if mine.index == 0 else None
     try:
-        return _watch_rank(child, mine, status, life)
+        return _watch_rank(child, mine, status, life, received)
     finally:
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)
@@ -131,15 +131,18 @@ def _run_rank(mine: Process, placement: Placement, config: Config, conf: str, st
             os.close(lock)
 
 
-def _watch_rank(child: subprocess.Popen[bytes], mine: Process, status: Path, life: _SignOfLife | None) -> int:
+def _watch_rank(
+    child: subprocess.Popen[bytes], mine: Process, status: Path, life: _SignOfLife | None, received: list[int]
+) -> int:
     """Until the rank ends, a peer's failure has left it hanging, or the run shows no sign of life."""
     peer_failed_at: float | None = None
     tell_at = 0.0
     while (code := child.poll()) is None:
         time.sleep(POLL_S)
         if time.monotonic() > tell_at and (status / "stop").exists():
+            by_slurm = tell_at == 0.0 and received  # which signals every process of a step, the rank too
             tell_at = time.monotonic() + TELL_AGAIN_S
-            with contextlib.suppress(ProcessLookupError):  # it ended by itself
+            if not by_slurm:  # a second signal could meet the rank in its exit, past its handlers
                 os.kill(child.pid, signal.SIGUSR1)
         if life is not None and life.is_over():
             print(
@@ -193,10 +196,17 @@ def _abort(child: subprocess.Popen[bytes]) -> None:
         time.sleep(0.1)
 
 
-def _note_stop_signals(note: Path) -> None:
-    """Turns stop signals into the note that every task of this attempt looks for."""
+def _note_stop_signals(note: Path) -> list[int]:
+    """Turns stop signals into the note that every task of this attempt looks for; the list fills with those received."""
+    received: list[int] = []
+
+    def handle(number: int, _frame: object) -> None:
+        received.append(number)
+        note.touch()
+
     for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, lambda _number, _frame: note.touch())
+        signal.signal(number, handle)
+    return received
 
 
 class _SignOfLife:
