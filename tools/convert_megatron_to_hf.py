@@ -21,12 +21,12 @@ def main() -> int:
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel size to read with")
     parser.add_argument("--pp", type=int, default=1, help="pipeline stages to read with")
     parser.add_argument("--vpp", type=int, default=1, help="model chunks per stage")
-    parser.add_argument("--max-file-mb", type=int, default=5120, help="size of one safetensors file")
+    parser.add_argument("--max-file-mb", type=float, default=5120, help="size of one safetensors file")
     args = parser.parse_args()
     cut = ParallelConfig(tensor=args.tp, pipeline=args.pp, virtual_pipeline=args.vpp)
 
     def work() -> None:
-        limit = args.max_file_mb << 20
+        limit = int(args.max_file_mb * 2**20)
         megatron_to_hf(args.checkpoint, args.out, cut, tokenizer=args.tokenizer, max_file_bytes=limit)
 
     return run(cut, work)
