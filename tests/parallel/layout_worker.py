@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def all_logits(trainer: Any, samples: list[Any]) -> list[torch.Tensor]:
         trainer._run(micros, lambda micro, a, b: (a, {}), forward_only=True)
     trainer._token_logprobs = original
     dist.all_reduce(flat)
-    return [flat[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    return [flat[a:b] for a, b in pairwise(offsets)]
 
 
 def gather_gradients(trainer: Any) -> Iterator[tuple[str, torch.Tensor]]:

@@ -232,15 +232,18 @@ def test_conversion_refuses_in_one_line(work: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("error: model.path =")
     assert not (work / "x").exists()
+
+
+def test_incomplete_hf_folder_is_refused(work: Path) -> None:
+    from safetensors.torch import save_file
+
+    from torl_mega.trainer.hf_io import HfReader
+    from torl_mega.trainer.layout import describe_model, read_hf_config
+
+    broken = work / "broken"
+    shutil.copytree(work / "qwen2_tied", broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors.pop("model.norm.weight")
+    save_file(tensors, broken / "model.safetensors")
     with pytest.raises(ConfigError, match=r"tensor model\.norm\.weight is missing"):
-        from torl_mega.trainer.hf_io import HfReader
-        from torl_mega.trainer.layout import describe_model, read_hf_config
-
-        broken = work / "broken"
-        shutil.copytree(work / "qwen2_tied", broken)
-        tensors = load_file(broken / "model.safetensors")
-        tensors.pop("model.norm.weight")
-        from safetensors.torch import save_file
-
-        save_file(tensors, broken / "model.safetensors")
         HfReader(broken, describe_model(read_hf_config(broken)))

@@ -11,9 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import pytest
-
 import hf_reference as ref
+import pytest
 from layout_cases import DEFAULT, FAMILIES, Layout, matrix
 from torchrun import NEXT, torchrun
 

@@ -27,7 +27,8 @@ class FusedAdam(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         capturable: bool = False,
     ) -> None:
-        assert bias_correction and adam_w_mode
+        assert bias_correction
+        assert adam_w_mode
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()

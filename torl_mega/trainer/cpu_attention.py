@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -106,7 +107,9 @@ class SdpaCoreAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:  # [t, h * d]
-        assert isinstance(packed_seq_params, CpuPackedSeqParams) and attention_mask is None and attention_bias is None
+        assert isinstance(packed_seq_params, CpuPackedSeqParams)
+        assert attention_mask is None
+        assert attention_bias is None
         if self.cp_group.size() > 1:
             return self._context_parallel(query, key, value, packed_seq_params)
         gqa = query.size(1) != key.size(1)
@@ -133,7 +136,7 @@ class SdpaCoreAttention(MegatronModule):
             for x in (key, value)
         )
         mine = torch.from_numpy(zigzag(bounds, size, rank))
-        lengths = [(end - start) // size for start, end in zip(bounds, bounds[1:], strict=False)]
+        lengths = [(end - start) // size for start, end in pairwise(bounds)]
         gqa = query.size(1) != key.size(1)
         parts = []
         for q, positions, start, end in zip(
@@ -149,7 +152,7 @@ class SdpaCoreAttention(MegatronModule):
 def zigzag(bounds: list[int], size: int, rank: int) -> np.ndarray:
     """Packed indices of the tokens context-parallel rank `rank` of `size` holds, in its local order."""
     pieces = []
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in pairwise(bounds):
         chunk = (end - start) // (2 * size)
         assert chunk * 2 * size == end - start
         pieces.append(np.arange(start + rank * chunk, start + (rank + 1) * chunk))

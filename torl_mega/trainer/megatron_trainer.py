@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +201,7 @@ class MegatronTrainer:
             dist.all_reduce(on_device)
             flat = on_device.cpu()
         values = flat.numpy()
-        pieces = [slice(int(a), int(b)) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+        pieces = [slice(int(a), int(b)) for a, b in pairwise(offsets)]
         return [values[0, p].copy() for p in pieces], [values[1, p].copy() for p in pieces]
 
     def _micro_batches(self, samples: Sequence[Sample]) -> tuple[Plan, list[MicroBatch]]:
