@@ -37,9 +37,9 @@ class AsyncCollector:
 
     def collect(self, episode: Episode, prompts: Sequence[Prompt], *, group_size: int, seed: int) -> Rollout:
         """`group_size` attempts at each prompt. `seed` must differ between steps."""
-        return self.run(self._collect(episode, prompts, group_size, seed))
+        return self.run(self.collect_async(episode, prompts, group_size, seed))
 
-    async def _collect(self, episode: Episode, prompts: Sequence[Prompt], group_size: int, seed: int) -> Rollout:
+    async def collect_async(self, episode: Episode, prompts: Sequence[Prompt], group_size: int, seed: int) -> Rollout:
         start, total, finished = time.monotonic(), len(prompts) * group_size, 0
         self._faults = Counter()
         slots = asyncio.Semaphore(self.max_concurrency)
