@@ -19,7 +19,7 @@ import time
 
 from torl_mega.reward.grader import Grader, Verdict
 
-_HANGING = "\\int e^{x^2}\\sin(x)\\cos(x^2)\\sqrt{x+%d} dx"
+_HANGING = "\\int \\sqrt{\\sin(x^3+%dx)+\\cos(x^2)}\\ln(x+\\sqrt{x^5+1})e^{x^2} dx"  # sympy tries for long
 
 
 def ordinary(n: int) -> list[tuple[str, str]]:
@@ -75,8 +75,7 @@ def main() -> None:
     num_hanging = round(args.answers * args.hanging)
     mixed = list(pairs)
     for k in range(num_hanging):
-        hard = _HANGING % (k + 1)
-        mixed[k * args.answers // num_hanging] = (hard, "1+" + hard)
+        mixed[k * args.answers // num_hanging] = (_HANGING % (k + 2), _HANGING % (k + 100))
     mixed_s, mixed_verdicts = asyncio.run(run(mixed, args))
     count = {v.value: mixed_verdicts.count(v) for v in Verdict}
     report = {
