@@ -158,10 +158,10 @@ torl_sidecars() { # sets SIDECARS to the srun pids
   SIDECARS+=($!)
 }
 
-torl_stop_sidecars() { # SIGUSR2 is passed on by srun to every task; what is left after 20 s goes the hard way
+torl_stop_sidecars() { # their tasks look for the note; what is left after 20 s goes the hard way
   local pid i
   [ ${#SIDECARS[@]} -gt 0 ] || return 0
-  for pid in "${SIDECARS[@]}"; do kill -USR2 "$pid" 2>/dev/null; done
+  touch "$TORL_STATUS/end"
   for i in $(seq 40); do
     kill -0 "${SIDECARS[@]}" 2>/dev/null || break
     sleep 0.5

@@ -9,9 +9,10 @@ watches it. `TORL_STATUS` is a folder shared by all tasks of one attempt; what h
     stop          the job is to stop (written by the batch script or by a task that got SIGUSR1 or SIGTERM): every rank
                   gets SIGUSR1; whatever the ranks end with, the job is to be requeued
     hang          no sign of life from the run: every rank prints its stacks and ends
+    end           the ranks have ended: side-cars stop
     rank_<i>      the exit code of a rank that failed; the others print their stacks and end some seconds later
 
-Slurm signals every process of every step, side-cars and helpers too: they ignore SIGUSR1 and stop on SIGUSR2. A side-car
+Slurm signals every process of every step, side-cars and helpers too: they ignore SIGUSR1. A side-car
 that ends by itself is started again, because a failed server is not a failed job.
 """
 
@@ -39,6 +40,7 @@ PEER_GRACE_S = 20.0  # a rank whose peer failed may still end by its own error; 
 TELL_AGAIN_S = 10.0  # a rank that is still starting has no handler yet
 STACKS_S = 2.0  # from SIGABRT to the end of faulthandler's print
 RESTART_DELAY_S = 2.0
+SIDECAR_GRACE_S = 3.0
 MAX_RESTARTS = 20  # of one side-car; its own supervisor has restarted its server in place many times before
 EXIT_REQUEUE, EXIT_PEER_FAILED, EXIT_HUNG = 85, 1, 128 + signal.SIGABRT
 
@@ -81,7 +83,7 @@ def run_role(role: str, placement: Placement, conf: str, status: Path) -> int:
     config = load_config(conf)
     if role == "rank":
         return _run_rank(mine, placement, config, conf, status)
-    return _run_sidecar(mine, placement, conf)
+    return _run_sidecar(mine, placement, conf, status / "end")
 
 
 def rank_environment(mine: Process, placement: Placement) -> dict[str, str]:
@@ -166,21 +168,19 @@ def _watch_rank(
     return code if code >= 0 else 128 - code
 
 
-def _run_sidecar(mine: Process, placement: Placement, conf: str) -> int:
-    """Starts the side-car, and again whenever it ends, until SIGUSR2."""
-    stopping: list[int] = []
+def _run_sidecar(mine: Process, placement: Placement, conf: str, end: Path) -> int:
+    """Starts the side-car, and again whenever it ends, until the note `end` appears."""
     ending: list[int] = []  # on SIGTERM the job is about to end: what ends now is not started again
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # inherited
     signal.signal(signal.SIGTERM, lambda number, _frame: ending.append(number))
-    signal.signal(signal.SIGUSR2, lambda number, _frame: stopping.append(number))
     command = sidecar_command(mine, placement, conf)
     name = f"{mine.role}_{mine.index}"
     for _ in range(MAX_RESTARTS):
         child = process.start(command, name=name)
-        while child.poll() is None and not stopping:
+        while child.poll() is None and not end.exists():
             time.sleep(POLL_S)
-        if stopping or ending:
-            child.stop()
+        if end.exists() or ending:
+            child.stop(SIDECAR_GRACE_S)
             return 0
         print(f"torl: {name} ended with code {child.poll()}; starting it again", file=sys.stderr, flush=True)
         time.sleep(RESTART_DELAY_S)
