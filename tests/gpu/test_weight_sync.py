@@ -1,0 +1,119 @@
+"""What a CPU cannot run: NCCL, CUDA IPC, the memory saver, and the GPU's checksum. Needs one or two CUDA devices."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from live_server import LiveServer, write_config
+
+from torl_mega import process
+from torl_mega.config import Config
+from torl_mega.config_file import load_config
+from torl_mega.errors import WeightSyncError
+from torl_mega.serving.buckets import Bucket
+from torl_mega.serving.checksum import checksum, word_sum
+from torl_mega.serving.colocated import SharedGpus
+from torl_mega.serving.probe import prompt_logprobs
+from torl_mega.serving.server import wait_ready
+from torl_mega.serving.weights import ServerSink, make_transport, make_weight_sink
+
+pytestmark = pytest.mark.gpu
+PROBE = tuple(range(40, 72))
+
+
+@pytest.fixture(scope="module")
+def gpu_server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., LiveServer]]:
+    started: list[process.GuardedProcess] = []
+
+    def start(gpu: int, *overrides: str) -> LiveServer:
+        folder = tmp_path_factory.mktemp("gpu")
+        config, port = write_config(folder, tiny_model), process.free_port()
+        command = [sys.executable, "-m", "torl_mega.serving.serve", str(config), *overrides, "--port", str(port)]
+        command += ["--gpu-ids", str(gpu), "--log", str(folder / "sglang.log")]
+        sidecar = process.start(command, name="gpu server", log_path=folder / "serve.log")
+        started.append(sidecar)
+        server = LiveServer(f"http://127.0.0.1:{port}", sidecar, folder / "sglang.log")
+        asyncio.run(wait_ready(server.url, 600, process=sidecar, log_path=server.log))
+        return server
+
+    yield start
+    for sidecar in started:
+        sidecar.stop()
+
+
+def weights_on(device: str, tiny_model: Path, seed: int) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: (torch.randn(w.shape, generator=generator) * 0.1 + ("norm" in name)).to(device)
+        for name, w in load_file(str(tiny_model / "model.safetensors")).items()
+    }
+
+
+def expected_logprobs(tiny_model: Path, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    from transformers import Qwen2ForCausalLM
+
+    model = Qwen2ForCausalLM.from_pretrained(str(tiny_model), dtype=torch.float32).eval()
+    model.load_state_dict({name: w.cpu() for name, w in weights.items()})
+    ids = torch.tensor([PROBE])
+    with torch.no_grad():
+        table = model(ids).logits[0].log_softmax(-1)
+    return table[torch.arange(len(PROBE) - 1), ids[0, 1:]]
+
+
+@pytest.mark.parametrize("transport", ["broadcast", "handles"])
+def test_a_sync_on_gpus_is_verified_and_a_wrong_bit_found(
+    gpu_server: Callable[..., LiveServer], tiny_model: Path, transport: str
+) -> None:
+    """NCCL wants two devices; CUDA IPC shares one."""
+    if transport == "broadcast" and torch.cuda.device_count() < 2:
+        pytest.skip("NCCL cannot put two ranks on one device")
+    server = gpu_server(1 if transport == "broadcast" else 0, "serving.mem_fraction=0.2")
+    config: Config = load_config(server.log.parent / "tiny.yaml", [f"serving.transport={transport}"])
+    sink = make_weight_sink(config.serving, [server.url], device="cuda:0")
+    weights = weights_on("cuda:0", tiny_model, 1)
+    sink.update(iter(weights.items()), version=1)
+    there = torch.from_numpy(asyncio.run(prompt_logprobs(server.url, PROBE)))[1:]
+    assert float((there - expected_logprobs(tiny_model, weights)).abs().max()) < 1e-2  # TF32 and fused kernels
+
+    inner = make_transport(config.serving, torch.device("cuda:0"))
+    send = inner.send
+
+    def corrupt(bucket: Bucket, deadline: object) -> None:
+        name, tensor = bucket.named[0]
+        wrong = tensor.clone()
+        wrong.view(-1)[0] += 1
+        send(Bucket(((name, wrong), *bucket.named[1:])), deadline)  # type: ignore[arg-type]
+
+    inner.send = corrupt  # type: ignore[method-assign]
+    with pytest.raises(WeightSyncError, match="checksum"):
+        ServerSink(config.serving, [server.url], inner).update(iter(weights.items()), version=2)
+
+
+def test_the_memory_saver_gives_memory_back(gpu_server: Callable[..., LiveServer], tiny_model: Path) -> None:
+    server = gpu_server(0, "serving.mem_fraction=0.3", "serving.extra_args=[--enable-memory-saver]")
+    config = load_config(server.log.parent / "tiny.yaml", ["serving.transport=handles"])
+    gpus = SharedGpus([server.url], offload=lambda: None, restore=lambda: None, timeout_s=60)
+    sink = make_weight_sink(config.serving, [server.url], device="cuda:0")
+    held, _ = torch.cuda.mem_get_info(0)
+    gpus.sleep()
+    freed, total = torch.cuda.mem_get_info(0)
+    assert freed - held > 0.2 * total
+    gpus.wake_weights()
+    weights = weights_on("cuda:0", tiny_model, 3)
+    sink.update(iter(weights.items()), version=3)
+    gpus.wake_cache()
+    there = torch.from_numpy(asyncio.run(prompt_logprobs(server.url, PROBE)))[1:]
+    assert float((there - expected_logprobs(tiny_model, weights)).abs().max()) < 1e-2
+
+
+@pytest.mark.parametrize("numel", [1, 16383, 16384, 5_000_001])
+def test_the_gpu_checksum_is_the_same_on_every_device(numel: int) -> None:
+    tensor = torch.randint(0, 255, (numel,), dtype=torch.uint8)
+    assert checksum(tensor.cuda(), "cuda") == f"{word_sum(tensor):016x}" == checksum(tensor, "cuda")
