@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import resource
@@ -138,37 +139,36 @@ async def _burst(pool: SandboxPool, count: int) -> dict[str, Any]:
 
 
 async def _memory(pool: SandboxPool) -> dict[str, Any]:
-    """Private memory that each of several running sympy snippets adds."""
-    before = _private_kb()
-    hold = "from sympy import *\nx = symbols('x')\nsolve(x**2 - 5*x + 6, x)\nimport time\ntime.sleep(3)"
+    """Private memory (not shared with the zygote or anybody) of sympy snippets that all run at once."""
+    before = set(_private_kb())
+    hold = "from sympy import *\nx = symbols('x')\nsolve(x**2 - 5*x + 6, x)\nimport time\ntime.sleep(6)"
     assert pool.plan is not None
     count = pool.plan.max_running
-    calls = [asyncio.create_task(pool.run(ExecutionRequest(hold, wall_s=20))) for _ in range(count)]
-    await asyncio.sleep(2.0)
-    added = (_private_kb() - before) / count / 1024
+    calls = [asyncio.create_task(pool.run(ExecutionRequest(hold, wall_s=60))) for _ in range(count)]
+    await asyncio.sleep(4.0)
+    held = [kb for pid, kb in _private_kb().items() if pid not in before]
     await asyncio.gather(*calls)
+    mb = statistics.mean(held) / 1024
     return {
         "design": "torl tier A",
         "snippet": "memory",
         "concurrency": count,
-        "count": count,
+        "count": len(held),
         "wrong": 0,
-        "mb_per_running": added,
+        "mb_per_running": mb,
     }
 
 
-def _private_kb() -> int:
-    """Private memory of this process' descendants, of which the snippets' own is what varies."""
+def _private_kb() -> dict[int, int]:
+    """pid -> private memory of each of this process' descendants."""
     import psutil
 
-    total = 0
+    out = {}
     for child in psutil.Process().children(recursive=True):
-        try:
-            text = Path(f"/proc/{child.pid}/smaps_rollup").read_text()
-        except OSError:
-            continue
-        total += sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("Private_"))
-    return total
+        with contextlib.suppress(OSError):
+            lines = Path(f"/proc/{child.pid}/smaps_rollup").read_text().splitlines()
+            out[child.pid] = sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
+    return out
 
 
 async def _other_rows(fusion_url: str | None, quick: bool) -> list[dict[str, Any]]:
@@ -222,7 +222,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         if "total_s" in row:
             out.append(
-                f"\nBurst of {row['count']} sympy snippets at once, limit 10 s each: {row['total_s']:.1f} s, {row['wrong']} wrong or timed out."
+                f"\nBurst of {row['count']} sympy snippets at once, limit 10 s each: {row['total_s']:.1f} s, "
+                f"{row['wrong']} wrong or timed out."
             )
         if "mb_per_running" in row:
             out.append(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from hostile import Hostile, cases
-from pools import ORDINARY_UID, PROJECT, Pool, pool, wait_gone, descendants
+from pools import ORDINARY_UID, PROJECT, Pool, descendants, pool, wait_gone
 
 from torl_mega.sandbox.client import SandboxClient
 from torl_mega.types import ExecutionRequest, ExecutionStatus
@@ -59,7 +59,8 @@ class Canaries:
         except BlockingIOError:
             heard = b""
         return (
-            self.file.read_text(), info.st_mode, info.st_uid, info.st_mtime_ns, info.st_nlink, os.listdir(self.dir), os.listxattr(self.file),
+            self.file.read_text(), info.st_mode, info.st_uid, info.st_mtime_ns, info.st_nlink,
+            os.listdir(self.dir), os.listxattr(self.file),
             self.process.poll(), os.getpriority(os.PRIO_PROCESS, pid), os.sched_getaffinity(pid), heard, self.served.process.poll(),
         )  # fmt: skip
 
@@ -130,7 +131,7 @@ def test_hostile_corpus(tier: str, user: int | None) -> None:
         before = descendants(served.process.pid)
         try:
             wrong = asyncio.run(_attack_all(served, canaries, cases()))
-            left = {p for p in descendants(served.process.pid) - before}
+            left = set(descendants(served.process.pid) - before)
             stray = wait_gone(left, 2.0)
         finally:
             canaries.close()

@@ -28,7 +28,8 @@ def test_killed_pool_takes_everything_along(tier: str) -> None:
     """SIGKILL mid-burst: zygotes and snippets go, callers get INFRA, the next pool removes what tier B had on disk."""
     with tempfile.TemporaryDirectory() as folder:
         process = start(Path(folder), tier=tier, user=None, data_libraries=False)
-        assert process.stdout is not None and process.stdout.readline().startswith("sandbox ready")
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("sandbox ready")
 
         async def burst() -> Counter[S]:
             async with SandboxClient(f"unix:{folder}/s", reconnect_timeout_s=0.5) as client:
@@ -42,15 +43,18 @@ def test_killed_pool_takes_everything_along(tier: str) -> None:
         counts = asyncio.run(burst())
         process.wait()
         process.stdout.close()
-        assert counts[S.INFRA] > 100 and set(counts) <= {S.OK, S.INFRA}
-        assert len(tree) > 2 and wait_gone(tree, 5.0) == set()
+        assert counts[S.INFRA] > 100
+        assert set(counts) <= {S.OK, S.INFRA}
+        assert len(tree) > 2
+        assert wait_gone(tree, 5.0) == set()
         assert scratch_of(process.pid) == []
 
 
 def test_a_restarted_pool_gets_the_open_calls() -> None:
     with tempfile.TemporaryDirectory() as folder:
         first = start(Path(folder), tier="auto", user=None, data_libraries=False)
-        assert first.stdout is not None and first.stdout.readline().startswith("sandbox ready")
+        assert first.stdout is not None
+        assert first.stdout.readline().startswith("sandbox ready")
 
         async def burst() -> tuple[Counter[S], subprocess.Popen[str]]:
             async with SandboxClient(f"unix:{folder}/s", reconnect_timeout_s=30) as client:
@@ -94,7 +98,8 @@ time.sleep(100)
         parent.kill()
         parent.wait()
         parent.stdout.close()
-        assert len(tree) > 2 and wait_gone(tree, 5.0) == set()
+        assert len(tree) > 2
+        assert wait_gone(tree, 5.0) == set()
         assert not Path(folder, "s").exists()
 
 
@@ -122,7 +127,8 @@ def test_a_second_pool_does_not_take_a_live_socket() -> None:
             '{"data_libraries": false}',
         ]
         done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT)
-        assert done.returncode == 1 and "another sandbox listens" in done.stderr
+        assert done.returncode == 1
+        assert "another sandbox listens" in done.stderr
 
 
 def test_client_without_a_pool() -> None:
@@ -131,7 +137,8 @@ def test_client_without_a_pool() -> None:
             await SandboxClient("unix:/nonexistent/s", start_timeout_s=0.2).start()
         client = SandboxClient("unix:/nonexistent/s", reconnect_timeout_s=0.2)
         result = await client.run(R("print(1)"))
-        assert result.status is S.INFRA and client.counters["sandbox_infra"] == 1
+        assert result.status is S.INFRA
+        assert client.counters["sandbox_infra"] == 1
         fusion = FusionClient(["http://127.0.0.1:1"])
         assert (await fusion.run(R("print(1)"))).status is S.INFRA
         await fusion.close()
@@ -167,7 +174,8 @@ def test_http_like_sandboxfusion() -> None:
                 assert (r.status, await r.json()) == (200, "pong")
             ok = {"code": "print(1)", "language": "python", "compile_timeout": 10, "files": {"a": None}, "stdin": None}
             status, answer = await post(ok)
-            assert status == 200 and isinstance(answer["run_result"].pop("execution_time"), float)
+            assert status == 200
+            assert isinstance(answer["run_result"].pop("execution_time"), float)
             run = {"status": "Finished", "return_code": 0, "stdout": "1\n", "stderr": ""}
             assert answer == {
                 "status": "Success",
@@ -197,9 +205,11 @@ def test_http_like_sandboxfusion() -> None:
                 ({"code": "1", "language": "python", "run_timeout": "soon"}, "float_parsing", ["body", "run_timeout"]),
             ):
                 status, answer = await post(body)
-                assert status == 422 and (answer["detail"][0]["type"], answer["detail"][0]["loc"]) == (kind, place)
+                assert status == 422
+                assert (answer["detail"][0]["type"], answer["detail"][0]["loc"]) == (kind, place)
             async with session.post(f"{url}/run_code", data=b"{", headers={"Content-Type": "application/json"}) as r:
-                assert r.status == 422 and (await r.json())["detail"][0]["type"] == "json_invalid"
+                assert r.status == 422
+                assert (await r.json())["detail"][0]["type"] == "json_invalid"
             async with session.get(f"{url}/metrics") as r:
                 assert 'torl_sandbox_snippets_total{status="ok"} 1.0' in await r.text()
 
@@ -284,4 +294,5 @@ def test_without_namespaces_tier_b_is_chosen(user: int | None) -> None:
         process.terminate()
         assert process.wait(15) == 0
         process.stdout.close()
-        assert ready.startswith("sandbox ready tier=B") and answer == "1\n"
+        assert ready.startswith("sandbox ready tier=B")
+        assert answer == "1\n"

@@ -140,8 +140,9 @@ class SandboxClient:
             return connection
         if self._connecting is None or self._connecting.get_loop() is not loop or self._connecting.done():
             self._connecting = loop.create_task(self._connect(self._reconnect_timeout_s))
-        self._connection = await asyncio.shield(self._connecting)
-        return self._connection
+        made = await asyncio.shield(self._connecting)
+        self._connection = made
+        return made
 
     async def _connect(self, timeout_s: float) -> _Connection:
         loop = asyncio.get_running_loop()

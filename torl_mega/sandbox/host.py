@@ -17,7 +17,10 @@ from torl_mega.errors import ServerError
 from torl_mega.sandbox.confine import Settings
 
 PROJECT = str(Path(__file__).resolve().parents[2])
-_BOOT = "import sys; sys.path.insert(0, sys.argv[3]); from torl_mega.sandbox.zygote import main; main(int(sys.argv[1]), sys.argv[2], sys.argv[3])"
+_BOOT = (
+    "import sys; sys.path.insert(0, sys.argv[3]); from torl_mega.sandbox.zygote import main; "
+    "main(int(sys.argv[1]), sys.argv[2], sys.argv[3])"
+)
 _ENV = {
     "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": "/nonexistent", "PYTHONHASHSEED": "0", "MPLBACKEND": "Agg",
     "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",

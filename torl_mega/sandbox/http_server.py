@@ -3,7 +3,8 @@
 Requests, answers, defaults and 422 bodies are those of bytedance/SandboxFusion (sandbox/server/sandbox_api.py, FastAPI),
 for the language "python". Other languages are refused with the 422 of an unknown one. `memory_limit_MB` -1 means the
 configured default instead of none. A full queue answers 503 with Retry-After. The exact `ExecutionStatus` travels in the
-header X-Torl-Status, CPU seconds and peak memory in X-Torl-Cpu-S and X-Torl-Max-Rss-Mb; the body has SandboxFusion's fields and no other.
+header X-Torl-Status, CPU seconds and peak memory in X-Torl-Cpu-S and X-Torl-Max-Rss-Mb; the body has SandboxFusion's
+fields and no other.
 """
 
 from __future__ import annotations

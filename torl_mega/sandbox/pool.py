@@ -368,7 +368,7 @@ def _verdict(answer: dict[str, Any], limits: dict[str, Any]) -> tuple[ExecutionS
     sigkill = code == -9
     if killed == "wall" and sigkill:
         return ExecutionStatus.TIMEOUT_WALL, None
-    if killed == "cpu" and sigkill or sigkill and answer["cpu_s"] >= limits["cpu_s"]:
+    if (killed == "cpu" and sigkill) or (sigkill and answer["cpu_s"] >= limits["cpu_s"]):
         return ExecutionStatus.TIMEOUT_CPU, None
     if killed in ("output", "disk") and sigkill:
         return ExecutionStatus.OUTPUT_LIMIT, None

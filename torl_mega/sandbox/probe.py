@@ -40,6 +40,7 @@ async def _try(config: SandboxConfig, tier: str) -> dict[str, Any]:
         settings = dataclasses.replace(plan.settings("math"), preload=[], warm="", slots=1)
         zygote = Zygote("math", settings)
         plan.note_ready(await zygote.start())
+        return {"works": True, "mechanisms": plan.mechanisms, "warnings": plan.warnings, "why_not": ""}
     except ServerError as e:
         return {"works": False, "mechanisms": [], "warnings": [], "why_not": str(e)}
     finally:
@@ -47,4 +48,3 @@ async def _try(config: SandboxConfig, tier: str) -> dict[str, Any]:
             await zygote.stop()
         if plan is not None:
             plan.remove_scratch()
-    return {"works": True, "mechanisms": plan.mechanisms, "warnings": plan.warnings, "why_not": ""}

@@ -54,15 +54,24 @@ class Base:
 
 
 def remove_tree(path: str, base: str) -> None:
-    """Removes `path` for good; `base` is a folder on the same file system in which it may park subfolders."""
+    """Removes `path` for good; `base` is a folder on the same file system in which it may park subfolders.
+
+    Another process may be removing parts of it at the same time.
+    """
     pending = [path]
     count = 0
     while pending:
         folder = pending[-1]
         parked = []
-        os.chmod(folder, 0o700)
-        with os.scandir(folder) as entries:
-            for entry in entries:
+        try:
+            os.chmod(folder, 0o700)
+            with os.scandir(folder) as entries:
+                found = list(entries)
+        except FileNotFoundError:
+            pending.pop()
+            continue
+        for entry in found:
+            with contextlib.suppress(FileNotFoundError):
                 if not entry.is_dir(follow_symlinks=False):
                     os.unlink(entry.path)
                     continue
@@ -72,9 +81,10 @@ def remove_tree(path: str, base: str) -> None:
                 os.rename(entry.path, to)
                 parked.append(to)
         if parked:
-            pending[-1:] = [folder, *parked]
+            pending.extend(parked)
             continue
-        os.rmdir(folder)
+        with contextlib.suppress(FileNotFoundError):
+            os.rmdir(folder)
         pending.pop()
 
 

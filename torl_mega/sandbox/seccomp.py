@@ -2,9 +2,9 @@
 
 Refused calls fail with EPERM (ENOSYS above the newest known number, so that libraries fall back); a foreign instruction
 set (i386, x32) kills. Arguments are compared in their low 32 bits, which is what the kernel reads for the ints among
-`_rules`; pointers in both halves. `kill` and `tgkill` reach only the own process: its pid is patched into the program before it is loaded
-(`install`). With `fake_metadata` (no mount namespace) chmod, chown and utime answer 0 and do nothing, because Landlock
-does not govern them and the files may belong to the same user.
+`_rules`; pointers in both halves. `kill` and `tgkill` reach only the own process: its pid is patched into the program
+before it is loaded (`install`). With `fake_metadata` (no mount namespace) chmod, chown and utime answer 0 and do
+nothing, because Landlock does not govern them and the files may belong to the same user.
 
 What it lets through on purpose: threads, timers, pipes, epoll, socketpair (asyncio needs one), files. What it closes:
 fork, exec, every other socket, signals to others, namespaces, mounts, ptrace, shared memory and queues, keyrings,
@@ -24,22 +24,31 @@ _LD, _JEQ, _JGE, _JSET, _RET = 0x20, 0x15, 0x35, 0x45, 0x06
 _PID = 0x5EADBEEF  # placeholder of the own pid
 _NEWEST = 462  # newest number known when the list was written; above it ENOSYS
 
-_FREE = """read write close fstat lseek mmap mprotect munmap brk rt_sigaction rt_sigprocmask rt_sigreturn pread64 pwrite64
-readv writev sched_yield mremap msync madvise dup nanosleep getitimer setitimer getpid sendfile exit uname flock fsync
-fdatasync truncate ftruncate getcwd chdir fchdir umask gettimeofday getrusage sysinfo times getuid getgid geteuid getegid
-getppid getpgid getsid getgroups getresuid getresgid rt_sigpending rt_sigtimedwait rt_sigsuspend sigaltstack statfs fstatfs
-getpriority sched_getparam sched_getscheduler sched_get_priority_max sched_get_priority_min sched_rr_get_interval gettid
-futex sched_getaffinity getdents64 set_tid_address restart_syscall fadvise64 timer_create timer_settime
-timer_gettime timer_getoverrun timer_delete clock_gettime clock_getres clock_nanosleep exit_group epoll_ctl openat mkdirat
-newfstatat unlinkat renameat linkat symlinkat readlinkat faccessat pselect6 ppoll set_robust_list epoll_pwait
-timerfd_create timerfd_settime timerfd_gettime eventfd2 signalfd4 epoll_create1 fallocate dup3 pipe2 preadv pwritev getcpu
-sched_getattr renameat2 getrandom copy_file_range preadv2 pwritev2 statx rseq close_range openat2 faccessat2
-epoll_pwait2 getxattr lgetxattr fgetxattr listxattr llistxattr flistxattr wait4 waitid getsockname getpeername getsockopt
-shutdown capget""".split()
-_FREE_X86 = """open stat lstat poll access pipe select dup2 pause alarm creat getdents rename mkdir rmdir link unlink symlink
-readlink getpgrp getrlimit epoll_create epoll_wait eventfd signalfd arch_prctl time""".split()
-_METADATA = "fchmod fchmodat fchmodat2 fchown fchownat utimensat".split()
-_METADATA_X86 = "chmod chown lchown utime utimes futimesat".split()
+_FREE = [
+    "read", "write", "close", "fstat", "lseek", "mmap", "mprotect", "munmap", "brk", "rt_sigaction",
+    "rt_sigprocmask", "rt_sigreturn", "pread64", "pwrite64", "readv", "writev", "sched_yield", "mremap", "msync",
+    "madvise", "dup", "nanosleep", "getitimer", "setitimer", "getpid", "sendfile", "exit", "uname", "flock",
+    "fsync", "fdatasync", "truncate", "ftruncate", "getcwd", "chdir", "fchdir", "umask", "gettimeofday",
+    "getrusage", "sysinfo", "times", "getuid", "getgid", "geteuid", "getegid", "getppid", "getpgid", "getsid",
+    "getgroups", "getresuid", "getresgid", "rt_sigpending", "rt_sigtimedwait", "rt_sigsuspend", "sigaltstack",
+    "statfs", "fstatfs", "getpriority", "sched_getparam", "sched_getscheduler", "sched_get_priority_max",
+    "sched_get_priority_min", "sched_rr_get_interval", "gettid", "futex", "sched_getaffinity", "getdents64",
+    "set_tid_address", "restart_syscall", "fadvise64", "timer_create", "timer_settime", "timer_gettime",
+    "timer_getoverrun", "timer_delete", "clock_gettime", "clock_getres", "clock_nanosleep", "exit_group",
+    "epoll_ctl", "openat", "mkdirat", "newfstatat", "unlinkat", "renameat", "linkat", "symlinkat", "readlinkat",
+    "faccessat", "pselect6", "ppoll", "set_robust_list", "epoll_pwait", "timerfd_create", "timerfd_settime",
+    "timerfd_gettime", "eventfd2", "signalfd4", "epoll_create1", "fallocate", "dup3", "pipe2", "preadv", "pwritev",
+    "getcpu", "sched_getattr", "renameat2", "getrandom", "copy_file_range", "preadv2", "pwritev2", "statx", "rseq",
+    "close_range", "openat2", "faccessat2", "epoll_pwait2", "getxattr", "lgetxattr", "fgetxattr", "listxattr",
+    "llistxattr", "flistxattr", "wait4", "waitid", "getsockname", "getpeername", "getsockopt", "shutdown", "capget",
+]  # fmt: skip
+_FREE_X86 = [
+    "open", "stat", "lstat", "poll", "access", "pipe", "select", "dup2", "pause", "alarm", "creat", "getdents",
+    "rename", "mkdir", "rmdir", "link", "unlink", "symlink", "readlink", "getpgrp", "getrlimit", "epoll_create",
+    "epoll_wait", "eventfd", "signalfd", "arch_prctl", "time",
+]  # fmt: skip
+_METADATA = ["fchmod", "fchmodat", "fchmodat2", "fchown", "fchownat", "utimensat"]
+_METADATA_X86 = ["chmod", "chown", "lchown", "utime", "utimes", "futimesat"]
 
 _THREAD = 0x00010000
 _CLONE_REFUSED = 0x7E020000 | 0x8000 | 0x2000 | 0x1000  # every NEW*, PARENT, PTRACE, PIDFD

@@ -170,7 +170,8 @@ def _try_user(uid: int, *, readable_from_root: bool) -> None:
         why = why[0]
     if done is None or done.returncode != 0:
         raise ServerError(
-            f"user {uid} cannot run {sys.executable} ({why}): install the environment where every user may read it, not below a closed folder such as /root"
+            f"user {uid} cannot run {sys.executable} ({why}): install the environment where every user may read it, "
+            "not below a closed folder such as /root"
         )
 
 
@@ -186,7 +187,7 @@ def readable_paths(config: SandboxConfig) -> list[str]:
             wanted.append(os.path.dirname(os.path.dirname(spec.origin)))
     out: list[str] = []
     for path in sorted({p for w in wanted for p in (w, os.path.realpath(w))}):
-        inside = any(path == o or path.startswith(o + "/") and not os.path.islink(o) for o in out)
+        inside = any(path == o or (path.startswith(o + "/") and not os.path.islink(o)) for o in out)
         if os.path.lexists(path) and not inside and path not in ("/", PROJECT):
             out.append(path)
     return out

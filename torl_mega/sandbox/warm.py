@@ -28,7 +28,8 @@ s.Matrix([[1, 2], [3, 4]]).inv(); s.Matrix([[1, 2], [3, 4]]).det(); s.Rational(1
 s.latex(x**2/2); s.pretty(x**2); str(s.sqrt(8)); s.binomial(5, 2); s.factorial(5); (x**2 + 1).subs(x, 2).evalf()
 s.lambdify(x, x**2)(3); s.Poly(x**2 + 1, x).all_coeffs(); s.trigsimp(s.sin(2*x)/s.cos(x)); s.apart(1/(x**2 - 1))
 s.solve(x**2 - 2 > 0, x); abs(s.Integer(-3)); s.Abs(x).diff(x); s.log(8, 2); s.ceiling(s.Rational(7, 2))
-np.linalg.inv(np.eye(3)); np.linalg.solve(np.eye(2), np.ones(2)); np.roots([1, -3, 2]); np.random.rand(2); np.random.seed(1); str(np.arange(3))
+np.linalg.inv(np.eye(3)); np.linalg.solve(np.eye(2), np.ones(2)); np.roots([1, -3, 2]); np.random.rand(2)
+np.random.seed(1); str(np.arange(3))
 exec('from sympy import *; from math import *; from fractions import Fraction; from itertools import *', {})
 """
 _DATA = """

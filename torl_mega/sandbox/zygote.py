@@ -28,7 +28,8 @@ import sys
 import time
 from dataclasses import dataclass
 
-from torl_mega.sandbox import confine, linux, payload, runner, scratch
+from torl_mega.sandbox import confine, linux, runner, scratch
+from torl_mega.sandbox.child import become
 
 _SETUP_S = 20.0  # from fork to the first line of foreign code, on a machine at its limit
 _REAP_S = 0.3  # how long an answer waits for a killed child to be gone (freeing 65,000 maps takes a second)
@@ -99,6 +100,9 @@ class Zygote:
             self._kill(child, "cancel")
         for pid in list(self.children):
             os.waitpid(pid, 0)
+        for pid in scratch.removers:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
         if self.base:
             self.base.remove(with_parent=os.getppid() != self.pool_pid)
 
@@ -159,7 +163,7 @@ class Zygote:
                 self.base.discard(box)
             raise
         if pid == 0:
-            _child(self.cage, request, fds, stamp_w, flags, box, slot, self.own_pid)
+            become(self.cage, request, fds, stamp_w, flags, box, slot, self.own_pid)
         os.close(stamp_w)
         flags.madvise(mmap.MADV_DONTFORK)  # no later child may touch it
         self.free_slots.pop()
@@ -225,10 +229,8 @@ class Zygote:
         if not child.killed:
             child.killed = why
             heapq.heappush(self.timers, (time.monotonic() + _REAP_S, child.pid, child.id))
-        try:
+        with contextlib.suppress(ProcessLookupError):  # then the next reap tells how it ended
             os.kill(child.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # it is a zombie of ours at worst: the next reap tells how it ended
 
     def _reap(self) -> None:
         while self.children:
@@ -291,56 +293,6 @@ def _drain(fd: int) -> None:
             pass
     except BlockingIOError:
         return
-
-
-def _child(
-    cage: confine.Cage,
-    request: dict,
-    fds: list[int],
-    stamp: int,
-    flags: mmap.mmap,
-    box: str | None,
-    slot: int,
-    parent: int,
-) -> None:
-    """Everything between fork and foreign code. Does not return."""
-    leave = os._exit
-    try:
-        confine.die_with_parent(parent)
-        os.setsid()
-        runner.reset_signals()
-        snippet = payload.read(fds[0])
-        box = confine.make_box(cage, box, slot)
-        runner.lay_files(snippet.files, snippet.code)
-        if len(fds) > 3:
-            _hand_out_box(fds[3])
-        os.dup2(runner.open_stdin(snippet.stdin), 0)
-        os.dup2(fds[1], 1)
-        os.dup2(fds[2], 2)
-        os.setpriority(os.PRIO_PROCESS, 0, cage.settings.nice)
-        main = runner.fresh_look(box, snippet.code, deterministic=cage.settings.deterministic_random)
-        confine.lock(
-            cage, box, memory_mb=request["memory_mb"], cpu_s=request["cpu_s"], nproc=request.get("nproc"), parent=parent
-        )
-        linux.close_range(3, stamp - 1)
-        linux.close_range(stamp + 1)
-        os.write(stamp, b"S" + struct.pack("<d", time.monotonic()))
-        os.close(stamp)
-        stamp = -1
-        runner.run(main, snippet.code, flags)
-    except BaseException as e:
-        if stamp >= 0:
-            os.write(stamp, b"E" + repr(e).encode("utf-8", "replace")[:1000])
-    finally:
-        leave(125)
-
-
-def _hand_out_box(fd: int) -> None:
-    """Gives the pool a handle of the working folder, by which it reads files back after the end."""
-    folder = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    with socket.socket(fileno=os.dup(fd)) as channel:
-        socket.send_fds(channel, [b"box"], [folder])
-    os.close(folder)
 
 
 # ------------------------------------------------------------------------------------------------ start

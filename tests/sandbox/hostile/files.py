@@ -1,3 +1,4 @@
+# ruff: noqa: E501  a program is one line of data
 """The file system: reading what it must not, writing outside its folder, filling the disk, leaving strange trees behind."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# ruff: noqa: E501  a program is one line of data
 """The interpreter itself: what runs after the program must not depend on anything the program can replace."""
 
 from __future__ import annotations

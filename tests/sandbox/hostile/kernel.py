@@ -1,3 +1,4 @@
+# ruff: noqa: E501  a program is one line of data
 """Rarely used parts of the kernel, where the holes are, and other instruction sets."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# ruff: noqa: E501  a program is one line of data
 """Time, memory and descriptors: using more than was given, in Python and in C."""
 
 from __future__ import annotations

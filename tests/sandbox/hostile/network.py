@@ -1,3 +1,4 @@
+# ruff: noqa: E501  a program is one line of data
 """Sockets of all kinds, and every other channel out."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# ruff: noqa: E501  a program is one line of data
 """Output: floods, broken pipes, false statuses, encodings and texts that a parser might take for something else."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# ruff: noqa: E501  a program is one line of data
 """Other processes: starting them, killing them, slowing them, outliving the end."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# ruff: noqa: E501  a program is one line of data
 """Secrets: the pool's environment, memory and files, other snippets' programs, and the machine's identity."""
 
 from __future__ import annotations

@@ -1,0 +1,112 @@
+"""An hour's work in minutes: 50,000 snippets, one in twenty hostile. Memory, latency, descriptors and processes stay flat."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+from hostile import Hostile, cases
+from pools import Pool, descendants, pool
+
+from torl_mega.sandbox.client import SandboxClient
+from torl_mega.types import ExecutionRequest as R
+from torl_mega.types import ExecutionStatus as S
+
+NUM_SNIPPETS = int(os.environ.get("TORL_SOAK_SNIPPETS", "50000"))
+NUM_WINDOWS = 10
+
+
+@dataclass
+class Window:
+    """What was seen while one tenth of the snippets ran."""
+
+    p50_s: float  # latency; printed, not judged: it follows whatever else the machine does
+    snippet_cpu_s: float  # median CPU time of an ordinary snippet
+    own_cpu_s: float  # CPU time of pool and zygotes so far
+    rss_mb: float  # pool and zygotes, measured with nothing running
+    num_fds: int
+    num_processes: int
+
+
+def _quick(case: Hostile) -> bool:
+    """Programs that do not fill hundreds of megabytes or write to disk: those are the corpus's business."""
+    return "@" not in case.code and not case.name.startswith(
+        ("mem_", "disk_", "inode", "zip", "decimal", "deep", "parser", "memory")
+    )
+
+
+async def _window(
+    client: SandboxClient, numbers: range, hostile: itertools.cycle[Hostile]
+) -> list[tuple[float, float]]:
+    """(latency, CPU seconds) of each ordinary snippet."""
+    times: list[tuple[float, float]] = []
+    queue = iter(numbers)
+
+    async def caller() -> None:
+        for n in queue:
+            if n % 20 == 0:
+                result = await client.run(R(next(hostile).code, wall_s=0.3, cpu_s=0.3))
+                assert result.status is not S.INFRA, result.message
+                continue
+            begin = time.perf_counter()
+            result = await client.run(R(f"print({n} * 7)", wall_s=30, cpu_s=30))
+            times.append((time.perf_counter() - begin, result.cpu_s))
+            assert result.stdout == f"{n * 7}\n", result
+
+    await asyncio.gather(*(caller() for _ in range(6)))
+    return times
+
+
+def _look(served: Pool, times: list[tuple[float, float]]) -> Window:
+    tree = [psutil.Process(p) for p in {served.process.pid, *descendants(served.process.pid)}]
+    fds = sum(len(os.listdir(f"/proc/{p.pid}/fd")) for p in tree)
+    own = sum(sum(p.cpu_times()[:2]) for p in tree)
+    p50, cpu = (statistics.median(column) for column in zip(*times, strict=True))
+    return Window(p50, cpu, own, sum(p.memory_info().rss for p in tree) / 2**20, fds, len(tree))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("tier", ["A", "B"])
+def test_soak(tier: str) -> None:
+    count = NUM_SNIPPETS if tier == "A" else NUM_SNIPPETS // 10
+    step = count // NUM_WINDOWS
+    hostile = itertools.cycle([c for c in cases() if _quick(c)])
+
+    async def main(served: Pool) -> list[Window]:
+        async with SandboxClient(served.address) as client:
+            await _window(client, range(1, 200), hostile)  # everything has been used once
+            out = []
+            for start in range(0, count, step):
+                times = await _window(client, range(start, start + step), hostile)
+                await asyncio.sleep(0.5)  # what was killed last is gone
+                out.append(_look(served, times))
+            return out
+
+    with pool(tier=tier, data_libraries=False, max_running=4) as served:
+        windows = asyncio.run(main(served))
+        boxes = [
+            b for base in Path("/tmp").glob(f"torl-sandbox-{served.process.pid}-*/zygote-*") for b in base.glob("box-*")
+        ]
+    for number, window in enumerate(windows):
+        times = f"p50 {1e3 * window.p50_s:.1f} ms, CPU {1e3 * window.snippet_cpu_s:.1f} ms"
+        print(
+            f"{tier} {number}: {times}, {window.rss_mb:.0f} MB, {window.num_fds} fds, {window.num_processes} processes"
+        )
+    first, last = windows[0], windows[-1]
+    assert boxes == []
+    assert {w.num_processes for w in windows} == {first.num_processes}
+    assert last.num_fds <= first.num_fds + 2
+    assert last.rss_mb <= first.rss_mb + 10
+    early, late = (statistics.median(w.snippet_cpu_s for w in part) for part in (windows[:3], windows[-3:]))
+    assert late <= 1.5 * early + 0.005
+    third = len(windows) // 3
+    early, late = windows[third].own_cpu_s - first.own_cpu_s, last.own_cpu_s - windows[-1 - third].own_cpu_s
+    assert late <= 1.5 * early + 0.5
