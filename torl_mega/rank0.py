@@ -10,6 +10,8 @@ from collections.abc import Awaitable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import uvloop
+
 from torl_mega.config import Config
 from torl_mega.data.prompts import PromptSource
 from torl_mega.data.tokenizer import Tokenizer
@@ -47,7 +49,7 @@ class AsyncRunner:
     """The event loop that every client of rank 0 belongs to. A stop request cancels what runs on it: `Preempted`."""
 
     def __init__(self, stop: StopFlag | None) -> None:
-        self._runner = asyncio.Runner()
+        self._runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
         self._stop = stop
 
     def __call__(self, work: Awaitable[T]) -> T:
