@@ -29,7 +29,7 @@ STEPS = 6
 SIZES = ["rollout.prompts_per_step=2", "rollout.group_size=4", "trainer.mini_batch_samples=8", f"num_steps={STEPS}"]
 SIZES += ["checkpoint.every_steps=1", "eval.data=[]", "logging.tensorboard=false"]
 
-pytestmark = [pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.timeout(1500)]
 
 
 @pytest.fixture(scope="session")
@@ -74,7 +74,7 @@ def steps_done(runs: Path) -> int:
     return len({json.loads(line)["step"] for line in lines if '"kind": "train"' in line})
 
 
-def await_step(runs: Path, step: int, job: Callable[[], dict[str, str]], timeout_s: float = 300.0) -> None:
+def await_step(runs: Path, step: int, job: Callable[[], dict[str, str]], timeout_s: float = 600.0) -> None:
     deadline = time.monotonic() + timeout_s
     while steps_done(runs) < step:
         assert time.monotonic() < deadline, (
