@@ -33,7 +33,7 @@ SNIPPETS = {
     "print": ("print(1 + 1)", "2\n"),
     "sympy": ("from sympy import *\nx = symbols('x')\nprint(solve(x**2 - 5*x + 6, x))", "[2, 3]\n"),
 }
-Call = Callable[[str], Awaitable[str]]
+Call = Callable[[str], Awaitable[str]]  # a program to its standard output
 
 
 async def _process(argv: list[str]) -> str:

@@ -154,7 +154,8 @@ def test_cancelling_a_call_stops_its_snippet(runner: asyncio.Runner, pool: Sandb
 
 
 def test_data_libraries_have_a_zygote_of_their_own(runner: asyncio.Runner, pool: SandboxPool) -> None:
-    code = "import pandas as pd, scipy.optimize as o\nroot = o.brentq(lambda x: x*x-2, 0, 2)\nprint(pd.Series([1, 2]).sum(), round(root, 3))"
+    code = "import pandas as pd\n"
+    code += "import scipy.optimize as o\nroot = o.brentq(lambda x: x*x-2, 0, 2)\nprint(pd.Series([1, 2]).sum(), round(root, 3))"
     assert runner.run(pool.run(R(code))).stdout == "3 1.414\n"
     plot = "import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.savefig('p.png')"
     assert runner.run(pool.run(R(plot, fetch_files=("p.png",)))).files["p.png"].startswith(b"\x89PNG")

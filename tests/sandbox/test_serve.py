@@ -296,3 +296,31 @@ def test_without_namespaces_tier_b_is_chosen(user: int | None) -> None:
         process.stdout.close()
         assert ready.startswith("sandbox ready tier=B")
         assert answer == "1\n"
+
+
+@pytest.mark.parametrize("tier", ["A", "B"])
+def test_an_interpreter_below_tmp_is_not_hidden(tier: str) -> None:
+    """A private /tmp must not cover a virtual environment that lies in the real one."""
+    import sysconfig
+    import venv
+
+    code = f"""
+import asyncio
+from torl_mega.config import SandboxConfig
+from torl_mega.sandbox.pool import SandboxPool
+from torl_mega.types import ExecutionRequest
+async def main():
+    async with SandboxPool(SandboxConfig(tier={tier!r}, data_libraries=False)) as pool:
+        request = ExecutionRequest("import sys, sympy, only_here\\nopen('x', 'w')\\nprint(sys.prefix, only_here.v)")
+        print((await pool.run(request)).stdout, end="")
+asyncio.run(main())
+"""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        os.chmod(folder, 0o755)
+        venv.create(folder, symlinks=True)
+        packages = next(Path(folder).glob("lib/python*/site-packages"))
+        (packages / "here.pth").write_text(sysconfig.get_path("purelib"))
+        (packages / "only_here.py").write_text("v = 5")
+        command = [f"{folder}/bin/python", "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(PROJECT)}, cwd="/")
+        assert done.stdout == f"{folder} 5\n", done.stderr

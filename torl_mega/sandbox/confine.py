@@ -116,8 +116,8 @@ def _build_root(readable: list[str]) -> None:
     linux.mount("tmpfs", root, "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, "size=4m,nr_inodes=4096,mode=755")
     for path in (*readable, *_DEVICES):
         _bind(path, root)
-    for index, path in enumerate(_below_box(readable)):
-        _bind(path, root, os.path.join(_KEEP, str(index)))
+    for path, kept in _below_box(readable):
+        _bind(path, root, kept)
     for name in (BOX, "/old"):
         os.makedirs(root + name, mode=0o755, exist_ok=True)
     linux.pivot_root(root, root + "/old")
@@ -127,18 +127,22 @@ def _build_root(readable: list[str]) -> None:
     linux.mount(None, "/", None, linux.MS_BIND | linux.MS_REMOUNT | linux.MS_RDONLY | linux.MS_NOSUID | linux.MS_NODEV)
 
 
-def _below_box(readable: list[str]) -> list[str]:
-    """Interpreter paths that a private /tmp would hide, such as a virtual environment made there."""
-    return [p for p in readable if p.startswith(BOX + "/") and not os.path.islink(p)]
+def _below_box(readable: list[str]) -> list[tuple[str, str]]:
+    """Interpreter paths that a private /tmp would hide, such as a virtual environment made there, and where each is kept."""
+    return [(p, os.path.join(_KEEP, str(i))) for i, p in enumerate(readable) if p.startswith(BOX + "/")]
 
 
 def mount_box(settings: Settings) -> None:
     """A new, empty tmpfs on /tmp, with those read-only paths in it again that lie below /tmp."""
     options = f"size={settings.scratch_mb}m,nr_inodes={settings.scratch_inodes},mode=700"
     linux.mount("tmpfs", BOX, "tmpfs", linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC, options)
-    for index, path in enumerate(_below_box(settings.readable)):
-        os.makedirs(path)
-        linux.mount(os.path.join(_KEEP, str(index)), path, None, linux.MS_BIND)
+    for path, kept in _below_box(settings.readable):
+        if os.path.islink(kept):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            os.symlink(os.readlink(kept), path)
+        elif os.path.isdir(kept):
+            os.makedirs(path, exist_ok=True)
+            linux.mount(kept, path, None, linux.MS_BIND)
 
 
 def _bind(path: str, root: str, shown_as: str | None = None) -> None:
