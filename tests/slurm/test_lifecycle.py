@@ -77,6 +77,7 @@ def steps_done(runs: Path) -> int:
 def await_step(runs: Path, step: int, job: Callable[[], dict[str, str]], timeout_s: float = 600.0) -> None:
     deadline = time.monotonic() + timeout_s
     while steps_done(runs) < step:
+        assert job()["JobState"] != "FAILED", said(runs)
         assert time.monotonic() < deadline, (
             f"{steps_done(runs)} steps after {timeout_s} s, job {job()['JobState']}: {said(runs)}"
         )
@@ -178,11 +179,11 @@ def test_a_killed_rank_starts_again_in_place(
 
 @pytest.mark.slow
 def test_a_hung_rank_ends_with_every_ranks_stacks(idle: Cluster, runs: Path, recording: Path) -> None:
-    job = start(idle, runs, recording, overrides="cluster.hang_s=20", TORL_MAX_RESTARTS="0")
+    job = start(idle, runs, recording, overrides="cluster.hang_s=90", TORL_MAX_RESTARTS="0")
     await_step(runs, 1, lambda: idle.job(job))
     os.kill(rank_pids(runs)[1], signal.SIGSTOP)
     time.sleep(1)
-    record = idle.wait(job, timeout_s=180)
+    record = idle.wait(job, timeout_s=400)
     assert record["ExitCode"] == "86:0", said(runs)
     logs = next(runs.glob("*/jobs/*/logs/0.0"))
     assert "no sign of life" in next(logs.glob("*.rank_0.log")).read_text()
