@@ -104,16 +104,16 @@ async def _pool_rows(quick: bool) -> list[dict[str, Any]]:
         async with SandboxPool(SandboxConfig(tier=tier, data_libraries=False)) as pool:  # type: ignore[arg-type]
             cpu: list[float] = []
 
-            async def call(code: str, pool: SandboxPool = pool, cpu: list[float] = cpu) -> str:
+            async def in_pool(code: str, pool: SandboxPool = pool, cpu: list[float] = cpu) -> str:
                 result = await pool.run(ExecutionRequest(code, wall_s=60, cpu_s=60))
                 cpu.append(result.cpu_s)
                 return result.stdout
 
             for name in SNIPPETS:
-                await load(call, name, 2, 20)
+                await load(in_pool, name, 2, 20)
                 for concurrency, count in ((1, 50), (2, 100), (16, 400), (256, 800)):
                     cpu.clear()
-                    row = await load(call, name, concurrency, count // 4 if quick else count)
+                    row = await load(in_pool, name, concurrency, count // 4 if quick else count)
                     rows.append({"design": f"torl tier {tier}", **row, "cpu_ms": 1e3 * statistics.mean(cpu)})
             if tier == "A":
                 rows.append(await _burst(pool, 256 if quick else 2048))

@@ -114,7 +114,7 @@ async def _attack_all(served: Pool, canaries: Canaries, chosen: list[Hostile]) -
             while queue:
                 assert (await client.run(ExecutionRequest(OTHER))).status is ExecutionStatus.OK
 
-        await asyncio.gather(*(worker() for _ in range(4)), neighbour())
+        await asyncio.gather(*(worker() for _ in range(8)), neighbour())
         late = {
             w.split(":")[0] for w in wrong if ": took " in w
         }  # late among others on a busy machine: once more, alone
@@ -126,7 +126,7 @@ async def _attack_all(served: Pool, canaries: Canaries, chosen: list[Hostile]) -
 
 @pytest.mark.parametrize(("tier", "user"), CONFIGURATIONS)
 def test_hostile_corpus(tier: str, user: int | None) -> None:
-    with pool(tier=tier, user=user, max_running=6, data_libraries=False) as served:
+    with pool(tier=tier, user=user, max_running=10, data_libraries=False) as served:
         canaries = Canaries(served, user)
         before = descendants(served.process.pid)
         try:
