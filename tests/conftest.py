@@ -59,7 +59,7 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
 def live_server(tiny_config_path: Path, start_server: Callable[..., LiveServer]) -> LiveServer:
     """The shared server. A test may change its weights; it must leave it running, unpaused."""
     server = start_server(tiny_config_path)
-    asyncio.run(wait_ready(server.url, 240, process=server.sidecar, log_path=server.log))
+    asyncio.run(wait_ready(server.url, 280, process=server.sidecar, log_path=server.log))
     return server
 
 
@@ -69,5 +69,5 @@ def two_servers(
 ) -> tuple[LiveServer, LiveServer]:
     """The shared server and a second one, which a test may kill: its supervisor brings it back."""
     second = start_server(tiny_config_path)
-    asyncio.run(wait_ready(second.url, 240, process=second.sidecar, log_path=second.log))
+    asyncio.run(wait_ready(second.url, 280, process=second.sidecar, log_path=second.log))
     return live_server, second

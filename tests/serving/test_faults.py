@@ -57,7 +57,7 @@ def check(reference: Reference, weights: Weights, generations: list[Generation],
         assert reference.max_gap((*PROMPT, number % 200), g) < 1e-4
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_a_server_dies_while_it_generates(
     two_servers: tuple[LiveServer, LiveServer], tiny_config: Config, reference: Reference
 ) -> None:
@@ -115,7 +115,7 @@ class KillAt:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("transport", ["broadcast", "handles"])
 def test_a_server_dies_in_the_middle_of_a_sync(
     two_servers: tuple[LiveServer, LiveServer], tiny_config: Config, reference: Reference, transport: str
@@ -136,7 +136,7 @@ def test_a_server_dies_in_the_middle_of_a_sync(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_scheduler_hangs_while_it_generates(
     two_servers: tuple[LiveServer, LiveServer], tiny_config: Config, reference: Reference
 ) -> None:
