@@ -82,12 +82,15 @@ torl_container() {
 # runs what it was submitted with. Sets JOB_DIR.
 torl_freeze() { # JOB
   local link=$TORL_HOME/runs/.jobs/$1 out
-  if [ -n "${TORL_FROZEN:-}" ]; then link=$TORL_FROZEN; fi
-  if [ ! -e "$link/config.yaml" ]; then
+  local reuse=${TORL_FROZEN:-}
+  if [ -n "$reuse" ]; then link=$reuse; fi
+  if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then reuse=yes; fi
+  if [ -z "$reuse" ] || [ ! -e "$link/config.yaml" ]; then
     # shellcheck disable=SC2086
     out=$(torl_once "$PYTHON" -m torl_mega.planner.role prepare "$TORL_CONF" ${TORL_OVERRIDES:-}) || exit 1
     JOB_DIR=$(sed -n 1p <<<"$out")/jobs/$1
     mkdir -p "$JOB_DIR" "$TORL_HOME/runs/.jobs" || torl_die "cannot write $JOB_DIR"
+    rm -rf "$JOB_DIR/torl_mega" "$JOB_DIR/launch" # of a job with the same number on another cluster
     cp -r "$TORL_HOME/torl_mega" "$TORL_HOME/launch" "$JOB_DIR/" || torl_die "cannot copy the code to $JOB_DIR"
     mv "$(sed -n 2p <<<"$out")" "$JOB_DIR/config.yaml"
     ln -sfn "$JOB_DIR" "$TORL_HOME/runs/.jobs/$1"
