@@ -19,7 +19,8 @@ $(STAMP): pyproject.toml
 ifeq ($(HAVE_CUDA),yes)
 	$(BIN)/python -m pip install --quiet --group gpu --group dev
 	$(BIN)/python -m venv $(VENV)/sglang && $(VENV)/sglang/bin/python -m pip install --quiet --upgrade "pip>=25.1" \
-	  && $(VENV)/sglang/bin/python -m pip install --quiet --group sglang-gpu
+	  && $(VENV)/sglang/bin/python -m pip install --quiet --group sglang-gpu \
+	  && $(VENV)/sglang/bin/python -m pip install --quiet --no-deps --editable .
 else
 	$(BIN)/python -m pip install --quiet --group cpu --group dev
 	$(BIN)/python -m pip install --quiet --no-deps --group sglang-cpu

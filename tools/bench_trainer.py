@@ -55,7 +55,7 @@ def bare_step(trainer: Any, samples: list[Sample]) -> None:
 
     def loss_func(micro: Any, model: Any, output: torch.Tensor) -> Any:
         layer = model.output_layer
-        logits, _ = super(type(layer), layer).forward(output.transpose(0, 1), weight=layer.projection[0])
+        logits, _ = super(type(layer), layer).forward(output.transpose(0, 1), weight=layer.projection[0])  # pyright: ignore[reportAttributeAccessIssue]
         targets = micro.token_ids.roll(-1, -1).T.contiguous()
         loss = vocab_parallel_cross_entropy(logits.float(), targets).sum() / 1e4
         return loss, torch.tensor(targets.numel(), dtype=torch.int), {}
@@ -108,7 +108,9 @@ def side_by_side(trainer: Any, samples: list[Sample], steps: int) -> None:
 
 def packing_table(quadratic_at: float) -> None:
     lengths = [len(s.token_ids) for s in make_samples(1024, 3472, 100)]
-    print(f"\n1,024 sequences, lengths {min(lengths)}..{max(lengths)}, mean {np.mean(lengths):.0f}, budget 16,384 tokens")
+    print(
+        f"\n1,024 sequences, lengths {min(lengths)}..{max(lengths)}, mean {np.mean(lengths):.0f}, budget 16,384 tokens"
+    )
     print("ranks  micro-batches  non-padding  imbalance | pad-to-longest: non-padding  imbalance")
     for ranks in (1, 2, 4, 8, 16):
         for align in (1, 4):

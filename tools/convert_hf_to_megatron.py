@@ -1,6 +1,6 @@
 """HF folder -> Megatron torch_dist checkpoint (weights), written in a layout of choice and readable in any.
 
-    python tools/convert_hf_to_megatron.py --hf DIR --out DIR --tp 2 --pp 2
+python tools/convert_hf_to_megatron.py --hf DIR --out DIR --tp 2 --pp 2
 """
 
 from __future__ import annotations

@@ -48,10 +48,12 @@ def token_sequences(run: Path, limit: int) -> Iterator[list[int]]:
 
 def export_modelopt(hf: Path, out: Path, trajectories: Path, num_sequences: int) -> None:
     try:
-        import modelopt.torch.quantization as mtq
-        from modelopt.torch.export import export_hf_checkpoint
+        import modelopt.torch.quantization as mtq  # pyright: ignore[reportMissingImports] - not on every machine
+        from modelopt.torch.export import export_hf_checkpoint  # pyright: ignore[reportMissingImports] - not on every machine
     except ImportError as exc:
-        raise ConfigError(f"--method modelopt needs nvidia-modelopt ({exc}); install it or take --method block") from None
+        raise ConfigError(
+            f"--method modelopt needs nvidia-modelopt ({exc}); install it or take --method block"
+        ) from None
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     describe_model(read_hf_config(hf))

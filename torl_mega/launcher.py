@@ -110,12 +110,18 @@ def _servers(config: Config, config_args: Sequence[str], folder: RunFolder) -> t
     started, urls = [], []
     for index in range(config.serving.num_servers):
         port = process.free_port()
-        command = [sys.executable, "-m", "torl_mega.serving.serve", *config_args, "--port", str(port)]
+        command = [_sglang_python(), "-m", "torl_mega.serving.serve", *config_args, "--port", str(port)]
         command += ["--log", str(folder.logs / f"sglang_{index}.log")]
         name = f"server_{index}"
         started.append(process.start(command, name=name, log_path=_log(folder, name)))
         urls.append(f"http://127.0.0.1:{port}")
     return started, ",".join(urls)
+
+
+def _sglang_python() -> str:
+    """On GPUs SGLang's torch is not the trainer's, so it lives in an environment of its own, inside ours or named."""
+    beside = Path(sys.prefix) / "sglang" / "bin" / "python"
+    return os.environ.get("TORL_SGLANG_PYTHON") or str(beside if beside.exists() else sys.executable)
 
 
 def _ranks(config: Config, config_args: Sequence[str], folder: RunFolder, env: dict[str, str]) -> list[GuardedProcess]:

@@ -31,6 +31,7 @@ from torl_mega.serving.paused import DrainedSink, PausedSink
 from torl_mega.serving.server import wait_ready
 from torl_mega.serving.weights import make_weight_sink
 from torl_mega.stop_flag import StopFlag
+from torl_mega.trainer.layout import read_hf_config
 
 T = TypeVar("T")
 
@@ -118,7 +119,8 @@ def build_rollouts(
     evaluation = Evaluation(
         config.eval, config.data, tokenizer.encode, folder.path / "eval", max_tool_calls=config.rollout.max_tool_calls
     )
-    client = SGLangClient(addresses("TORL_SERVERS"), config.serving, vocab_size=tokenizer.vocab_size)
+    vocab_size = int(read_hf_config(config.model.path)["vocab_size"])  # the model's: it may sample padding ids
+    client = SGLangClient(addresses("TORL_SERVERS"), config.serving, vocab_size=vocab_size)
     sandbox = _sandbox(config)
     reward = AnswerReward(config.reward, max_response_tokens=config.rollout.max_response_tokens)
     for part in (client, sandbox, reward):

@@ -1,6 +1,6 @@
 """Run by torchrun on GPUs: one scored, trained step of a model against HF in bf16.
 
-    gpu_worker.py MODEL OUT.json [a.b=value ...]
+gpu_worker.py MODEL OUT.json [a.b=value ...]
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/parallel")]
 
-import hf_reference as ref
-from layout_cases import Layout
-from layout_worker import config_for
+import hf_reference as ref  # noqa: E402
+from layout_cases import Layout  # noqa: E402
+from layout_worker import config_for  # noqa: E402
 
-from torl_mega.trainer import parallel
-from torl_mega.trainer.precision import report
+from torl_mega.trainer import parallel  # noqa: E402
+from torl_mega.trainer.precision import report  # noqa: E402
 
 
 def main(model: Path, out: Path, *overrides: str) -> None:

@@ -1,6 +1,6 @@
 """The trainer on a real GPU: Transformer Engine against HF, FP8 against bf16, the fused optimizer, NCCL over two devices.
 
-    make test-gpu
+make test-gpu
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     path = tmp_path_factory.mktemp("gpu") / "model"
     ref.save_model(
-        ref.make_model("qwen2", tied=False, dtype=torch.bfloat16, hidden_size=256, intermediate_size=512, vocab_size=512),
+        ref.make_model(
+            "qwen2", tied=False, dtype=torch.bfloat16, hidden_size=256, intermediate_size=512, vocab_size=512
+        ),
         path,
     )
     return path

@@ -1,6 +1,6 @@
 """Run by torchrun: a checkpoint saved in any layout resumes in any other, and HF -> Megatron -> HF keeps every bit.
 
-    checkpoint_worker.py RESULTS.jsonl WORK_DIR CASES.json      CASES: [[layout fields, ...] to save in, [...] to load in, model]
+checkpoint_worker.py RESULTS.jsonl WORK_DIR CASES.json      CASES: [[layout fields, ...] to save in, [...] to load in, model]
 """
 
 from __future__ import annotations

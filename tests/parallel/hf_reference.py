@@ -71,7 +71,8 @@ def make_samples(seed: int, count: int = 14, longest: int = 40) -> list[Sample]:
                 loss_mask=mask,
                 rollout_logprobs=np.zeros(length, np.float32),
                 policy_versions=np.zeros(length, np.int32),
-                advantage=float(rng.normal()),
+                # largest gradient about 0.1, the scale that the absolute limits of test_layouts.py are set for
+                advantage=float(rng.normal() * 0.6),
             )
         )
     return samples
@@ -124,9 +125,7 @@ class Reference:
             mask = torch.from_numpy(sample.loss_mask[1:])
             old = logprob.detach() + torch.from_numpy(shift[1:])
             ratio = (logprob - old).exp()
-            surrogate = torch.maximum(
-                -sample.advantage * ratio, -sample.advantage * ratio.clamp(1 - CLIP, 1 + CLIP)
-            )
+            surrogate = torch.maximum(-sample.advantage * ratio, -sample.advantage * ratio.clamp(1 - CLIP, 1 + CLIP))
             loss = ((surrogate - ENTROPY_COEF * entropy) * mask).sum() / total
             loss.backward()
             step.loss += float((surrogate * mask).sum() / total)

@@ -153,7 +153,8 @@ def run_case(layout: Layout, family: str, tied: bool, hf: HfRun | None, model_pa
             step = hf.steps[n]
             arrays = lambda x: [torch.from_numpy(a) for a in x]  # noqa: E731
             found["logprobs"] = max(
-                found["logprobs"], largest(zip(arrays(t.old_logprobs for t in scored), arrays(step.logprobs), strict=True))
+                found["logprobs"],
+                largest(zip(arrays(t.old_logprobs for t in scored), arrays(step.logprobs), strict=True)),
             )
             found["entropy"] = max(
                 found["entropy"], largest(zip(arrays(t.entropy for t in scored), arrays(step.entropies), strict=True))
@@ -186,7 +187,11 @@ def main(results: Path, work: Path, cases: Path) -> None:
             model_path = work / f"{family}_{'tied' if tied else 'untied'}"
             hf = None
             if parallel.is_rank0():
-                hf = runs.setdefault((family, tied), HfRun(family, tied)) if (family, tied) not in runs else runs[family, tied]
+                hf = (
+                    runs.setdefault((family, tied), HfRun(family, tied))
+                    if (family, tied) not in runs
+                    else runs[family, tied]
+                )
             found = run_case(layout, family, tied, hf, model_path)
             if parallel.is_rank0():
                 line = {"megatron": version, "layout": layout.name, "model": family, "tied": tied, **found}

@@ -1,6 +1,6 @@
 """Writes docs/layouts.md from the results of the matrix.
 
-    python tests/parallel/make_layouts_doc.py RESULTS.jsonl [...]
+python tests/parallel/make_layouts_doc.py RESULTS.jsonl [...]
 """
 
 from __future__ import annotations
@@ -30,8 +30,12 @@ def main(files: list[str]) -> None:
     for version in sorted({r["megatron"] for r in rows}):
         chosen = [r for r in rows if r["megatron"] == version]
         worst = ", ".join(f"{c} {max(r[c] for r in chosen):.1e}" for c in COLUMNS)
-        text.append(f"## megatron-core {version}: {len(chosen)} cases, {len({r['layout'] for r in chosen})} layouts\n\n")
-        text.append(f"Worst: {worst}.\n\n| layout | model | tied | {' | '.join(COLUMNS)} |\n|{'---|' * (3 + len(COLUMNS))}\n")
+        text.append(
+            f"## megatron-core {version}: {len(chosen)} cases, {len({r['layout'] for r in chosen})} layouts\n\n"
+        )
+        text.append(
+            f"Worst: {worst}.\n\n| layout | model | tied | {' | '.join(COLUMNS)} |\n|{'---|' * (3 + len(COLUMNS))}\n"
+        )
         for r in chosen:
             cells = " | ".join(f"{r[c]:.1e}" for c in COLUMNS)
             text.append(f"| {r['layout']} | {r['model']} | {'yes' if r['tied'] else 'no'} | {cells} |\n")

@@ -1,6 +1,6 @@
 """One trainer that goes on from its newest checkpoint, for the kill test.
 
-    resume_worker.py WORK_DIR MODEL_DIR NUM_STEPS ASYNC      appends to WORK_DIR/metrics.jsonl, ends with WORK_DIR/final.json
+resume_worker.py WORK_DIR MODEL_DIR NUM_STEPS ASYNC      appends to WORK_DIR/metrics.jsonl, ends with WORK_DIR/final.json
 """
 
 from __future__ import annotations

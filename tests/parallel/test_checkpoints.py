@@ -152,7 +152,9 @@ def damage(folder: Path, how: str) -> None:
     else:
         text = (folder / "manifest.json").read_text()
         (folder / "manifest.json").write_text(
-            text.replace('"vocab": 201', '"vocab": 300') if how == "vocab" else text.replace('"num_layers": 8', '"num_layers": 9')
+            text.replace('"vocab": 201', '"vocab": 300')
+            if how == "vocab"
+            else text.replace('"num_layers": 8', '"num_layers": 9')
         )
 
 
@@ -209,7 +211,11 @@ def test_nan_gradient_stops_the_run(trainer: Any) -> None:
 def tool(name: str, *args: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, str(ROOT / "tools" / name), *args], env=environment, capture_output=True, text=True, timeout=280
+        [sys.executable, str(ROOT / "tools" / name), *args],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
     )
 
 

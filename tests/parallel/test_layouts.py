@@ -16,7 +16,15 @@ import pytest
 from layout_cases import DEFAULT, FAMILIES, Layout, matrix
 from torchrun import NEXT, torchrun
 
-LIMITS = {"logits": 2e-6, "grad": 2e-7, "weights": 5e-7, "logprobs": 2e-6, "entropy": 4e-6, "loss": 1e-6, "grad_norm": 1e-5}
+LIMITS = {
+    "logits": 2e-6,
+    "grad": 2e-7,
+    "weights": 5e-7,
+    "logprobs": 2e-6,
+    "entropy": 4e-6,
+    "loss": 1e-6,
+    "grad_norm": 1e-5,
+}
 WORKER = Path(__file__).with_name("layout_worker.py")
 
 needs_next = pytest.mark.skipif(not NEXT.is_dir(), reason="run `make mcore-next` to test megatron-core 0.19.2 too")
@@ -31,7 +39,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(
-    models: Path, plan: Sequence[tuple[Layout, Sequence[tuple[str, bool]]]], *, next_megatron: bool, timeout_s: float = 240.0
+    models: Path,
+    plan: Sequence[tuple[Layout, Sequence[tuple[str, bool]]]],
+    *,
+    next_megatron: bool,
+    timeout_s: float = 240.0,
 ) -> list[dict]:
     """One torchrun per world size; returns the table of results."""
     results = models / f"results_{'next' if next_megatron else 'now'}.jsonl"
@@ -54,7 +66,9 @@ def check(table: list[dict], expected: int) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def rotate(layouts: Sequence[Layout], per_layout: Callable[[Layout], int]) -> list[tuple[Layout, list[tuple[str, bool]]]]:
+def rotate(
+    layouts: Sequence[Layout], per_layout: Callable[[Layout], int]
+) -> list[tuple[Layout, list[tuple[str, bool]]]]:
     """Give each layout so many of the six models, in turn."""
     plan, next_one = [], 0
     for layout in layouts:

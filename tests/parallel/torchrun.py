@@ -33,14 +33,22 @@ def torchrun(ranks: int, script: Path, *args: str | Path, next_megatron: bool = 
         "--master_port", str(free_port()), str(script), *map(str, args),
     ]  # fmt: skip
     process = subprocess.Popen(
-        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
     try:
         output, _ = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, 9)
         output, _ = process.communicate()
-        raise AssertionError(f"{script.name} on {ranks} ranks took more than {timeout_s} s:\n{output[-4000:]}") from None
+        raise AssertionError(
+            f"{script.name} on {ranks} ranks took more than {timeout_s} s:\n{output[-4000:]}"
+        ) from None
     trace = output[max(output.find("Traceback") - 200, 0) :]
     assert process.returncode == 0, f"{script.name} on {ranks} ranks failed:\n{trace[:6000]}"
     return output

@@ -70,14 +70,14 @@ def slow_loss(logprobs, item, weights, config):
 
 def tensors(batch, weights, logprobs):
     cat = lambda arrays: torch.from_numpy(np.concatenate(arrays))  # noqa: E731
-    return dict(
-        logprobs_T=logprobs,
-        entropy_T=torch.zeros_like(logprobs),
-        old_logprobs_T=cat([b.old_logprobs for b in batch]),
-        ref_logprobs_T=None,
-        advantages_T=cat([np.full(b.old_logprobs.size, b.sample.advantage, np.float32) for b in batch]),
-        weights_T=cat(weights),
-    )
+    return {
+        "logprobs_T": logprobs,
+        "entropy_T": torch.zeros_like(logprobs),
+        "old_logprobs_T": cat([b.old_logprobs for b in batch]),
+        "ref_logprobs_T": None,
+        "advantages_T": cat([np.full(b.old_logprobs.size, b.sample.advantage, np.float32) for b in batch]),
+        "weights_T": cat(weights),
+    }
 
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0])

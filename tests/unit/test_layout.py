@@ -56,10 +56,16 @@ def test_tensor_size_above_the_key_value_heads() -> None:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"architectures": ["Qwen2MoeForCausalLM"]}, "Qwen2MoeForCausalLM is not supported; supported: Qwen2ForCausalLM"),
+        (
+            {"architectures": ["Qwen2MoeForCausalLM"]},
+            "Qwen2MoeForCausalLM is not supported; supported: Qwen2ForCausalLM",
+        ),
         ({"architectures": None}, "architecture unknown is not supported"),
         ({"use_sliding_window": True}, "use_sliding_window"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2}}, "rope type dynamic is not supported; supported: default"),
+        (
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 2}},
+            "rope type dynamic is not supported; supported: default",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act = gelu"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantised"),
         ({"hidden_size": None}, "incomplete or malformed"),

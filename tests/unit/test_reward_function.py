@@ -123,7 +123,7 @@ def test_no_allowed_setting_lets_a_correct_answer_fall_to_a_wrong_one() -> None:
 def test_bounds_of_the_summands() -> None:
     assert [overlong(n, -0.5, limit=100, buffer=20) for n in (0, 80, 90, 100, 400)] == [0.0, 0.0, -0.25, -0.5, -0.5]
     assert [tool_cost(n, -0.1, floor=-0.25) for n in (0, 1, 2, 3, 99)] == pytest.approx([0, -0.1, -0.2, -0.25, -0.25])
-    with pytest.raises(ConfigError, match="without rollout.max_response_tokens"):
+    with pytest.raises(ConfigError, match=r"without rollout.max_response_tokens"):
         shaping_parts(trajectory("x"), config(overlong=-0.1), has_answer=True, max_response_tokens=None)
-    with pytest.raises(ValidationError, match="not above reward.wrong"):
+    with pytest.raises(ValidationError, match=r"not above reward.wrong"):
         config(wrong=1.0)

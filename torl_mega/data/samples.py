@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -30,7 +31,7 @@ def make_samples(groups: Sequence[Group], config: AlgoConfig) -> list[Sample]:
 def split_mini_batches(items: Sequence[T], num_mini_batches: int) -> list[list[T]]:
     """Consecutive mini-batches, as equal as the count allows (faults can leave a step short)."""
     bounds = np.linspace(0, len(items), num_mini_batches + 1).round().astype(int)
-    return [list(items[a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True) if b > a]
+    return [list(items[a:b]) for a, b in itertools.pairwise(bounds) if b > a]
 
 
 def _sample(trajectory: Trajectory, advantage: float, *, trained: bool) -> Sample:

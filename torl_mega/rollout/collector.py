@@ -11,8 +11,9 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torl_mega.errors import GenerationError, StaleServers
 from torl_mega.interfaces import RewardFn
@@ -29,7 +30,7 @@ class AsyncCollector:
     """`run` executes a coroutine on the loop that the episode's clients belong to."""
 
     reward_fn: RewardFn
-    run: Callable[[Awaitable[Rollout]], Rollout]
+    run: Callable[[Coroutine[Any, Any, Rollout]], Rollout]
     max_concurrency: int
     deadline_s: float
     progress: Callable[[int, int], None] | None = None  # (finished, total) trajectories

@@ -37,7 +37,12 @@ def murmur_hash32(seed: Any, positions: Any, col_indices: Any) -> Any:
 
     wide = seed.to(torch.int64)[:, None]
     hashed = torch.zeros((len(seed), len(col_indices)), dtype=torch.int64)
-    blocks = (wide & MASK, (wide >> 32) & MASK, positions.to(torch.int64)[:, None], col_indices.to(torch.int64)[None, :])
+    blocks = (
+        wide & MASK,
+        (wide >> 32) & MASK,
+        positions.to(torch.int64)[:, None],
+        col_indices.to(torch.int64)[None, :],
+    )
     for block in blocks:
         key = (block & MASK) * 0xCC9E2D51 & MASK  # int64 wraps, its low 32 bits are right all the same
         hashed = hashed ^ (_rotated(key, 15) * 0x1B873593 & MASK)

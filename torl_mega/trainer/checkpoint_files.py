@@ -57,7 +57,9 @@ def prepare(temporary: Path, extra: Mapping[str, Any]) -> str:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     except OSError as exc:
-        raise CheckpointError(f"{temporary}: cannot be written ({exc}); free space or choose another runs_dir") from None
+        raise CheckpointError(
+            f"{temporary}: cannot be written ({exc}); free space or choose another runs_dir"
+        ) from None
     return text
 
 

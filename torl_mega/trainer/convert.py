@@ -5,6 +5,9 @@ under its name only when it is complete and verified. The type is that of the st
 bit-identical. Limits: weights only; a training checkpoint converts to HF, HF gives no optimizer state.
 """
 
+# Megatron-Core's annotations are wider than what its functions return and narrower than what they take
+# pyright: reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 import hashlib
@@ -44,7 +47,9 @@ def hf_to_megatron(hf: Path, out: Path, cut: ParallelConfig) -> None:
             for parameter in chunk.parameters():
                 parameter.zero_()
     checkpoint.load_weights(out, chunks, shape)
-    differing = [n for n, t in _progress(weight_map.gather(), shape, "verify") if not torch.equal(t.cpu(), reader.get(n))]
+    differing = [
+        n for n, t in _progress(weight_map.gather(), shape, "verify") if not torch.equal(t.cpu(), reader.get(n))
+    ]
     error: BaseException | None = None
     if differing:
         shutil.rmtree(out, ignore_errors=True)
@@ -52,7 +57,9 @@ def hf_to_megatron(hf: Path, out: Path, cut: ParallelConfig) -> None:
     parallel.raise_together(error)
 
 
-def megatron_to_hf(source: Path, out: Path, cut: ParallelConfig, *, tokenizer: Path | None, max_file_bytes: int) -> None:
+def megatron_to_hf(
+    source: Path, out: Path, cut: ParallelConfig, *, tokenizer: Path | None, max_file_bytes: int
+) -> None:
     """Raises CheckpointError for a damaged source or when what was written reads back differently."""
     manifest = parallel.share(lambda: read_manifest(source))
     hf_config = manifest["hf_config"]
@@ -70,9 +77,7 @@ def megatron_to_hf(source: Path, out: Path, cut: ParallelConfig, *, tokenizer: P
     error: BaseException | None = None
     if parallel.is_rank0():
         try:
-            write_hf(
-                out, tensors, config=hf_config, source=tokenizer, max_file_bytes=max_file_bytes, verify=verify
-            )
+            write_hf(out, tensors, config=hf_config, source=tokenizer, max_file_bytes=max_file_bytes, verify=verify)
         except TorlError as exc:
             error = exc
     for _ in tensors:
@@ -105,7 +110,7 @@ def _build(
 
 def _stored_dtype(folder: Path) -> torch.dtype:
     """The type of the embedding in a torch_dist checkpoint."""
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     try:
         tensors: Any = FileSystemReader(folder).read_metadata().state_dict_metadata

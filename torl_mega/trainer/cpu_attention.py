@@ -10,6 +10,9 @@ Engine's zigzag. K and V are all-gathered over the group (backward: reduce-scatt
 Limits: causal self-attention, no dropout, packed (thd) input only.
 """
 
+# Megatron-Core's annotations are wider than what its functions return and narrower than what they take
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+
 from __future__ import annotations
 
 import math
@@ -32,7 +35,9 @@ _PADDED_AREA = 1.3  # a group's padded attention area may exceed the real one by
 class LengthGroup:
     """Sequences that share one SDPA call."""
 
-    rows: torch.Tensor  # [b * s] flat token index of every padded position; padding points at the sequence's first token
+    rows: (
+        torch.Tensor
+    )  # [b * s] flat token index of every padded position; padding points at the sequence's first token
     places: torch.Tensor  # [n] index into the padded [b * s] of every real token
     shape: tuple[int, int]  # (b, s)
 
@@ -95,7 +100,7 @@ class SdpaCoreAttention(MegatronModule):
         super().__init__(config=config)
         assert not config.attention_dropout
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
-        self.cp_group = pg_collection.cp if pg_collection is not None else parallel_state.get_context_parallel_group()
+        self.cp_group: Any = pg_collection.cp if pg_collection is not None else parallel_state.get_context_parallel_group()
 
     def forward(
         self,
@@ -116,7 +121,8 @@ class SdpaCoreAttention(MegatronModule):
         parts = []
         for group in packed_seq_params.groups:
             q, k, v = (
-                x.index_select(0, group.rows).view(*group.shape, *x.shape[1:]).transpose(1, 2) for x in (query, key, value)
+                x.index_select(0, group.rows).view(*group.shape, *x.shape[1:]).transpose(1, 2)
+                for x in (query, key, value)
             )
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=gqa)
             parts.append(out.transpose(1, 2).flatten(0, 1).flatten(1).index_select(0, group.places))

@@ -60,7 +60,9 @@ def read_hf_config(path: str | Path) -> dict[str, Any]:
     folder = Path(path)
     file = folder / "config.json"
     if not folder.is_dir():
-        raise ConfigError(f"model.path = {folder} is no folder; it must hold an HF checkpoint (config.json, safetensors)")
+        raise ConfigError(
+            f"model.path = {folder} is no folder; it must hold an HF checkpoint (config.json, safetensors)"
+        )
     if not file.is_file():
         raise ConfigError(f"model.path = {folder} has no config.json; it must hold an HF checkpoint")
     try:

@@ -4,6 +4,9 @@ Contract: gradients are plain sums over micro-batches, data and context ranks (t
 norm is clipped over the whole model, weight decay is on matrices only, and lr and decay follow Megatron's scheduler.
 """
 
+# Megatron-Core's annotations are wider than what its functions return and narrower than what they take
+# pyright: reportArgumentType=false
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -29,8 +32,7 @@ def wrap_ddp(chunks: Sequence[Any], config: Any, trainer: TrainerConfig) -> list
         bucket_size=trainer.gradient_bucket_parameters if trainer.overlap else None,
     )
     wrapped = [
-        DistributedDataParallel(config, settings, chunk, disable_bucketing=n > 0)
-        for n, chunk in enumerate(chunks)
+        DistributedDataParallel(config, settings, chunk, disable_bucketing=n > 0) for n, chunk in enumerate(chunks)
     ]
     if trainer.overlap:
         single = len(wrapped) == 1
@@ -48,7 +50,7 @@ def finalize_without_division(model: list[Any], num_tokens: Any = None, **kwargs
 
 
 def build_optimizer(
-    wrapped: list[DistributedDataParallel],
+    wrapped: list[Any],
     config: TransformerConfig,
     optim: OptimConfig,
     trainer: TrainerConfig,

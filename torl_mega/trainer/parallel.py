@@ -8,6 +8,9 @@ Limits: values are pickled (protocol 5) and sent in pieces; a rollout of 2,048 x
 second of CPU, less than turning its tuples into arrays and back.
 """
 
+# Megatron-Core's annotations are wider than what its functions return and narrower than what they take
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 import datetime

@@ -6,6 +6,9 @@ sides disagree on: a stage takes the shape of a gradient for that of an activati
 length. `_Communicator` exchanges shapes the way tensors are exchanged, one group per direction.
 """
 
+# Megatron-Core's annotations are wider than what its functions return and narrower than what they take
+# pyright: reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 from typing import Any
@@ -20,13 +23,18 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 class _Communicator(P2PCommunicator):
     """Megatron's communicator with shapes on the group of their direction."""
 
-    def _communicate_shapes(self, tensor_send_next: Any, tensor_send_prev: Any, recv_prev: bool, recv_next: bool) -> Any:
+    def _communicate_shapes(
+        self, tensor_send_next: Any, tensor_send_prev: Any, recv_prev: bool, recv_next: bool
+    ) -> Any:
         forward = self.pp_group
         backward: Any = dist.group.WORLD if self.pp_group.size() == 2 else self.pp_group
         device = torch.cuda.current_device()
         got = {name: torch.empty(3, device=device, dtype=torch.int64) for name in ("prev", "next")}
         requests = []
-        for tensor, rank, group in ((tensor_send_next, self.next_rank, forward), (tensor_send_prev, self.prev_rank, backward)):
+        for tensor, rank, group in (
+            (tensor_send_next, self.next_rank, forward),
+            (tensor_send_prev, self.prev_rank, backward),
+        ):
             if tensor is not None:
                 shape = torch.tensor(tensor.size(), device=device, dtype=torch.int64)
                 requests.append((dist.isend(shape, rank, group=group), shape))
@@ -48,7 +56,7 @@ def schedule_arguments(config: Any) -> dict[str, Any]:
     """Extra arguments for Megatron's forward-backward function; none without a virtual pipeline."""
     if config.virtual_pipeline_model_parallel_size is None:
         return {}
-    groups = ProcessGroupCollection()
+    groups: Any = ProcessGroupCollection()
     groups.tp = parallel_state.get_tensor_model_parallel_group()
     groups.cp = parallel_state.get_context_parallel_group()
     groups.embd = parallel_state.get_embedding_group(check_initialized=False)

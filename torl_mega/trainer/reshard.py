@@ -91,7 +91,7 @@ class WeightMap:
         """The shards of all tensor ranks on tensor rank 0; None elsewhere."""
         if self.tp_size == 1 or rule.kind == "whole":
             return [shard]
-        group = parallel_state.get_tensor_model_parallel_group()
+        group: Any = parallel_state.get_tensor_model_parallel_group()
         shards = [torch.empty_like(shard) for _ in range(self.tp_size)] if self.tp_rank == 0 else None
         dist.gather(shard.contiguous(), shards, dst=dist.get_global_rank(group, 0), group=group)
         return shards
@@ -100,7 +100,7 @@ class WeightMap:
         """Assemble on the owning stage's tensor rank 0 and send to stage 0."""
         if stage == 0:
             return from_shards(rule, shards, self.shape) if shards is not None else []
-        group = parallel_state.get_pipeline_model_parallel_group()
+        group: Any = parallel_state.get_pipeline_model_parallel_group()
         if shards is not None:
             for _, tensor in from_shards(rule, shards, self.shape):
                 dist.send(tensor.contiguous(), dst=dist.get_global_rank(group, 0), group=group)

@@ -95,9 +95,7 @@ class _LogProbEntropy(torch.autograd.Function):
 class _Head:
     """The rows of the vocabulary that this rank holds."""
 
-    def __init__(
-        self, weight: torch.Tensor, group: dist.ProcessGroup, valid_vocab: int, temperature: float
-    ) -> None:
+    def __init__(self, weight: torch.Tensor, group: dist.ProcessGroup, valid_vocab: int, temperature: float) -> None:
         self.weight, self.group, self.temperature = weight, group, temperature
         self.rows = weight.size(0)
         self.first = group.rank() * self.rows
