@@ -175,7 +175,7 @@ def main(results: Path, work: Path, cases: Path) -> None:
     import megatron.core
 
     runs: dict[tuple[str, bool], HfRun] = {}
-    version = str(megatron.core.__version__)
+    version = str(megatron.core.__version__).split("+")[0]  # what follows is the commit of the folder it runs in
     for fields, families in json.loads(cases.read_text()):
         layout = Layout(**fields)
         config = config_for(layout, work)

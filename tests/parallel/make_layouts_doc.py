@@ -19,7 +19,7 @@ at a time and `torch.optim.AdamW`. Largest absolute differences; `grad_norm` is 
 2e-7, weights 5e-7. Layouts are all TP, PP, DP in {1, 2, 4} and CP in {1, 2} that fit eight ranks, with sequence
 parallelism and a virtual pipeline where they apply; overlap, recomputation and the plain optimizer rotate over them.
 
-Made by `tests/parallel/make_layouts_doc.py` from `pytest -m slow tests/parallel/test_layouts.py`.
+Models rotate over the layouts. Made by `tests/parallel/make_layouts_doc.py` from the results of `tests/parallel/layout_worker.py`.
 
 """
 

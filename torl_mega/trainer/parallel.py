@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore as _HashStore  # not re-exported for type checkers
 
 from torl_mega.config import ParallelConfig, TrainerConfig
 from torl_mega.errors import ConfigError, TorlError
@@ -53,8 +54,9 @@ def init_distributed(parallel: ParallelConfig, trainer: TrainerConfig) -> None:
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
-        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
-    _share_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=trainer.share_timeout_s))
+        dist.init_process_group(backend, timeout=timeout, store=_HashStore(), rank=0, world_size=1)
+    group: Any = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=trainer.share_timeout_s))
+    _share_group = group
     set_layout(parallel, trainer)
 
 
@@ -187,4 +189,4 @@ def _receive() -> Any:
     data = torch.empty(int(size), dtype=torch.uint8)
     for piece in data.split(_CHUNK_BYTES):
         dist.broadcast(piece, src=0, group=_share_group)
-    return pickle.loads(memoryview(data.numpy()))
+    return pickle.loads(data.numpy().data)
