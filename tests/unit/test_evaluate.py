@@ -185,7 +185,14 @@ def test_the_released_file_is_told_with_its_doubts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("source", "name"),
-    [("AIME_2024", "aime24"), ("aime-25", "aime25"), ("HuggingFaceH4/MATH-500", "math500"), ("olympiad_bench", "olympiadbench"), ("AMC 2023", "amc23"), ("arithmetic", "arithmetic")],
+    [
+        ("AIME_2024", "aime24"),
+        ("aime-25", "aime25"),
+        ("HuggingFaceH4/MATH-500", "math500"),
+        ("olympiad_bench", "olympiadbench"),
+        ("AMC 2023", "amc23"),
+        ("arithmetic", "arithmetic"),
+    ],
 )  # fmt: skip
 def test_benchmarks_are_known_under_all_their_names(source: str, name: str) -> None:
     assert canonical_name(source) == name
