@@ -16,7 +16,7 @@ import asyncio
 import json
 import struct
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from torl_mega.types import ExecutionRequest, ExecutionResult, ExecutionStatus
 
@@ -37,8 +37,7 @@ class FrameProtocol(asyncio.Protocol):
         self._buffer = bytearray()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's are not of that class
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
