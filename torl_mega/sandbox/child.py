@@ -35,7 +35,7 @@ def become(
         os.dup2(runner.open_stdin(snippet.stdin), 0)
         os.dup2(fds[1], 1)
         os.dup2(fds[2], 2)
-        os.setpriority(os.PRIO_PROCESS, 0, cage.settings.nice)
+        os.setpriority(os.PRIO_PROCESS, 0, cage.niceness)
         main = runner.fresh_look(box, snippet.code, deterministic=cage.settings.deterministic_random)
         confine.lock(
             cage, box, memory_mb=request["memory_mb"], cpu_s=request["cpu_s"], nproc=request.get("nproc"), parent=parent

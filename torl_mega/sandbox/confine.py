@@ -54,6 +54,7 @@ class Cage:
     """What the zygote prepared once for all its children."""
 
     settings: Settings
+    niceness: int  # of snippets
     vm_bytes: int = 0
     landlock_abi: int = 0
     rules: list[landlock.Rule] = field(default_factory=list)
@@ -171,9 +172,9 @@ def _bind(path: str, root: str, shown_as: str | None = None) -> None:
     linux.mount(None, target, None, flags)
 
 
-def prepare(settings: Settings) -> Cage:
+def prepare(settings: Settings, niceness: int) -> Cage:
     """Opens the Landlock paths and assembles the filter; called once, after the root has been built."""
-    cage = Cage(settings)
+    cage = Cage(settings, niceness)
     if settings.tier == "C":
         return cage
     cage.filter = seccomp.program(fake_metadata=settings.tier == "B")

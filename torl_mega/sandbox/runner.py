@@ -75,8 +75,6 @@ def fresh_look(box: str, code: bytes, *, deterministic: bool) -> types.ModuleTyp
     sys.argv[:] = [NAME]
     sys.path.insert(0, box)
     sys.path_importer_cache.pop(box, None)
-    for name in [m for m in sys.modules if m == "torl_mega" or m.startswith("torl_mega.")]:
-        del sys.modules[name]
     _seed(blake2b(code, digest_size=16).digest() if deterministic else os.urandom(16))
     text = code.decode("utf-8-sig", "replace")
     linecache.cache[NAME] = (

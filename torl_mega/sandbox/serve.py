@@ -46,8 +46,6 @@ async def _serve(path: str | None, host: str, port: int | None, config: SandboxC
         os.set_inheritable(parent_fd, False)
         os.set_blocking(parent_fd, False)
         loop.add_reader(parent_fd, _parent_spoke, parent_fd, stop)
-    with contextlib.suppress(PermissionError):
-        os.setpriority(os.PRIO_PROCESS, 0, -10)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard if hard != resource.RLIM_INFINITY else max(soft, 65536), hard))
     async with contextlib.AsyncExitStack() as stack:

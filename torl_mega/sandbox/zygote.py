@@ -360,10 +360,9 @@ def main(control_fd: int, raw_settings: str, project: str) -> None:
     control.setblocking(False)
     linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL if settings.tier == "A" else signal.SIGTERM)
     _volunteer_for_oom()
+    niceness = os.getpriority(os.PRIO_PROCESS, 0)
     with contextlib.suppress(PermissionError):
-        os.setpriority(
-            os.PRIO_PROCESS, 0, -10
-        )  # so that it still keeps time when snippets and others fight for the cores
+        os.setpriority(os.PRIO_PROCESS, 0, niceness - 10)  # it keeps time even when snippets and others fight for the cores
     procfs = vm = -1
     try:
         namespaces: list[int] = []
@@ -382,12 +381,13 @@ def main(control_fd: int, raw_settings: str, project: str) -> None:
             signal.signal(signal.SIGTERM, lambda *_: (base.remove(with_parent=True), os._exit(0)))
         os.environ["MPLCONFIGDIR"] = base.path if base else confine.BOX
         missing = _preload(settings)
-        cage = confine.prepare(settings)
+        cage = confine.prepare(settings, min(19, niceness + settings.nice))
         vm = os.open("self/statm", os.O_RDONLY | os.O_CLOEXEC, dir_fd=procfs)
         cage.vm_bytes = int(os.read(vm, 100).split()[0]) * mmap.PAGESIZE
         os.close(vm)
         os.close(procfs)
         zygote = Zygote(control, cage, namespaces, base)
+        _hide_ourselves()
         linecache.clearcache()
         gc.collect()
         gc.freeze()
@@ -398,6 +398,12 @@ def main(control_fd: int, raw_settings: str, project: str) -> None:
     control.send(json.dumps({"ready": True, "missing": missing, "landlock": cage.landlock_abi}).encode())
     zygote.serve()
     os._exit(0)
+
+
+def _hide_ourselves() -> None:
+    """Snippets cannot import the zygote's modules. Done here: merely walking over sys.modules in a child copies 3 MB."""
+    for name in [m for m in sys.modules if m == "torl_mega" or m.startswith("torl_mega.")]:
+        del sys.modules[name]
 
 
 def _volunteer_for_oom() -> None:
