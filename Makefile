@@ -50,8 +50,9 @@ format: install
 # the other megatron-core version, unpacked where the parallel tests look for it
 mcore-next: build/mcore-next/megatron
 build/mcore-next/megatron: pyproject.toml | install
-	rm -rf build/mcore-next && mkdir -p build
-	$(BIN)/python -m pip install --quiet --no-deps --group mcore-next --target build/mcore-next
+	rm -rf build/mcore-next build/wheels && mkdir -p build/mcore-next
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --dest build/wheels --group mcore-next
+	cd build/mcore-next && $(CURDIR)/$(BIN)/python -m zipfile -e ../wheels/megatron_core-*.whl .
 
 tiny-base: install
 	$(BIN)/python tools/make_tiny_base.py

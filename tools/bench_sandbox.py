@@ -176,7 +176,7 @@ async def _other_rows(fusion_url: str | None, quick: bool) -> list[dict[str, Any
     if shutil.which("bwrap"):
         designs["bubblewrap"] = lambda code: _process(_bwrap(code))  # pyright: ignore[reportAssignmentType]
     rows = []
-    for design, call in designs.items():
+    for design, call in designs.items():  # pyright: ignore[reportAssignmentType]
         for name in SNIPPETS:
             for concurrency, count in ((1, 12), (2, 24), (16, 48)):
                 before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -7,7 +7,7 @@ length. `_Communicator` exchanges shapes the way tensors are exchanged, one grou
 """
 
 # Megatron-Core's annotations are wider than what its functions return and narrower than what they take
-# pyright: reportAttributeAccessIssue=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
