@@ -174,7 +174,7 @@ def _private_kb() -> dict[int, int]:
 async def _other_rows(fusion_url: str | None, quick: bool) -> list[dict[str, Any]]:
     designs: dict[str, Call] = {"python -c": lambda code: _process([sys.executable, "-c", code])}
     if shutil.which("bwrap"):
-        designs["bubblewrap"] = lambda code: _process(_bwrap(code))  # pyright: ignore[reportAssignmentType]
+        designs["bubblewrap"] = lambda code: _process(_bwrap(code))
     rows = []
     for design, call in designs.items():  # pyright: ignore[reportAssignmentType]
         for name in SNIPPETS:
