@@ -26,7 +26,7 @@ from hashlib import blake2b
 NAME = "main.py"
 MEMORY_FLAG = 0x4D
 _libc = ctypes.CDLL(None)
-_ENV = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+_ENV = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "USER": "user"}
 
 
 def lay_files(files: dict[str, bytes], code: bytes) -> None:
