@@ -65,7 +65,7 @@ def test_the_exported_policy_is_the_one_that_was_served(trained):
         assert transcript["response"].startswith(tokenizer.decode(written, skip_special_tokens=True))
 
 
-@pytest.mark.parametrize("cut", ["tensor=2", "pipeline=2", "data=2"])
+@pytest.mark.parametrize("cut", ["tensor=2", "pipeline=2", pytest.param("data=2", marks=pytest.mark.slow)])
 def test_other_layouts_give_the_same_first_step(trained, runs_dir, cut):
     name = f"replay_{cut.replace('=', '')}"
     done = torl("train", runs_dir, name, f"rollout.replay={trained}", f"parallel.{cut}", "num_steps=1")
@@ -94,6 +94,7 @@ def test_a_killed_run_leaves_nothing_and_resumes(trained, runs_dir):
     assert after[: len(saved)] == saved  # what the last checkpoint covers was not repeated
 
 
+@pytest.mark.slow
 def test_a_stopped_run_saves_and_says_85(runs_dir):
     process = start(command("train", runs_dir, "stopped", "num_steps=50", "checkpoint.every_steps=0"))
     wait_until(lambda: rows(runs_dir / "stopped"), limit_s=LIMIT_S, what="one step")
@@ -144,6 +145,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(runs_dir, override, message):
     assert not processes_of("name=bad")
 
 
+@pytest.mark.slow
 def test_replayed_metrics_repeat_bit_for_bit(trained, runs_dir):
     """Training from the record twice: equal losses, norms and exported weights."""
     weights = []
