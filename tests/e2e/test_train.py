@@ -8,8 +8,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-
-from runs import LIMIT_S, TORL, command, processes_of, rows, torl, wait_until
+from torl_runs import LIMIT_S, TORL, command, processes_of, rows, torl, wait_until
 
 pytestmark = pytest.mark.timeout(600)
 
