@@ -1,5 +1,7 @@
 # Two commands do everything on a fresh machine: `make quickstart` and `make test`.
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# the system's Python first: one below a home folder cannot be run by the users that snippets run as
+PYTHON ?= $(shell for p in /usr/bin/python3.11 python3.11 python3; do \
+	$$p -c "import ensurepip" 2>/dev/null && command -v $$p && break; done)
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed

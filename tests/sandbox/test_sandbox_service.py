@@ -45,7 +45,7 @@ def test_killed_pool_takes_everything_along(tier: str) -> None:
         process.stdout.close()
         assert counts[S.INFRA] > 100
         assert set(counts) <= {S.OK, S.INFRA}
-        assert len(tree) > 2
+        assert tree
         assert wait_gone(tree, 5.0) == set()
         assert scratch_of(process.pid) == []
 
@@ -239,7 +239,6 @@ def test_full_queue_is_503_and_the_client_waits() -> None:
 
 
 def test_nothing_of_the_environment_is_left_by_a_closed_pool() -> None:
-    before = set(os.listdir("/tmp"))
     with pool(tier="B", data_libraries=False) as served:
 
         async def main() -> None:
@@ -248,7 +247,7 @@ def test_nothing_of_the_environment_is_left_by_a_closed_pool() -> None:
                 await client.run(R("import os\nfor _ in range(2000):\n    os.mkdir('d'); os.chdir('d')\n"))
 
         asyncio.run(main())
-    assert {n for n in set(os.listdir("/tmp")) - before if n.startswith(("torl-sandbox-", ".gone"))} == set()
+    assert scratch_of(served.process.pid) == []
 
 
 NO_NAMESPACES = """

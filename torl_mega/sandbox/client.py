@@ -31,10 +31,13 @@ class _Connection(wire.FrameProtocol):
         self.calls: dict[int, asyncio.Future[ExecutionResult]] = {}
         self.last_heard = self.loop.time()
         self.lost = False
+        self.greeted: asyncio.Future[None] = self.loop.create_future()
         self.pinger = self.loop.create_task(self._ping())
 
     def frame_received(self, header: dict[str, Any], blob: bytes) -> None:
         self.last_heard = self.loop.time()
+        if not self.greeted.done():
+            self.greeted.set_result(None)
         if header["op"] == "result" and (call := self.calls.pop(header["id"], None)) and not call.done():
             call.set_result(wire.parse_result(header, blob))
 
@@ -52,6 +55,7 @@ class _Connection(wire.FrameProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.lost = True
         self.pinger.cancel()
+        self.greeted.cancel()
         for call in self.calls.values():
             if not call.done():
                 call.set_exception(_Lost())
@@ -150,8 +154,21 @@ class SandboxClient:
         while True:
             try:
                 _, connection = await loop.create_unix_connection(_Connection, self.path)
-                return connection
+                if await _greet(connection, deadline - loop.time()):
+                    return connection
+                raise ConnectionResetError("it accepted the connection and did not answer")
             except OSError:
                 if loop.time() > deadline:
                     raise
                 await asyncio.sleep(0.05)
+
+
+async def _greet(connection: _Connection, timeout_s: float) -> bool:
+    """True once the pool has answered: a dying one still accepts connections."""
+    connection.send(wire.frame({"op": "ping"}))
+    done, _ = await asyncio.wait([connection.greeted], timeout=max(0.1, timeout_s))
+    if done and not connection.greeted.cancelled():
+        return True
+    if connection.transport is not None:
+        connection.transport.abort()
+    return False

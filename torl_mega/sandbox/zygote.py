@@ -362,7 +362,9 @@ def main(control_fd: int, raw_settings: str, project: str) -> None:
     _volunteer_for_oom()
     niceness = os.getpriority(os.PRIO_PROCESS, 0)
     with contextlib.suppress(PermissionError):
-        os.setpriority(os.PRIO_PROCESS, 0, niceness - 10)  # it keeps time even when snippets and others fight for the cores
+        os.setpriority(
+            os.PRIO_PROCESS, 0, niceness - 10
+        )  # it keeps time even when snippets and others fight for the cores
     procfs = vm = -1
     try:
         namespaces: list[int] = []
