@@ -100,7 +100,9 @@ class SdpaCoreAttention(MegatronModule):
         super().__init__(config=config)
         assert not config.attention_dropout
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
-        self.cp_group: Any = pg_collection.cp if pg_collection is not None else parallel_state.get_context_parallel_group()
+        self.cp_group: Any = (
+            pg_collection.cp if pg_collection is not None else parallel_state.get_context_parallel_group()
+        )
 
     def forward(
         self,
