@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 _GUARDIAN = Path(__file__).with_name("guardian.py")
+PORTS, PORT_TRIES = (15000, 32000), 100  # Linux gives outgoing connections 32768..60999 by default
 START_LIMIT_S = 30.0  # from fork to exec of the command; seconds only on a machine that swaps
 REAP_LIMIT_S = 15.0  # what the guardian may take past the grace time before it is killed itself
 
@@ -117,10 +119,13 @@ def tail(log_path: Path, num_lines: int = 30, *, max_bytes: int = 65536) -> str:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port nobody listens on now. Another program can take it before it is used: whoever binds it must say so."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    """A port nobody listens on now, below the range that the kernel hands to outgoing connections: one from there could
+    be taken while a server still loads its weights. Another program can take it too: whoever binds it must say so."""
+    for _ in range(PORT_TRIES):
+        port = random.SystemRandom().randrange(*PORTS)
+        if not port_in_use(host, port):
+            return port
+    raise OSError(f"no free port in {PORTS[0]}..{PORTS[1] - 1} on {host} after {PORT_TRIES} tries")
 
 
 def port_in_use(host: str, port: int) -> bool:
