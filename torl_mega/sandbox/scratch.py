@@ -44,13 +44,12 @@ class Base:
                 os._exit(0)
         removers.add(pid)
 
-    def remove(self, *, with_parent: bool) -> None:
-        """`with_parent`: the pool is dead, and the last of its zygotes removes its folder too."""
+    def remove(self) -> None:
+        """With the pool's folder when it is empty then: the pool may be dead, and nobody else would do it."""
         parent = os.path.dirname(self.path)
         remove_tree(self.path, parent)
-        if with_parent:
-            with contextlib.suppress(OSError):  # others are still at work in it
-                os.rmdir(parent)
+        with contextlib.suppress(OSError):  # other zygotes are still at work in it
+            os.rmdir(parent)
 
 
 def remove_tree(path: str, base: str) -> None:

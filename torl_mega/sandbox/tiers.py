@@ -59,6 +59,9 @@ class Plan:
 
     def settings(self, kind: str) -> Settings:
         c, k = self.config, self.kinds[kind]
+        if self.scratch is not None:  # the last zygote to end takes it along
+            os.makedirs(self.scratch, exist_ok=True)
+            os.chmod(self.scratch, 0o711)
         uids: list[int] = []
         if self.slot_uids:
             pool = self.slot_uids["all"]
@@ -139,7 +142,6 @@ def plan(config: SandboxConfig, tier: str) -> Plan:
     if tier != "A":
         _sweep(config)
         made.scratch = tempfile.mkdtemp(prefix=f"{_SCRATCH_PREFIX}{os.getpid()}-", dir=config.scratch_dir)
-        os.chmod(made.scratch, 0o711)
     return made
 
 

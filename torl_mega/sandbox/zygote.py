@@ -65,7 +65,6 @@ class Zygote:
         self.ended = False
         self.own_pid = os.getpid()
         self.base = base
-        self.pool_pid = os.getppid()
 
     # -------------------------------------------------------------------------------------------- the loop
 
@@ -104,7 +103,7 @@ class Zygote:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
         if self.base:
-            self.base.remove(with_parent=os.getppid() != self.pool_pid)
+            self.base.remove()
 
     def _receive(self) -> None:
         while self.free_slots and not self.ended:
@@ -380,7 +379,7 @@ def main(control_fd: int, raw_settings: str, project: str) -> None:
 
         base = scratch.Base(settings.scratch_base) if settings.scratch_base else None
         if base:  # until serve() takes over: the pool's death must not leave the folder behind
-            signal.signal(signal.SIGTERM, lambda *_: (base.remove(with_parent=True), os._exit(0)))
+            signal.signal(signal.SIGTERM, lambda *_: (base.remove(), os._exit(0)))
         os.environ["MPLCONFIGDIR"] = base.path if base else confine.BOX
         missing = _preload(settings)
         cage = confine.prepare(settings, min(19, niceness + settings.nice))
