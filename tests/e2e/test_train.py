@@ -130,13 +130,12 @@ def test_a_changed_recipe_is_refused(trained, runs_dir):
         ("model.path=nowhere", "model.path = nowhere is no folder"),
         ("data.train=nowhere.parquet", "data.train = 'nowhere.parquet' is not there"),
         ("parallel.tensor=3", "does not divide the 4 attention heads"),
-        ("data.max_prompt_tokens=3", "data.max_prompt_tokens is 3"),
         ("serving.extra_args=[--no-such-flag]", "server_0 ended"),
         ("algo.clip_hgih=1", "did you mean algo.clip_high?"),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(runs_dir, override, message):
-    done = torl("train", runs_dir, "bad", override)
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, override, message):
+    done = torl("train", tmp_path, "bad", override)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("torl: error: ")
