@@ -48,7 +48,7 @@ def _run(program: bytes, arch: int, number: int, args: tuple[int, ...]) -> int:
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
 def test_verdicts(machine: str) -> None:
-    program = seccomp.program(fake_metadata=True, machine=machine).replace(
+    program = seccomp.program(shared_files=True, landlock_abi=2, machine=machine).replace(
         struct.pack("I", 0x5EADBEEF), struct.pack("I", 42)
     )
     table, arch = seccomp.TABLES[machine], {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}[machine]
@@ -62,6 +62,12 @@ def test_verdicts(machine: str) -> None:
     assert verdict("kill", 41, 9) == verdict("kill", 0, 9) == verdict("kill", 0xFFFFFFFF, 9) == eperm
     assert verdict("tgkill", 42, 43, 6) == allow
     assert verdict("clone", 0x3D0F00) == allow
+    assert verdict("clone", 0x3D0F00 & ~0x400) == eperm  # a descriptor table of its own
+    assert verdict("close_range", 3, 99, 4) == allow
+    assert verdict("close_range", 3, 99, 2) == verdict("close_range", 3, 99, 6) == eperm
+    assert verdict("truncate") == eperm
+    assert verdict("ftruncate") == allow
+    assert verdict("fallocate") == verdict("getxattr") == 0x00050000 | 95
     assert verdict("clone", 17) == verdict("clone", 0x3D0F00 | 0x10000000) == eperm
     assert verdict("clone3") == enosys
     assert verdict("fcntl", 0, 3) == allow
@@ -79,6 +85,8 @@ def test_verdicts(machine: str) -> None:
     assert verdict("prctl", 15) == allow
     assert verdict("prctl", 1) == verdict("prctl", 4) == eperm
     assert verdict("fchmodat") == fake
+    private = seccomp.program(shared_files=False, machine=machine)
+    assert all(_run(private, arch, table[n], ()) == allow for n in ("fchmodat", "fallocate", "truncate"))
     assert _run(program, arch, 999, ()) == enosys
     assert _run(program, 0x40000003, 4, ()) == kill
     listed = set(table.values())

@@ -29,10 +29,11 @@ def become(
         runner.reset_signals()
         snippet = payload.read(fds[0])
         box = confine.make_box(cage, box, slot)
-        runner.lay_files(snippet.files, snippet.code)
+        runner.lay_program(snippet.code)
+        snippet.lay_files()
         if len(fds) > 3:
             _hand_out_box(fds[3])
-        os.dup2(runner.open_stdin(snippet.stdin), 0)
+        os.dup2(snippet.open_stdin(), 0)
         os.dup2(fds[1], 1)
         os.dup2(fds[2], 2)
         os.setpriority(os.PRIO_PROCESS, 0, cage.niceness)

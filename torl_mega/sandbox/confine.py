@@ -177,8 +177,8 @@ def prepare(settings: Settings, niceness: int) -> Cage:
     cage = Cage(settings, niceness)
     if settings.tier == "C":
         return cage
-    cage.filter = seccomp.program(fake_metadata=settings.tier == "B")
     cage.landlock_abi = landlock.abi()
+    cage.filter = seccomp.program(shared_files=settings.tier == "B", landlock_abi=cage.landlock_abi)
     if cage.landlock_abi:
         for path in settings.readable:
             if os.path.exists(path):

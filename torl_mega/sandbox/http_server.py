@@ -13,6 +13,7 @@ import asyncio
 import base64
 import binascii
 import json
+import math
 import os
 from typing import Any, Literal
 
@@ -113,7 +114,7 @@ def _parse(body: bytes) -> RunCodeRequest:
     if not body:
         raise _BadJson({"type": "missing", "loc": ["body"], "msg": "Field required", "input": None})
     try:
-        data = json.loads(body)
+        data = json.loads(body, parse_constant=_no_json, parse_float=_finite)
     except (ValueError, RecursionError) as e:  # also broken UTF-8, and integers of more than 4,300 digits
         at, why = (e.pos, e.msg) if isinstance(e, json.JSONDecodeError) else (0, str(e))
         detail = {
@@ -125,6 +126,15 @@ def _parse(body: bytes) -> RunCodeRequest:
         }
         raise _BadJson(detail) from None
     return RunCodeRequest.model_validate(data)
+
+
+def _no_json(word: str) -> None:
+    raise ValueError(f"{word} is no JSON")  # and could not be repeated in the answer's `input`
+
+
+def _finite(digits: str) -> float | str:
+    number = float(digits)
+    return number if math.isfinite(number) else digits
 
 
 def _detail(error: Any) -> dict[str, Any]:

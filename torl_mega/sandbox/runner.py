@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import builtins
 import ctypes
-import fcntl
 import gc
 import io
 import linecache
@@ -25,33 +24,16 @@ from hashlib import blake2b
 
 NAME = "main.py"
 MEMORY_FLAG = 0x4D
+_MAX_SOURCE = 4 << 20
 _libc = ctypes.CDLL(None)
 _ENV = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "USER": "user"}
 
 
-def lay_files(files: dict[str, bytes], code: bytes) -> None:
-    """Writes the request's files and the program itself into the working folder."""
-    for name, content in {NAME: code, **files}.items():
-        folder = os.path.dirname(name)
-        if folder:
-            os.makedirs(folder, exist_ok=True)
-        fd = os.open(name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        with open(fd, "wb") as f:
-            f.write(content)
-
-
-def open_stdin(data: bytes) -> int:
-    """A descriptor that yields `data` and cannot be written to."""
-    if not data:
-        return os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
-    fd = os.memfd_create("stdin", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
-    os.lseek(fd, 0, os.SEEK_SET)
-    seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
-    return fd
+def lay_program(code: bytes) -> None:
+    """The program itself, for those that read their own source; a huge one would only fill the folder."""
+    if len(code) <= _MAX_SOURCE:
+        with open(NAME, "wb") as f:
+            f.write(code)
 
 
 def reset_signals() -> None:
@@ -76,13 +58,10 @@ def fresh_look(box: str, code: bytes, *, deterministic: bool) -> types.ModuleTyp
     sys.path.insert(0, box)
     sys.path_importer_cache.pop(box, None)
     _seed(blake2b(code, digest_size=16).digest() if deterministic else os.urandom(16))
-    text = code.decode("utf-8-sig", "replace")
-    linecache.cache[NAME] = (
-        len(text),
-        None,
-        text.splitlines(keepends=True),
-        NAME,
-    )  # None: never checked against the disk
+    if len(code) <= _MAX_SOURCE:
+        text = code.decode("utf-8-sig", "replace")
+        lines = text.splitlines(keepends=True)
+        linecache.cache[NAME] = (len(text), None, lines, NAME)  # None: never checked against the disk
     main = types.ModuleType("__main__")
     main.__dict__.update({"__builtins__": builtins, "__file__": os.path.join(box, NAME), "__annotations__": {}})
     sys.modules["__main__"] = main
@@ -154,6 +133,8 @@ def _report(error: BaseException, excepthook: object, say: object) -> None:
     error = error.with_traceback(trace)
     hook = sys.excepthook
     if hook is excepthook:
+        if sys.stderr is None:
+            return  # print_exception() would take stdout instead
         say(type(error), error, trace)  # type: ignore[operator]
     else:
         hook(type(error), error, trace)
@@ -167,7 +148,7 @@ def _finish(join_threads: object, status: int) -> int:
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         try:
-            if stream is not None:
+            if stream is not None and not getattr(stream, "closed", False):
                 stream.flush()
         except BaseException:
             status = status or 120

@@ -11,6 +11,7 @@ import os
 import stat
 import tempfile
 
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 removers: set[int] = set()  # pids of forked helpers that remove large trees
 
 
@@ -88,7 +89,10 @@ def remove_tree(path: str, base: str) -> None:
 
 
 def over(box: str, max_bytes: int, max_entries: int) -> bool:
-    """True when a running snippet's folder holds more than it may. Looks at `max_entries` entries at most."""
+    """True when a running snippet's folder holds more than it may, or a folder that cannot be looked into.
+
+    Looks at `max_entries` entries at most, and never follows a link.
+    """
     total = seen = 0
     pending = [os.open(box, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)]
     try:
@@ -99,24 +103,18 @@ def over(box: str, max_bytes: int, max_entries: int) -> bool:
                     seen += 1
                     try:
                         info = entry.stat(follow_symlinks=False)
-                    except OSError:
+                        if stat.S_ISDIR(info.st_mode):
+                            pending.append(os.open(entry.name, _FOLDER, dir_fd=folder))
+                    except FileNotFoundError:
                         continue  # gone again
+                    except OSError:
+                        return True  # closed to us, and so a place to hide in; or out of descriptors
                     total += info.st_blocks * 512
                     if seen > max_entries or total > max_bytes:
                         return True
-                    if stat.S_ISDIR(info.st_mode) and len(pending) < 64:
-                        _descend(folder, entry.name, pending)
             finally:
                 os.close(folder)
         return False
     finally:
         for fd in pending:
             os.close(fd)
-
-
-def _descend(folder: int, name: str, pending: list[int]) -> None:
-    try:
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-        pending.append(os.open(name, flags, dir_fd=folder))
-    except OSError:
-        return  # gone again, or closed to everybody: then nothing can be put into it either

@@ -3,12 +3,14 @@
 Refused calls fail with EPERM (ENOSYS above the newest known number, so that libraries fall back); a foreign instruction
 set (i386, x32) kills. Arguments are compared in their low 32 bits, which is what the kernel reads for the ints among
 `_rules`; pointers in both halves. `kill` and `tgkill` reach only the own process: its pid is patched into the program
-before it is loaded (`install`). With `fake_metadata` (no mount namespace) chmod, chown and utime answer 0 and do
-nothing, because Landlock does not govern them and the files may belong to the same user.
+before it is loaded (`install`). With `shared_files` (no mount namespace) chmod, chown and utime answer 0 and do
+nothing, because Landlock does not govern them and the files may belong to the same user; for the same reason truncate()
+of a path is refused before Landlock's ABI 3; and fallocate() is "not supported", since deleted files are not measured.
 
 What it lets through on purpose: threads, timers, pipes, epoll, socketpair (asyncio needs one), files. What it closes:
 fork, exec, every other socket, signals to others, namespaces, mounts, ptrace, shared memory and queues, keyrings,
-memfd, io_uring, userfaultfd, bpf, perf, pidfd, personality, scheduling of others, F_SETOWN/F_SETSIG, TIOCSTI.
+memfd, io_uring, userfaultfd, bpf, perf, pidfd, personality, scheduling of others, F_SETOWN/F_SETSIG, TIOCSTI, and a
+descriptor table per thread, which would multiply RLIMIT_NOFILE.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ _FREE = [
     "read", "write", "close", "fstat", "lseek", "mmap", "mprotect", "munmap", "brk", "rt_sigaction",
     "rt_sigprocmask", "rt_sigreturn", "pread64", "pwrite64", "readv", "writev", "sched_yield", "mremap", "msync",
     "madvise", "dup", "nanosleep", "getitimer", "setitimer", "getpid", "sendfile", "exit", "uname", "flock",
-    "fsync", "fdatasync", "truncate", "ftruncate", "getcwd", "chdir", "fchdir", "umask", "gettimeofday",
+    "fsync", "fdatasync", "ftruncate", "getcwd", "chdir", "fchdir", "umask", "gettimeofday",
     "getrusage", "sysinfo", "times", "getuid", "getgid", "geteuid", "getegid", "getppid", "getpgid", "getsid",
     "getgroups", "getresuid", "getresgid", "rt_sigpending", "rt_sigtimedwait", "rt_sigsuspend", "sigaltstack",
     "statfs", "fstatfs", "getpriority", "sched_getparam", "sched_getscheduler", "sched_get_priority_max",
@@ -37,10 +39,9 @@ _FREE = [
     "timer_getoverrun", "timer_delete", "clock_gettime", "clock_getres", "clock_nanosleep", "exit_group",
     "epoll_ctl", "openat", "mkdirat", "newfstatat", "unlinkat", "renameat", "linkat", "symlinkat", "readlinkat",
     "faccessat", "pselect6", "ppoll", "set_robust_list", "epoll_pwait", "timerfd_create", "timerfd_settime",
-    "timerfd_gettime", "eventfd2", "signalfd4", "epoll_create1", "fallocate", "dup3", "pipe2", "preadv", "pwritev",
+    "timerfd_gettime", "eventfd2", "signalfd4", "epoll_create1", "dup3", "pipe2", "preadv", "pwritev",
     "getcpu", "sched_getattr", "renameat2", "getrandom", "copy_file_range", "preadv2", "pwritev2", "statx", "rseq",
-    "close_range", "openat2", "faccessat2", "epoll_pwait2", "getxattr", "lgetxattr", "fgetxattr", "listxattr",
-    "llistxattr", "flistxattr", "wait4", "waitid", "getsockname", "getpeername", "getsockopt", "shutdown", "capget",
+    "openat2", "faccessat2", "epoll_pwait2", "wait4", "waitid", "getsockname", "getpeername", "getsockopt", "shutdown", "capget",
 ]  # fmt: skip
 _FREE_X86 = [
     "open", "stat", "lstat", "poll", "access", "pipe", "select", "dup2", "pause", "alarm", "creat", "getdents",
@@ -49,8 +50,10 @@ _FREE_X86 = [
 ]  # fmt: skip
 _METADATA = ["fchmod", "fchmodat", "fchmodat2", "fchown", "fchownat", "utimensat"]
 _METADATA_X86 = ["chmod", "chown", "lchown", "utime", "utimes", "futimesat"]
+_XATTR = ["getxattr", "lgetxattr", "fgetxattr", "listxattr", "llistxattr", "flistxattr"]
 
-_THREAD = 0x00010000
+_THREAD, _SHARED_FILES = 0x00010000, 0x400
+_CLOSE_RANGE_UNSHARE = 2
 _CLONE_REFUSED = 0x7E020000 | 0x8000 | 0x2000 | 0x1000  # every NEW*, PARENT, PTRACE, PIDFD
 _FCNTL = [
     0,
@@ -159,7 +162,9 @@ def _one_of(index: int, values: list[int]) -> list[bytes]:
 
 
 def _rules() -> dict[str, list[bytes]]:
-    thread_only = [_arg(0), _ins(_JSET, _CLONE_REFUSED, 2, 0), _ins(_JSET, _THREAD, 0, 1), _YES, _NO]
+    thread_only = [
+        _arg(0), _ins(_JSET, _CLONE_REFUSED, 3, 0), _ins(_JSET, _THREAD, 0, 2), _ins(_JSET, _SHARED_FILES, 0, 1), _YES, _NO,
+    ]  # fmt: skip
     own_priority = [_arg(0), _ins(_JEQ, _PRIO_PROCESS, 0, 3), _arg(1), _ins(_JEQ, 0, 0, 1), _YES, _NO]
     no_address = [
         _arg(3), _ins(_JSET, _MSG_OOB, 5, 0), _arg(4), _ins(_JEQ, 0, 0, 3), _high(4), _ins(_JEQ, 0, 0, 1), _YES, _NO,
@@ -167,6 +172,7 @@ def _rules() -> dict[str, list[bytes]]:
     no_oob = [_arg(3), _ins(_JSET, _MSG_OOB, 1, 0), _YES, _NO]
     return {
         "clone": thread_only,
+        "close_range": [_arg(2), _ins(_JSET, _CLOSE_RANGE_UNSHARE, 1, 0), _YES, _NO],
         "clone3": [_ret(_ERRNO | errno.ENOSYS)],
         "kill": _one_of(0, [_PID]),
         "tgkill": _one_of(0, [_PID]),
@@ -182,18 +188,25 @@ def _rules() -> dict[str, list[bytes]]:
     }
 
 
-def program(*, fake_metadata: bool, machine: str = MACHINE) -> bytes:
+def program(*, shared_files: bool, landlock_abi: int = 0, machine: str = MACHINE) -> bytes:
     """The filter with the pid's placeholder in it: eight bytes an instruction."""
     table = TABLES[machine]
     names = _FREE + (_FREE_X86 if machine == "x86_64" else [])
     metadata = _METADATA + (_METADATA_X86 if machine == "x86_64" else [])
+    unsupported = _XATTR + (["fallocate"] if shared_files else [])
+    if not shared_files:
+        names = [*names, *metadata, "fallocate"]
+    if not shared_files or landlock_abi >= 3:
+        names = [*names, "truncate"]
     blocks = [_ins(_LD, 4), _ins(_JEQ, _AUDIT_ARCH[machine], 1, 0), _ret(_KILL), _ins(_LD, 0)]
     if machine == "x86_64":
         blocks += [_ins(_JGE, 0x40000000, 0, 1), _ret(_KILL)]
     for name, body in _rules().items():
         blocks += [_ins(_JEQ, table[name], 0, len(body)), *body]
-    for number in sorted(table[n] for n in metadata if n in table):
-        blocks += [_ins(_JEQ, number, 0, 1), _ret(_ERRNO) if fake_metadata else _YES]
+    for number in sorted(table[n] for n in metadata if shared_files and n in table):
+        blocks += [_ins(_JEQ, number, 0, 1), _ret(_ERRNO)]
+    for name in unsupported:
+        blocks += [_ins(_JEQ, table[name], 0, 1), _ret(_ERRNO | errno.EOPNOTSUPP)]
     for low, high in _ranges(sorted(table[n] for n in names if n in table)):
         blocks += [_ins(_JGE, low, 0, 2), _ins(_JGE, high + 1, 1, 0), _YES]
     blocks += [_ins(_JGE, _NEWEST + 1, 0, 1), _ret(_ERRNO | errno.ENOSYS), _NO]

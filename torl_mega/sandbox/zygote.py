@@ -359,6 +359,8 @@ def main(control_fd: int, raw_settings: str, project: str) -> None:
     control.setblocking(False)
     linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL if settings.tier == "A" else signal.SIGTERM)
     _volunteer_for_oom()
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     niceness = os.getpriority(os.PRIO_PROCESS, 0)
     with contextlib.suppress(PermissionError):
         os.setpriority(

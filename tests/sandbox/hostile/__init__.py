@@ -26,11 +26,17 @@ class Hostile:
     stdout: str | None = None  # exact, where the answer is known
     wall_s: float = 1.0
     stdin: str = ""
-    tier_a_only: bool = False  # what it tries can only be kept from it by namespaces
+
+    @property
+    def limit_s(self) -> float:
+        """Wall and CPU limit: short where nothing else ends the program, so that the corpus is quick."""
+        return 0.3 if self.allowed <= TIMEOUT else self.wall_s
 
 
 def cases() -> list[Hostile]:
-    from hostile import files, interpreter, kernel, limits, network, output, processes, secrets
+    from hostile import endings, files, interpreter, kernel, libraries, limits, native, network, output, processes, secrets
 
-    modules = (files, interpreter, kernel, limits, network, output, processes, secrets)
+    modules = (
+        endings, files, interpreter, kernel, libraries, limits, native, network, output, processes, secrets,
+    )  # fmt: skip
     return [case for module in modules for case in module.CASES]
