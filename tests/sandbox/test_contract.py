@@ -91,12 +91,21 @@ def test_stdin(run: Run) -> None:
     assert run("input()").stderr.endswith("EOFError: EOF when reading a line\n")
 
 
+def test_large_input_and_program_cost_the_snippet_no_memory(run: Run) -> None:
+    r = run("import sys; print(sum(map(len, sys.stdin)))", stdin=("y" * 99 + "\n") * 600_000, memory_mb=32)
+    assert (r.status, r.stdout) == (S.OK, "60000000\n")
+    assert run("x = 1 #" + "y" * (40 << 20) + "\nprint(x)").stdout == "1\n"
+
+
 def test_files_in_and_out(run: Run) -> None:
     code = "import os, helper\nos.makedirs('out/deep')\ndata = open('data.bin', 'rb').read()\n"
     code += "open('out/deep/x', 'wb').write(data[::-1])\nprint(helper.v)"
     files = {"data.bin": bytes(range(256)), "helper.py": b"v = 5"}
-    r = run(code, files=files, fetch_files=("out/deep/x", "missing"))
-    assert (r.status, r.stdout, r.files) == (S.OK, "5\n", {"out/deep/x": bytes(range(255, -1, -1))})
+    asked = ("out/deep/x", "./out//deep/x", "/tmp/data.bin", "missing", "out", "/etc/hostname", "../x", "")
+    r = run(code, files=files, fetch_files=asked)
+    back = bytes(range(255, -1, -1))
+    assert (r.status, r.stdout) == (S.OK, "5\n")
+    assert r.files == {"out/deep/x": back, "./out//deep/x": back, "/tmp/data.bin": back[::-1]}
 
 
 def test_fetch_follows_no_link(run: Run) -> None:
@@ -107,7 +116,7 @@ def test_fetch_follows_no_link(run: Run) -> None:
     assert r.files == {"b": b"ok"}
 
 
-@pytest.mark.parametrize("path", ["../x", "/etc/x", "a/../../x", ""])
+@pytest.mark.parametrize("path", ["../x", "/etc/x", "a/../../x", "", "a\0b", "\ud800", "é" * 200])
 def test_paths_outside_are_refused(run: Run, path: str) -> None:
     r = run("print(1)", files={path: b"x"})
     assert r.status is S.INFRA

@@ -9,12 +9,17 @@ import os
 import socket
 import stat
 
+from torl_mega.sandbox.payload import clean_path
+
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 def read_back(channel: socket.socket, paths: tuple[str, ...], max_bytes: int) -> dict[str, bytes]:
-    """The regular files among `paths` (clean, relative); together at most `max_bytes`, the rest is left out."""
+    """The regular files among `paths`, under the names they were asked by; together at most `max_bytes`.
+
+    What is missing, too large or outside the folder is left out, as SandboxFusion does.
+    """
     channel.setblocking(False)
     try:
         _, fds, _, _ = socket.recv_fds(channel, 16, 1)
@@ -25,7 +30,11 @@ def read_back(channel: socket.socket, paths: tuple[str, ...], max_bytes: int) ->
     out: dict[str, bytes] = {}
     try:
         for path in paths:
-            content = _read(fds[0], path, max_bytes - sum(map(len, out.values())))
+            try:
+                inside = clean_path(path)
+            except ValueError:
+                continue
+            content = _read(fds[0], inside, max_bytes - sum(map(len, out.values())))
             if content is not None:
                 out[path] = content
     finally:

@@ -9,7 +9,6 @@ fields and no other.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import binascii
 import json
@@ -44,8 +43,9 @@ class HttpServer:
         self.pool = pool
         self._open = 0
         app = web.Application(client_max_size=_MAX_BODY, middlewares=[_plain_errors])
-        app.router.add_post("/run_code", self._run_code)
-        app.router.add_get("/v1/ping", _ping)
+        for slash in ("", "/"):  # FastAPI redirects from one to the other
+            app.router.add_post("/run_code" + slash, self._run_code)
+            app.router.add_get("/v1/ping" + slash, _ping)
         app.router.add_get("/metrics", self._metrics)
         self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
 
@@ -111,8 +111,9 @@ class _BadJson(Exception):
 
 
 def _parse(body: bytes) -> RunCodeRequest:
+    missing = _BadJson({"type": "missing", "loc": ["body"], "msg": "Field required", "input": None})
     if not body:
-        raise _BadJson({"type": "missing", "loc": ["body"], "msg": "Field required", "input": None})
+        raise missing
     try:
         data = json.loads(body, parse_constant=_no_json, parse_float=_finite)
     except (ValueError, RecursionError) as e:  # also broken UTF-8, and integers of more than 4,300 digits
@@ -125,6 +126,8 @@ def _parse(body: bytes) -> RunCodeRequest:
             "ctx": {"error": why},
         }
         raise _BadJson(detail) from None
+    if data is None:
+        raise missing
     return RunCodeRequest.model_validate(data)
 
 
@@ -193,10 +196,8 @@ def _respond(result: ExecutionResult) -> web.Response:
 
 @web.middleware
 async def _plain_errors(request: web.Request, handler: Any) -> web.StreamResponse:
-    """404, 405, 413 as FastAPI words them, and 500 as SandboxFusion does."""
+    """404, 405 and 413 as FastAPI words them."""
     try:
         return await handler(request)
     except web.HTTPException as e:
         return web.json_response({"detail": e.reason}, status=e.status)
-    except asyncio.CancelledError:
-        raise

@@ -260,7 +260,6 @@ class SandboxPool:
         try:
             code = request.code.encode("utf-8", "surrogatepass")
             data = payload.pack(code, request.stdin.encode("utf-8", "surrogatepass"), request.files)
-            fetch = tuple(payload.clean_path(p) for p in request.fetch_files)
         except ValueError as e:
             return _infra(str(e))
         name = "data" if "data" in self._kinds and _DATA_IMPORT.search(code) else "math"
@@ -274,7 +273,7 @@ class SandboxPool:
                 break
             self.metrics.queue_s.observe(asyncio.get_running_loop().time() - waited)
             try:
-                result = await self._once(zygote, request, data, fetch)
+                result = await self._once(zygote, request, data)
             except ZygoteDied:
                 result = _infra("the snippet's zygote died")
             finally:
@@ -286,9 +285,7 @@ class SandboxPool:
         self.metrics.observe(result)
         return result
 
-    async def _once(
-        self, zygote: Zygote, request: ExecutionRequest, data: bytes, fetch: tuple[str, ...]
-    ) -> ExecutionResult:
+    async def _once(self, zygote: Zygote, request: ExecutionRequest, data: bytes) -> ExecutionResult:
         request_id = next(self._order)
         limits = self._limits(request)
         kept = min(max(request.output_bytes, 2), self.config.max_output_bytes)
@@ -304,7 +301,7 @@ class SandboxPool:
                     os.set_blocking(r, False)
                     theirs.append(w)
                     captures.append(Capture(r, kept, flood, lambda: zygote.stop_snippet(request_id, "output")))
-                if fetch:
+                if request.fetch_files:
                     box, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
                     theirs.append(other.detach())
                 job = zygote.submit(request_id, limits, theirs)
@@ -313,7 +310,9 @@ class SandboxPool:
                     os.close(fd)
             answer = await self._watch(zygote, request_id, job, limits["wall_s"])
             stdout, stderr = (c.finish() for c in captures)
-            files = await asyncio.to_thread(read_back, box, fetch, self.config.max_fetch_bytes) if box else {}
+            files: Mapping[str, bytes] = {}
+            if box is not None:
+                files = await asyncio.to_thread(read_back, box, request.fetch_files, self.config.max_fetch_bytes)
             return _result(answer, limits, stdout, stderr, files)
         except OSError as e:
             return _infra(f"the pool could not run a snippet: {e}")

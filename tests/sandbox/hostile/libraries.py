@@ -49,7 +49,7 @@ CASES = [
     Hostile("numpy_strides", "write out of bounds", "import numpy as np\na = np.lib.stride_tricks.as_strided(np.zeros(1), shape=(1 << 40,), strides=(8,))\na[1 << 38] = 1\n", frozenset({S.SIGNAL})),
     Hostile("numpy_heap", "overrun the heap", "import numpy as np\na = np.lib.stride_tricks.as_strided(np.zeros(8), shape=(1 << 20,))\na[:] = 1e300\nb = [bytearray(100) for _ in range(10 ** 4)]\n", ANY),
     Hostile("numpy_kron", "products of products", "import numpy as np\na = np.ones((50, 50))\nwhile True: a = np.kron(a, a)\n", BOMB),
-    Hostile("numpy_threads", "decompositions in many threads", "import numpy as np, threading\ndef f():\n    while True: np.linalg.svd(np.random.rand(300, 300))\nfor _ in range(30): threading.Thread(target=f).start()\n", BOMB),
+    Hostile("numpy_threads", "decompositions in many threads", "import numpy as np, threading\ndef f():\n    while True: np.linalg.svd(np.random.rand(300, 300))\nfor _ in range(30): threading.Thread(target=f).start()\n", ANY),
     refused("numpy_memmap", "map a file of the pool's user", "import numpy as np\nnp.memmap('@FILE@', mode='r+')"),
     refused("numpy_fromfile", "read it", "import numpy as np\nnp.fromfile('@FILE@', np.uint8)"),
     refused("sqlite_attach", "make a database where it must not", "import sqlite3\nsqlite3.connect('@DIR@/x.db').execute('create table a (b)')"),

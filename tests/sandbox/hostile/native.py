@@ -10,14 +10,20 @@ from torl_mega.types import ExecutionStatus as S
 WALL = frozenset({S.TIMEOUT_WALL})
 DEATH = frozenset({S.SIGNAL, S.ERROR, S.OK, *TIMEOUT})
 _C = "import ctypes, os, signal, struct, sys, time\nl = ctypes.CDLL(None, use_errno=True)\nl.syscall.restype = ctypes.c_long\nV = ctypes.c_void_p\n"
-_MMAP = _C + "l.mmap.restype = V\nl.mmap.argtypes = [V, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]\nBAD = (1 << 64) - 1\n"
+_MMAP = (
+    _C
+    + "l.mmap.restype = V\nl.mmap.argtypes = [V, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]\nBAD = (1 << 64) - 1\n"
+)
 # a raw thread that sleeps in pause(): its stack's top holds that function's address, to which syscall() returns
-_CLONE = _MMAP + "def thread(flags):\n    m = l.mmap(None, 65536, 3, 0x22, -1, 0)\n    top = m + 65536 - 64\n    ctypes.c_ulong.from_address(top).value = ctypes.cast(l.pause, V).value\n    return l.syscall(56, ctypes.c_ulong(flags), V(top), None, None, None)\n"
+_CLONE = (
+    _MMAP
+    + "def thread(flags):\n    m = l.mmap(None, 65536, 3, 0x22, -1, 0)\n    top = m + 65536 - 64\n    ctypes.c_ulong.from_address(top).value = ctypes.cast(l.pause, V).value\n    return l.syscall(56, ctypes.c_ulong(flags), V(top), None, None, None)\n"
+)
 
 CASES = [
     Hostile("thread_own_files", "a raw thread with a descriptor table of its own, to multiply RLIMIT_NOFILE", _CLONE + "print('ESCAPED' if thread(0x50B00) > 0 else 'refused', flush=True)\nos._exit(0)\n", stdout="refused\n"),
     Hostile("close_range_unshare", "the same by close_range", _C + "r = l.syscall(436, 1000, 2000, 2)\nprint('ESCAPED' if r == 0 else 'refused')\n", stdout="refused\n"),
-    Hostile("raw_threads", "raw threads without end", _CLONE + "n = 0\nwhile n < 1000 and thread(0x50F00) > 0: n += 1\nprint('ESCAPED' if n > 200 else 'limited', flush=True)\nos._exit(0)\n", ANY),
+    Hostile("raw_threads", "raw threads without end", _CLONE + "n = 0\nwhile n < 2000 and thread(0x50F00) > 0: n += 1\nprint('ESCAPED' if n > 1000 else 'limited', flush=True)\nos._exit(0)\n", ANY),
     Hostile("map_locked", "locked memory by mmap", _MMAP + "print('ESCAPED' if l.mmap(None, 1 << 20, 3, 0x2022, -1, 0) not in (None, BAD) else 'refused')\n", stdout="refused\n"),
     Hostile("map_shared_huge", "shared anonymous memory past the limit", _MMAP + "n = 0\nwhile n < 4000 and l.mmap(None, 1 << 20, 3, 0x8021, -1, 0) not in (None, BAD): n += 1\nprint('ESCAPED' if n > 1000 else 'limited')\n", stdout="limited\n", wall_s=3.0),
     Hostile("grows_down", "a map that grows downwards without being counted", _MMAP + "p = l.mmap(None, 4096, 3, 0x122, -1, 0)\nfor i in range(1, 1 << 20): ctypes.c_char.from_address(p - i * 4096).value = b'x'\nprint('ESCAPED')\n", ANY),
