@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import tempfile
 import threading
 from collections import Counter
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import aiohttp
@@ -162,6 +164,11 @@ def test_client_follows_the_event_loop() -> None:
             assert asyncio.run(once()) == "2\n"
 
 
+async def _pieces(data: bytes) -> AsyncIterator[bytes]:
+    for at in range(0, len(data), 7):
+        yield data[at : at + 7]
+
+
 def test_http_like_sandboxfusion() -> None:
     async def main(url: str) -> None:
         async with aiohttp.ClientSession() as session:
@@ -207,11 +214,31 @@ def test_http_like_sandboxfusion() -> None:
                 status, answer = await post(body)
                 assert status == 422
                 assert (answer["detail"][0]["type"], answer["detail"][0]["loc"]) == (kind, place)
-            async with session.post(f"{url}/run_code", data=b"{", headers={"Content-Type": "application/json"}) as r:
-                assert r.status == 422
-                assert (await r.json())["detail"][0]["type"] == "json_invalid"
+            for body, kind in (
+                (b"{", "json_invalid"),
+                (b"null", "missing"),
+                (b"", "missing"),
+                (b"[]", "model_attributes_type"),
+                (b'{"code": "", "language": "python", "run_timeout": NaN}', "json_invalid"),
+                (b'{"code": "", "language": "python", "run_timeout": 1e999}', "finite_number"),
+                (b"[" * 10**5, "json_invalid"),
+                (b"\xff", "json_invalid"),
+            ):
+                async with session.post(f"{url}/run_code/", data=body) as r:
+                    assert (r.status, (await r.json())["detail"][0]["type"]) == (422, kind)
+            async with session.post(f"{url}/run_code", data=_pieces(json.dumps(ok).encode())) as r:  # chunked
+                assert (await r.json())["run_result"]["stdout"] == "1\n"
+            _, bad = await post({**ok, "files": {"a": "abc"}})
+            assert (bad["status"], bad["run_result"], bad["files"]) == ("SandboxError", None, {})
+            names = {"stdin": "hi", "files": {"in.txt": "aGk="}, "fetch_files": ["./out.txt", "none", "/etc/passwd"]}
+            _, fetched = await post(
+                {**ok, **names, "code": "open('out.txt', 'w').write(open('in.txt').read() + input())"}
+            )
+            assert (fetched["status"], fetched["files"]) == ("Success", {"./out.txt": "aGloaQ=="})
+            _, long = await post({**ok, "code": "print('x' * (2 << 20))"})
+            assert (long["status"], len(long["run_result"]["stdout"]) >= 1 << 20) == ("Success", True)
             async with session.get(f"{url}/metrics") as r:
-                assert 'torl_sandbox_snippets_total{status="ok"} 1.0' in await r.text()
+                assert 'torl_sandbox_snippets_total{status="ok"} 4.0' in await r.text()
 
     with pool(data_libraries=False) as served:
         asyncio.run(main(served.url))
@@ -250,16 +277,18 @@ def test_nothing_of_the_environment_is_left_by_a_closed_pool() -> None:
     assert scratch_of(served.process.pid) == []
 
 
-NO_NAMESPACES = """
+REFUSING = """
 import ctypes, os, struct, sys
 sys.path.insert(0, sys.argv[1])
 from torl_mega.sandbox import linux, seccomp
 ins = seccomp._ins
-number = {"x86_64": 272, "aarch64": 97}[linux.MACHINE]  # unshare
-program = b"".join([ins(0x20, 0), ins(0x15, number, 0, 1), ins(0x06, 0x00050001), ins(0x06, 0x7FFF0000)])
+unshare = {"x86_64": 272, "aarch64": 97}[linux.MACHINE]
+refused = [unshare] + [444] * (sys.argv[2] == "landlock too")
+tests = [i for n in refused for i in (ins(0x15, n, 0, 1), ins(0x06, 0x00050001))]
+program = b"".join([ins(0x20, 0), *tests, ins(0x06, 0x7FFF0000)])
 linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
 seccomp.install(program, 0)
-os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+os.execv(sys.executable, [sys.executable, *sys.argv[3:]])
 """
 
 
@@ -274,7 +303,7 @@ def test_without_namespaces_tier_b_is_chosen(user: int | None) -> None:
         served = ["-m", "torl_mega.sandbox.serve", "--port", "0", "--settings", '{"data_libraries": false}']
         env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(PROJECT)}
         process = subprocess.Popen(
-            [sys.executable, "-c", NO_NAMESPACES, str(PROJECT), *served],
+            [sys.executable, "-c", REFUSING, str(PROJECT), "namespaces", *served],
             stdout=subprocess.PIPE,
             text=True,
             env=env,
@@ -297,9 +326,46 @@ def test_without_namespaces_tier_b_is_chosen(user: int | None) -> None:
         assert answer == "1\n"
 
 
-@pytest.mark.parametrize("tier", ["A", "B"])
-def test_an_interpreter_below_tmp_is_not_hidden(tier: str) -> None:
-    """A private /tmp must not cover a virtual environment that lies in the real one."""
+PROGRAM_BELOW_TMP = """
+import sys, sympy, only_here, threading
+open("x", "w")
+threading.stack_size(65536)
+wait, started = threading.Event(), 0
+try:
+    while started < 500:
+        threading.Thread(target=wait.wait, daemon=True).start()
+        started += 1
+except RuntimeError:
+    pass
+print(sys.prefix, only_here.v, started < 500)
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root to become an ordinary user")
+def test_where_no_tier_works_one_line_says_why() -> None:
+    served = ["-m", "torl_mega.sandbox.serve", "--port", "0"]
+    command = [sys.executable, "-c", REFUSING, str(PROJECT), "landlock too", *served]
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(PROJECT)}
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=env,
+        cwd="/",
+        user=ORDINARY_UID,
+        group=ORDINARY_UID,
+        extra_groups=[],
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("sandbox: no sandbox tier works here: sandbox tier A: ")
+    assert "unshare" in done.stderr
+    assert "sandbox tier B needs Landlock" in done.stderr
+
+
+@pytest.mark.parametrize(("tier", "mode"), [("A", 0o700), ("B", 0o755), ("B", 0o700)])
+def test_an_interpreter_below_tmp_is_not_hidden(tier: str, mode: int) -> None:
+    """A private /tmp must not cover a virtual environment in the real one, nor a closed folder lock snippets out."""
     import sysconfig
     import venv
 
@@ -310,16 +376,16 @@ from torl_mega.sandbox.pool import SandboxPool
 from torl_mega.types import ExecutionRequest
 async def main():
     async with SandboxPool(SandboxConfig(tier={tier!r}, data_libraries=False)) as pool:
-        request = ExecutionRequest("import sys, sympy, only_here\\nopen('x', 'w')\\nprint(sys.prefix, only_here.v)")
+        request = ExecutionRequest({PROGRAM_BELOW_TMP!r})
         print((await pool.run(request)).stdout, end="")
 asyncio.run(main())
 """
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
-        os.chmod(folder, 0o755)
+        os.chmod(folder, mode)
         venv.create(folder, symlinks=True)
         packages = next(Path(folder).glob("lib/python*/site-packages"))
         (packages / "here.pth").write_text(sysconfig.get_path("purelib"))
         (packages / "only_here.py").write_text("v = 5")
         command = [f"{folder}/bin/python", "-c", code]
         done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(PROJECT)}, cwd="/")
-        assert done.stdout == f"{folder} 5\n", done.stderr
+        assert done.stdout == f"{folder} 5 True\n", done.stderr

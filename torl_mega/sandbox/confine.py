@@ -40,6 +40,7 @@ class Settings:
     warm: str
     uid: int | None  # drop to this user (tier A as root); None keeps the current one
     slot_uids: list[int]  # tier B as root: one user per slot
+    keep_euid: bool  # the interpreter is closed to those users: they only count threads, files are opened as the pool's
     scratch_base: str | None  # tiers B and C
     max_threads: int
     nproc: int | None  # RLIMIT_NPROC where threads cannot be counted per snippet; None: max_threads is exact
@@ -210,8 +211,11 @@ def make_box(cage: Cage, scratch: str | None, slot: int) -> str:
     if settings.slot_uids:
         uid = settings.slot_uids[slot]
         os.setgroups([])
-        os.setresgid(uid, uid, uid)
-        os.setresuid(uid, uid, uid)
+        if settings.keep_euid:
+            os.setresuid(uid, -1, uid)
+        else:
+            os.setresgid(uid, uid, uid)
+            os.setresuid(uid, uid, uid)
     os.chdir(scratch)
     return scratch
 

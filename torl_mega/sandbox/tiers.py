@@ -49,7 +49,8 @@ class Plan:
     kinds: dict[str, KindPlan]
     max_running: int
     uid: int | None
-    slot_uids: dict[str, list[int]]
+    slot_uids: list[int]
+    keep_euid: bool
     scratch: str | None
     exact_threads: bool
     mechanisms: list[str] = field(default_factory=list)
@@ -64,14 +65,13 @@ class Plan:
             os.chmod(self.scratch, 0o711)
         uids: list[int] = []
         if self.slot_uids:
-            pool = self.slot_uids["all"]
             num = k.slots + SPARE_SLOTS
-            uids = [pool[(self._uid_cursor + i) % len(pool)] for i in range(num)]
+            uids = [self.slot_uids[(self._uid_cursor + i) % len(self.slot_uids)] for i in range(num)]
             self._uid_cursor += num
         return Settings(
             tier=self.tier, readable=readable_paths(c), slots=k.slots, preload=list(PRELOAD[kind]), warm=WARM[kind],
-            uid=self.uid, slot_uids=uids, scratch_base=self.scratch, max_threads=c.max_threads, nproc=None,
-            scratch_mb=c.scratch_mb, scratch_inodes=c.scratch_inodes, nice=c.nice,
+            uid=self.uid, slot_uids=uids, keep_euid=self.keep_euid, scratch_base=self.scratch,
+            max_threads=c.max_threads, nproc=None, scratch_mb=c.scratch_mb, scratch_inodes=c.scratch_inodes, nice=c.nice,
             deterministic_random=c.deterministic_random,
         )  # fmt: skip
 
@@ -114,10 +114,9 @@ def plan(config: SandboxConfig, tier: str) -> Plan:
     if config.data_libraries:
         num_data = max(1, num_math // 4)
         kinds["data"] = KindPlan("data", num_data, -(-running // num_data))
-    uid, slot_uids, warnings = _users(
-        config, tier, sum(k.num_zygotes * (k.slots + SPARE_SLOTS) for k in kinds.values())
-    )
-    made = Plan(tier, config, kinds, running, uid, slot_uids, None, exact_threads=True, warnings=warnings)
+    num_slots = sum(k.num_zygotes * (k.slots + SPARE_SLOTS) for k in kinds.values())
+    uid, slot_uids, keep_euid, warnings = _users(config, tier, num_slots)
+    made = Plan(tier, config, kinds, running, uid, slot_uids, keep_euid, None, exact_threads=True, warnings=warnings)
     if tier == "A":
         made.exact_threads = _kernel() >= (5, 14)
         made.mechanisms = [
@@ -127,14 +126,19 @@ def plan(config: SandboxConfig, tier: str) -> Plan:
             "rlimits",
         ]
     elif tier == "B":
-        if not landlock.abi() and not slot_uids:
+        if not landlock.abi() and (keep_euid or not slot_uids):
             raise ServerError(
-                "sandbox tier B needs Landlock (Linux 5.13, in the lsm= list) or root: the file system would stay open"
+                "sandbox tier B needs Landlock (Linux 5.13, in the lsm= list), or root and an interpreter that every user "
+                "may run: the file system would stay open" + "".join(f"; {w}" for w in warnings)
             )
         if not landlock.abi():
             warnings.append("no Landlock: files that every user may read stay readable to snippets")
         made.exact_threads = bool(slot_uids)
-        made.mechanisms = ["seccomp allow list", "rlimits", "a user per slot" if slot_uids else "the pool's own user"]
+        made.mechanisms = [
+            "seccomp allow list",
+            "rlimits",
+            "a user per slot" if slot_uids and not keep_euid else "the pool's own user",
+        ]
     else:
         warnings.append("tier C does not isolate: snippets can read and write whatever this user can")
         made.exact_threads = False
@@ -145,36 +149,36 @@ def plan(config: SandboxConfig, tier: str) -> Plan:
     return made
 
 
-def _users(config: SandboxConfig, tier: str, num_slots: int) -> tuple[int | None, dict[str, list[int]], list[str]]:
-    """Whom snippets run as: (one user for tier A, users per slot for tier B, warnings)."""
+def _users(config: SandboxConfig, tier: str, num_slots: int) -> tuple[int | None, list[int], bool, list[str]]:
+    """Whom snippets run as: (one user for tier A, users per slot for tier B, whether these keep the pool's euid, warnings)."""
     if os.getuid() != 0 or tier == "C":
-        return None, {}, []
-    try:
-        _try_user(config.uid_base, readable_from_root=tier == "A")
-    except ServerError as e:
-        return None, {}, [f"{e}; snippets keep the pool's user" + (", fenced in by Landlock" if tier == "B" else "")]
-    if tier == "A":
-        return config.uid_base, {}, []
-    return None, {"all": [config.uid_base + i for i in range(num_slots + 64)]}, []
-
-
-def _try_user(uid: int, *, readable_from_root: bool) -> None:
-    """Raises ServerError when a process of that user could not be, or could not read the interpreter."""
+        return None, [], False, []
+    fenced = "; snippets keep the pool's user" + (", fenced in by Landlock" if tier == "B" else "")
+    if why := _cannot_run(config.uid_base, ["/bin/true"]):
+        return None, [], False, [f"root cannot become user {config.uid_base} here ({why}){fenced}"]
+    if tier == "A":  # the mounts are made as root
+        return config.uid_base, [], False, []
+    uids = [config.uid_base + i for i in range(num_slots + 64)]
     files = [spec.origin for m in ("json", "numpy", "sympy") if (spec := importlib.util.find_spec(m)) and spec.origin]
     code = "import os,sys; [open(f).close() for f in sys.argv[1:]]"
-    command = ["/bin/true"] if readable_from_root else [sys.executable, "-s", "-P", "-B", "-c", code, *files]
+    if why := _cannot_run(config.uid_base, [sys.executable, "-s", "-P", "-B", "-c", code, *files]):
+        warning = (
+            f"user {config.uid_base} cannot run {sys.executable} ({why}){fenced}; better install the environment where "
+            "every user may read it, not below a closed folder such as /root"
+        )
+        return None, uids, True, [warning]
+    return None, uids, False, []
+
+
+def _cannot_run(uid: int, command: list[str]) -> str:
+    """Why a process of that user cannot run `command`; empty when it can."""
     try:
         done = subprocess.run(command, user=uid, group=uid, extra_groups=[], cwd="/", env={}, capture_output=True)
     except OSError as e:
-        done, why = None, str(e)
-    else:
-        why = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:] or [""]
-        why = why[0]
-    if done is None or done.returncode != 0:
-        raise ServerError(
-            f"user {uid} cannot run {sys.executable} ({why}): install the environment where every user may read it, "
-            "not below a closed folder such as /root"
-        )
+        return str(e)
+    if done.returncode == 0:
+        return ""
+    return (done.stderr.decode("utf-8", "replace").strip().splitlines() or [f"exit code {done.returncode}"])[-1]
 
 
 def readable_paths(config: SandboxConfig) -> list[str]:

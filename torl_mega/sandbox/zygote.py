@@ -171,8 +171,9 @@ class Zygote:
         heapq.heappush(self.timers, (now + first, pid, request["id"]))
 
     def _slot_uid(self, slot: int) -> int | None:
-        uids = self.cage.settings.slot_uids
-        return uids[slot] if uids else None
+        """Whom the slot's scratch folder belongs to, where not to the zygote's own user."""
+        settings = self.cage.settings
+        return settings.slot_uids[slot] if settings.slot_uids and not settings.keep_euid else None
 
     def _read_stamp(self, child: Child) -> None:
         """Start time, written by trusted code and closed before foreign code runs; or what went wrong before."""
