@@ -161,6 +161,16 @@ def test_data_libraries_have_a_zygote_of_their_own(runner: asyncio.Runner, pool:
     assert runner.run(pool.run(R(plot, fetch_files=("p.png",)))).files["p.png"].startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    "code", ["import" + " " * 200_000 + "os", "import " + "a," * 200_000 + "os", " " * 400_000 + "1"]
+)
+def test_no_program_is_slow_to_look_at(runner: asyncio.Runner, pool: SandboxPool, code: str) -> None:
+    """Choosing its zygote happens in the pool's own loop, where time is everybody's."""
+    start = time.monotonic()
+    assert runner.run(pool.run(R(code))).status in (S.OK, S.ERROR)
+    assert time.monotonic() - start < 3.0
+
+
 def test_deterministic_random_repeats() -> None:
     async def main() -> tuple[str, str]:
         async with SandboxPool(SandboxConfig(max_running=1, data_libraries=False, deterministic_random=True)) as pool:
