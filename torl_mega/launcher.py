@@ -5,7 +5,8 @@
               └─ ranks 0 … N-1        (torl_mega.train)
 
 The launcher imports no engine. Every child dies with its whole tree when the launcher dies, even by SIGKILL (see
-`process.py`). On a cluster srun takes this place; the ranks and side-cars are the same programs.
+`process.py`). A side-car that a signal ended is started again in its place; one that ends by itself has said why, and the
+run ends with it. On a cluster srun takes this place; the ranks and side-cars are the same programs.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from torl_mega import process
@@ -29,8 +31,37 @@ from torl_mega.trainer.layout import check_layout, read_hf_config
 
 POLL_S = 0.2
 GRACE_S = 60.0  # for ranks that were told to stop: finish or drop the step, write a checkpoint
+MAX_RESTARTS = 20  # of one side-car in one run
 STOP_S = 5.0  # for side-cars and ranks that are ended because the run is over
 EXIT_REQUEUE = 85
+
+
+@dataclass(slots=True)
+class SideCar:
+    name: str
+    command: Sequence[str]
+    log_path: Path
+    process: GuardedProcess
+    num_restarts: int = 0
+
+    @classmethod
+    def start(cls, name: str, command: Sequence[str], log_path: Path) -> SideCar:
+        return cls(name, command, log_path, process.start(command, name=name, log_path=log_path))
+
+    def keep_up(self) -> None:
+        """Starts it again when a signal ended it. Raises ServerError when it ended by itself, or too often."""
+        code = self.process.poll()
+        if code is None:
+            return
+        if code >= 0 or self.num_restarts == MAX_RESTARTS:
+            last = process.tail(self.log_path, 1) or "no output"
+            raise ServerError(f"{self.name} ended with code {code}: {last} (log: {self.log_path})")
+        self.num_restarts += 1
+        print(f"torl: {self.name} was killed by {signal.Signals(-code).name}; starting it again", file=sys.stderr)
+        self.process = process.start(self.command, name=self.name, log_path=self.log_path)
+
+    def stop(self) -> None:
+        self.process.stop(STOP_S)
 
 
 def train(config: Config, config_args: Sequence[str]) -> int:
@@ -77,13 +108,13 @@ def _held(config: Config) -> Iterator[RunFolder]:
 @contextlib.contextmanager
 def _sidecars(
     config: Config, config_args: Sequence[str], folder: RunFolder
-) -> Iterator[tuple[list[GuardedProcess], dict[str, str]]]:
+) -> Iterator[tuple[list[SideCar], dict[str, str]]]:
     """Sandbox and servers, and the environment that tells a rank where they are. Nothing when a recording is replayed."""
     if config.rollout.replay is not None:
         yield [], {}
         return
     with tempfile.TemporaryDirectory(prefix="torl-") as scratch:
-        started: list[GuardedProcess] = []
+        started: list[SideCar] = []
         try:
             sandbox, sandbox_address = _sandbox(config, folder, Path(scratch))
             started += sandbox
@@ -92,19 +123,19 @@ def _sidecars(
             yield started, {"TORL_SANDBOX": sandbox_address, "TORL_SERVERS": urls}
         finally:
             for child in started:
-                child.stop(STOP_S)
+                child.stop()
 
 
-def _sandbox(config: Config, folder: RunFolder, scratch: Path) -> tuple[list[GuardedProcess], str]:
+def _sandbox(config: Config, folder: RunFolder, scratch: Path) -> tuple[list[SideCar], str]:
     if config.sandbox.address is not None:
         return [], config.sandbox.address
     socket_path = scratch / "sandbox.sock"
     command = [sys.executable, "-m", "torl_mega.sandbox.serve", "--socket", str(socket_path)]
     command += ["--settings", config.sandbox.model_dump_json()]
-    return [process.start(command, name="sandbox", log_path=_log(folder, "sandbox"))], f"unix:{socket_path}"
+    return [SideCar.start("sandbox", command, _log(folder, "sandbox"))], f"unix:{socket_path}"
 
 
-def _servers(config: Config, config_args: Sequence[str], folder: RunFolder) -> tuple[list[GuardedProcess], str]:
+def _servers(config: Config, config_args: Sequence[str], folder: RunFolder) -> tuple[list[SideCar], str]:
     if config.serving.urls:
         return [], ",".join(config.serving.urls)
     started, urls = [], []
@@ -113,7 +144,7 @@ def _servers(config: Config, config_args: Sequence[str], folder: RunFolder) -> t
         command = [_sglang_python(), "-m", "torl_mega.serving.serve", *config_args, "--port", str(port)]
         command += ["--log", str(folder.logs / f"sglang_{index}.log")]
         name = f"server_{index}"
-        started.append(process.start(command, name=name, log_path=_log(folder, name)))
+        started.append(SideCar.start(name, command, _log(folder, name)))
         urls.append(f"http://127.0.0.1:{port}")
     return started, ",".join(urls)
 
@@ -146,7 +177,7 @@ def _ranks(config: Config, config_args: Sequence[str], folder: RunFolder, env: d
 
 
 def _watch(
-    ranks: Sequence[GuardedProcess], sidecars: Sequence[GuardedProcess], stop: _StopSignal, folder: RunFolder
+    ranks: Sequence[GuardedProcess], sidecars: Sequence[SideCar], stop: _StopSignal, folder: RunFolder
 ) -> int:
     """Until all ranks ended well, or the first of anything ended badly, or a signal said stop."""
     deadline: float | None = None
@@ -158,12 +189,7 @@ def _watch(
             if code not in (None, 0, EXIT_REQUEUE):
                 return _rank_failed(rank, code, folder)
         for sidecar in sidecars:
-            code = sidecar.poll()
-            if code is not None:
-                log = _log(folder, sidecar.name)
-                raise ServerError(
-                    f"{sidecar.name} ended with code {code}: {process.tail(log, 1) or 'no output'} (log: {log})"
-                )
+            sidecar.keep_up()
         if stop.requested and deadline is None:
             deadline = time.monotonic() + GRACE_S
             for rank in ranks:
