@@ -26,7 +26,7 @@ from torl_mega import process
 from torl_mega.config import Config
 from torl_mega.errors import ConfigError, DataError, ServerError, TorlError
 from torl_mega.process import GuardedProcess
-from torl_mega.run_folder import RunFolder, lock_run, open_run
+from torl_mega.run_folder import RunFolder, is_complete, lock_run, open_run
 from torl_mega.trainer.layout import check_layout, read_hf_config
 
 POLL_S = 0.2
@@ -66,7 +66,15 @@ class SideCar:
 
 def train(config: Config, config_args: Sequence[str]) -> int:
     """Runs the whole job; returns rank 0's exit code. `config_args`: CONF and overrides as given."""
-    with _held(config) as folder, _sidecars(config, config_args, folder) as (sidecars, env):
+    with _held(config) as folder:
+        if is_complete(folder, config):
+            print(f"{folder.path} is complete ({config.num_steps} steps): {folder.summary}; raise num_steps to go on")
+            return 0
+        return _train(config, config_args, folder)
+
+
+def _train(config: Config, config_args: Sequence[str], folder: RunFolder) -> int:
+    with _sidecars(config, config_args, folder) as (sidecars, env):
         stop = _StopSignal()
         ranks = _ranks(config, config_args, folder, env)
         try:
@@ -176,9 +184,7 @@ def _ranks(config: Config, config_args: Sequence[str], folder: RunFolder, env: d
     ]
 
 
-def _watch(
-    ranks: Sequence[GuardedProcess], sidecars: Sequence[SideCar], stop: _StopSignal, folder: RunFolder
-) -> int:
+def _watch(ranks: Sequence[GuardedProcess], sidecars: Sequence[SideCar], stop: _StopSignal, folder: RunFolder) -> int:
     """Until all ranks ended well, or the first of anything ended badly, or a signal said stop."""
     deadline: float | None = None
     while True:
