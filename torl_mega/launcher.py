@@ -12,9 +12,11 @@ run ends with it. On a cluster srun takes this place; the ranks and side-cars ar
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import select
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +26,7 @@ from pathlib import Path
 
 from torl_mega import process
 from torl_mega.config import Config
-from torl_mega.errors import ConfigError, DataError, ServerError, TorlError
+from torl_mega.errors import CheckpointError, ConfigError, DataError, ServerError, TorlError
 from torl_mega.process import GuardedProcess
 from torl_mega.run_folder import RunFolder, is_complete, lock_run, open_run
 from torl_mega.trainer.layout import check_layout, read_hf_config
@@ -95,10 +97,35 @@ def check_inputs(config: Config) -> None:
 
 
 def with_servers(config: Config, config_args: Sequence[str], program: Callable[[Config, RunFolder], int]) -> int:
-    """Runs `program` in this process beside a sandbox and servers of its own, without a trainer (`torl eval`)."""
+    """Runs `program` in this process beside a sandbox and servers of its own, without a trainer (`torl eval`).
+    `model.path` may also be a Megatron checkpoint of a run."""
+    if (Path(config.model.path) / "manifest.json").is_file():
+        hf = _converted(config)
+        config_args = [*config_args, f"model.path={hf}"]
+        config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(hf)})})
     with _held(config) as folder, _sidecars(config, config_args, folder) as (_, env):
         os.environ.update(env)
         return program(config, folder)
+
+
+def _converted(config: Config) -> Path:
+    """The checkpoint as an HF folder inside this run's own, with the tokenizer of the run it belongs to."""
+    checkpoint = Path(config.model.path).resolve()
+    owner = checkpoint.parents[1] / "config.json"
+    if not owner.is_file():
+        raise ConfigError(
+            f"model.path = {checkpoint} is a Megatron checkpoint outside a run folder, so its tokenizer is unknown; "
+            f"convert it with tools/convert_megatron_to_hf.py --tokenizer DIR"
+        )
+    tokenizer = json.loads(owner.read_text())["config"]["model"]["path"]
+    out = RunFolder.of(config).path / f"{checkpoint.parents[1].name}_{checkpoint.name}_hf"
+    if not out.exists():
+        command = [sys.executable, "-m", "torl_mega.trainer.export", "--checkpoint", str(checkpoint), "--out", str(out)]
+        done = subprocess.run([*command, "--tokenizer", tokenizer], capture_output=True, text=True, check=False)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+            raise CheckpointError(f"{checkpoint} could not be converted: {last.removeprefix('error: ')}")
+    return out
 
 
 @contextlib.contextmanager

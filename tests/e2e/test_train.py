@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,6 +65,20 @@ def test_the_exported_policy_is_the_one_that_was_served(trained):
         with torch.no_grad():
             written = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
         assert transcript["response"].startswith(tokenizer.decode(written, skip_special_tokens=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoint", ["hf", "checkpoints/step_00003"])
+def test_eval_gives_what_the_training_gave_at_its_end(trained, runs_dir, checkpoint):
+    name = f"eval_{Path(checkpoint).name}"
+    done = torl("eval", runs_dir, name, f"model.path={trained / checkpoint}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    ours, theirs = runs_dir / name / "eval" / "step_00000", trained / "eval" / "step_00003"
+    for suffix in (".json", ".md", ".jsonl"):
+        assert Path(f"{ours}{suffix}").is_file()
+    assert Path(f"{ours}.md").read_text() in done.stdout
+    said = [[json.loads(line)["response"] for line in Path(f"{at}.jsonl").open()] for at in (ours, theirs)]
+    assert said[0] == said[1]
 
 
 @pytest.mark.parametrize("cut", ["tensor=2", "pipeline=2", pytest.param("data=2", marks=pytest.mark.slow)])
