@@ -77,7 +77,8 @@ def test_eval_gives_what_the_training_gave_at_its_end(trained, runs_dir, checkpo
     for suffix in (".json", ".md", ".jsonl"):
         assert Path(f"{ours}{suffix}").is_file()
     assert Path(f"{ours}.md").read_text() in done.stdout
-    said = [[json.loads(line)["response"] for line in Path(f"{at}.jsonl").open()] for at in (ours, theirs)]
+    lines = [Path(f"{at}.jsonl").read_text().splitlines() for at in (ours, theirs)]
+    said = [[json.loads(line)["response"] for line in each] for each in lines]
     assert said[0] == said[1]
 
 
