@@ -1,5 +1,9 @@
-"""Killed at ten moments that a seed draws, and started again each time: the run ends like one that was left alone."""
+"""Killed at ten moments that a seed draws, and started again each time: the run ends like one that was left alone.
 
+The servers outlive the trainer, as on a cluster: each start finds them as the last one was cut off.
+"""
+
+import asyncio
 import itertools
 import json
 import os
@@ -15,12 +19,28 @@ from torl_runs import LIMIT_S, TORL, command, processes_of, rows, torl, wait_unt
 
 from torl_mega.data import arithmetic
 from torl_mega.rollout.recorder import read_rows, step_path
+from torl_mega.serving.server import wait_ready
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 NUM_STEPS, NUM_KILLS = 8, 10
 EXACT = ["serving.deterministic=true", "sandbox.deterministic_random=true"]
 PER_STEP, GROUP = 4, 4
+
+
+@pytest.fixture(scope="module")
+def server(start_server):
+    """`server(override, ...)` -> the override that names a server started so, shared by the tests that ask for the same."""
+    urls = {}
+
+    def get(*overrides):
+        if overrides not in urls:
+            live = start_server("conf/quickstart.yaml", *overrides)
+            asyncio.run(wait_ready(live.url, 280, process=live.sidecar, log_path=live.log))
+            urls[overrides] = live.url
+        return f"serving.urls=[{urls[overrides]}]"
+
+    return get
 
 
 def train(runs_dir, name, *overrides):
@@ -76,8 +96,8 @@ def trajectories(run):
 
 
 @pytest.mark.parametrize("staleness", [0, 1])
-def test_with_the_exact_generator_every_bit_is_the_same(tmp_path, staleness):
-    overrides = [*EXACT, f"rollout.max_staleness={staleness}"]
+def test_with_the_exact_generator_every_bit_is_the_same(server, tmp_path, staleness):
+    overrides = [*EXACT, server(*EXACT), f"rollout.max_staleness={staleness}"]
     calm, rng = train(tmp_path, "calm", *overrides), random.Random(20 + staleness)
     for _ in range(NUM_KILLS):
         kill_once(tmp_path, "killed", rng, *overrides)
@@ -90,8 +110,8 @@ def test_with_the_exact_generator_every_bit_is_the_same(tmp_path, staleness):
 
 
 @pytest.mark.parametrize("staleness", [0, 2])
-def test_with_the_ordinary_generator_no_trajectory_is_lost_or_repeated(tmp_path, staleness):
-    overrides, rng = [f"rollout.max_staleness={staleness}"], random.Random(30 + staleness)
+def test_with_the_ordinary_generator_no_trajectory_is_lost_or_repeated(server, tmp_path, staleness):
+    overrides, rng = [server(), f"rollout.max_staleness={staleness}"], random.Random(30 + staleness)
     for _ in range(NUM_KILLS):
         kill_once(tmp_path, "killed", rng, *overrides)
     run = train(tmp_path, "killed", *overrides)
