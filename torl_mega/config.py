@@ -49,6 +49,10 @@ class RolloutConfig(Section):
     """Sampling temperature of training rollouts (paper: 1)."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Nucleus; below 1 the sampled distribution is not the trained one."""
+    oversample: float = Field(default=1.0, ge=1)
+    """Prompts started per prompt that a step needs. Above 1 the step ends with its first `prompts_per_step` complete groups;
+    the slower ones are cut off and their prompts come first in the next step. Which ones those are depends on timing, so
+    exact repetition needs 1."""
     max_concurrency: PositiveInt = 4096
     """Trajectories in flight at once; the rest wait without cost."""
     trajectory_deadline_s: PositiveFloat = 1800.0
@@ -56,6 +60,9 @@ class RolloutConfig(Section):
     max_staleness: int = Field(default=0, ge=0)
     """Policy versions a token may lag behind the update that uses it; 0 = exactly on-policy (the paper), 1 = the next step
     is sampled while this one is trained on, above = servers take new weights in the middle of trajectories."""
+    pause: Literal["in_place", "retract"] = "retract"
+    """What trajectories under way do while servers take new weights (max_staleness > 1): `retract` computes their KV cache
+    anew, `in_place` goes on with the old one."""
     replay: str | None = None
     """Run folder whose recorded trajectories are trained on instead of sampling; no server is started."""
 
@@ -302,12 +309,21 @@ class CheckpointConfig(Section):
 
 
 class GuardsConfig(Section):
-    """Rates above which a step stops the run; each is a share in [0, 1] except the mismatch."""
+    """Limits above which a step stops the run, and near which it warns; each is a share in [0, 1] except the mismatch. None
+    = log only."""
 
     max_fault_rate: float = Field(default=0.1, ge=0, le=1)
     """Trajectories lost to infrastructure faults."""
     max_logprob_diff: PositiveFloat | None = None
-    """Largest |server - trainer| log-prob of any trained token; None = log only."""
+    """Largest |server - trainer| log-prob of any trained token."""
+    max_void_turn_ratio: float | None = Field(default=None, ge=0, le=1)
+    """Trajectories with a turn that holds neither a complete program nor an answer."""
+    max_truncated_ratio: float | None = Field(default=None, ge=0, le=1)
+    """Trajectories that ran out of their token budget."""
+    max_grader_timeout_ratio: float | None = Field(default=0.2, ge=0, le=1)
+    """Trajectories whose answer the grader could not judge in time."""
+    warn_at: float = Field(default=0.5, gt=0, le=1)
+    """Share of each limit above which a warning is logged."""
     probe_logprob_diff: PositiveFloat = 0.5
     """The start-up probe's limit for the same prompt on server and trainer; bf16 rounds, so it is loose by default."""
 

@@ -5,37 +5,78 @@
               └─ ranks 0 … N-1        (torl_mega.train)
 
 The launcher imports no engine. Every child dies with its whole tree when the launcher dies, even by SIGKILL (see
-`process.py`). On a cluster srun takes this place; the ranks and side-cars are the same programs.
+`process.py`). A side-car that a signal ended is started again in its place; one that ends by itself has said why, and the
+run ends with it. On a cluster srun takes this place; the ranks and side-cars are the same programs.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import select
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from torl_mega import process
 from torl_mega.config import Config
-from torl_mega.errors import ConfigError, DataError, ServerError, TorlError
+from torl_mega.errors import CheckpointError, ConfigError, DataError, ServerError, TorlError
 from torl_mega.process import GuardedProcess
-from torl_mega.run_folder import RunFolder, lock_run, open_run
+from torl_mega.run_folder import RunFolder, is_complete, lock_run, open_run
 from torl_mega.trainer.layout import check_layout, read_hf_config
 
 POLL_S = 0.2
 GRACE_S = 60.0  # for ranks that were told to stop: finish or drop the step, write a checkpoint
+MAX_RESTARTS = 20  # of one side-car in one run
 STOP_S = 5.0  # for side-cars and ranks that are ended because the run is over
 EXIT_REQUEUE = 85
 
 
+@dataclass(slots=True)
+class SideCar:
+    name: str
+    command: Sequence[str]
+    log_path: Path
+    process: GuardedProcess
+    num_restarts: int = 0
+
+    @classmethod
+    def start(cls, name: str, command: Sequence[str], log_path: Path) -> SideCar:
+        return cls(name, command, log_path, process.start(command, name=name, log_path=log_path))
+
+    def keep_up(self) -> None:
+        """Starts it again when a signal ended it. Raises ServerError when it ended by itself, or too often."""
+        code = self.process.poll()
+        if code is None:
+            return
+        if code >= 0 or self.num_restarts == MAX_RESTARTS:
+            last = process.tail(self.log_path, 1) or "no output"
+            raise ServerError(f"{self.name} ended with code {code}: {last} (log: {self.log_path})")
+        self.num_restarts += 1
+        print(f"torl: {self.name} was killed by {signal.Signals(-code).name}; starting it again", file=sys.stderr)
+        self.process = process.start(self.command, name=self.name, log_path=self.log_path)
+
+    def stop(self) -> None:
+        self.process.stop(STOP_S)
+
+
 def train(config: Config, config_args: Sequence[str]) -> int:
     """Runs the whole job; returns rank 0's exit code. `config_args`: CONF and overrides as given."""
-    with _held(config) as folder, _sidecars(config, config_args, folder) as (sidecars, env):
+    with _held(config) as folder:
+        if is_complete(folder, config):
+            print(f"{folder.path} is complete ({config.num_steps} steps): {folder.summary}; raise num_steps to go on")
+            return 0
+        return _train(config, config_args, folder)
+
+
+def _train(config: Config, config_args: Sequence[str], folder: RunFolder) -> int:
+    with _sidecars(config, config_args, folder) as (sidecars, env):
         stop = _StopSignal()
         ranks = _ranks(config, config_args, folder, env)
         try:
@@ -56,10 +97,35 @@ def check_inputs(config: Config) -> None:
 
 
 def with_servers(config: Config, config_args: Sequence[str], program: Callable[[Config, RunFolder], int]) -> int:
-    """Runs `program` in this process beside a sandbox and servers of its own, without a trainer (`torl eval`)."""
+    """Runs `program` in this process beside a sandbox and servers of its own, without a trainer (`torl eval`).
+    `model.path` may also be a Megatron checkpoint of a run."""
+    if (Path(config.model.path) / "manifest.json").is_file():
+        hf = _converted(config)
+        config_args = [*config_args, f"model.path={hf}"]
+        config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(hf)})})
     with _held(config) as folder, _sidecars(config, config_args, folder) as (_, env):
         os.environ.update(env)
         return program(config, folder)
+
+
+def _converted(config: Config) -> Path:
+    """The checkpoint as an HF folder inside this run's own, with the tokenizer of the run it belongs to."""
+    checkpoint = Path(config.model.path).resolve()
+    owner = checkpoint.parents[1] / "config.json"
+    if not owner.is_file():
+        raise ConfigError(
+            f"model.path = {checkpoint} is a Megatron checkpoint outside a run folder, so its tokenizer is unknown; "
+            f"convert it with tools/convert_megatron_to_hf.py --tokenizer DIR"
+        )
+    tokenizer = json.loads(owner.read_text())["config"]["model"]["path"]
+    out = RunFolder.of(config).path / f"{checkpoint.parents[1].name}_{checkpoint.name}_hf"
+    if not out.exists():
+        command = [sys.executable, "-m", "torl_mega.trainer.export", "--checkpoint", str(checkpoint), "--out", str(out)]
+        done = subprocess.run([*command, "--tokenizer", tokenizer], capture_output=True, text=True, check=False)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+            raise CheckpointError(f"{checkpoint} could not be converted: {last.removeprefix('error: ')}")
+    return out
 
 
 @contextlib.contextmanager
@@ -77,13 +143,13 @@ def _held(config: Config) -> Iterator[RunFolder]:
 @contextlib.contextmanager
 def _sidecars(
     config: Config, config_args: Sequence[str], folder: RunFolder
-) -> Iterator[tuple[list[GuardedProcess], dict[str, str]]]:
+) -> Iterator[tuple[list[SideCar], dict[str, str]]]:
     """Sandbox and servers, and the environment that tells a rank where they are. Nothing when a recording is replayed."""
     if config.rollout.replay is not None:
         yield [], {}
         return
     with tempfile.TemporaryDirectory(prefix="torl-") as scratch:
-        started: list[GuardedProcess] = []
+        started: list[SideCar] = []
         try:
             sandbox, sandbox_address = _sandbox(config, folder, Path(scratch))
             started += sandbox
@@ -92,19 +158,19 @@ def _sidecars(
             yield started, {"TORL_SANDBOX": sandbox_address, "TORL_SERVERS": urls}
         finally:
             for child in started:
-                child.stop(STOP_S)
+                child.stop()
 
 
-def _sandbox(config: Config, folder: RunFolder, scratch: Path) -> tuple[list[GuardedProcess], str]:
+def _sandbox(config: Config, folder: RunFolder, scratch: Path) -> tuple[list[SideCar], str]:
     if config.sandbox.address is not None:
         return [], config.sandbox.address
     socket_path = scratch / "sandbox.sock"
     command = [sys.executable, "-m", "torl_mega.sandbox.serve", "--socket", str(socket_path)]
     command += ["--settings", config.sandbox.model_dump_json()]
-    return [process.start(command, name="sandbox", log_path=_log(folder, "sandbox"))], f"unix:{socket_path}"
+    return [SideCar.start("sandbox", command, _log(folder, "sandbox"))], f"unix:{socket_path}"
 
 
-def _servers(config: Config, config_args: Sequence[str], folder: RunFolder) -> tuple[list[GuardedProcess], str]:
+def _servers(config: Config, config_args: Sequence[str], folder: RunFolder) -> tuple[list[SideCar], str]:
     if config.serving.urls:
         return [], ",".join(config.serving.urls)
     started, urls = [], []
@@ -113,7 +179,7 @@ def _servers(config: Config, config_args: Sequence[str], folder: RunFolder) -> t
         command = [_sglang_python(), "-m", "torl_mega.serving.serve", *config_args, "--port", str(port)]
         command += ["--log", str(folder.logs / f"sglang_{index}.log")]
         name = f"server_{index}"
-        started.append(process.start(command, name=name, log_path=_log(folder, name)))
+        started.append(SideCar.start(name, command, _log(folder, name)))
         urls.append(f"http://127.0.0.1:{port}")
     return started, ",".join(urls)
 
@@ -145,9 +211,7 @@ def _ranks(config: Config, config_args: Sequence[str], folder: RunFolder, env: d
     ]
 
 
-def _watch(
-    ranks: Sequence[GuardedProcess], sidecars: Sequence[GuardedProcess], stop: _StopSignal, folder: RunFolder
-) -> int:
+def _watch(ranks: Sequence[GuardedProcess], sidecars: Sequence[SideCar], stop: _StopSignal, folder: RunFolder) -> int:
     """Until all ranks ended well, or the first of anything ended badly, or a signal said stop."""
     deadline: float | None = None
     while True:
@@ -158,12 +222,7 @@ def _watch(
             if code not in (None, 0, EXIT_REQUEUE):
                 return _rank_failed(rank, code, folder)
         for sidecar in sidecars:
-            code = sidecar.poll()
-            if code is not None:
-                log = _log(folder, sidecar.name)
-                raise ServerError(
-                    f"{sidecar.name} ended with code {code}: {process.tail(log, 1) or 'no output'} (log: {log})"
-                )
+            sidecar.keep_up()
         if stop.requested and deadline is None:
             deadline = time.monotonic() + GRACE_S
             for rank in ranks:

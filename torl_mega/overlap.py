@@ -7,6 +7,9 @@
       sync s+1: k = 1: waits for step s+1 first, so each batch has one policy version (one-step-off)
                 k > 1: servers pause, take the weights, go on; a trajectory then has several versions
 
+A child that dies is replaced: the new one starts at the cursor of the last batch that came home and collects what was
+under way again, so nothing is lost or trained twice.
+
 Bound: step b is asked for after sync b-k, so no token of it is older than b-k; the client refuses any other, and every
 sample carries the version of each of its tokens. Resume: batches that were collected but not trained are read back from
 the recorded trajectories, unfinished ones are collected again; nothing is trained twice.
@@ -16,6 +19,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
+import logging
 import multiprocessing
 import signal
 from collections.abc import Callable, Mapping
@@ -30,9 +35,16 @@ from torl_mega.run_folder import RunFolder
 from torl_mega.stop_flag import StopFlag
 from torl_mega.types import StepBatch
 
+log = logging.getLogger(__name__)
+
 POLL_S = 0.2
 CLOSE_S = 10.0
+MAX_RESTARTS = 20  # of the child in one run
 PR_SET_PDEATHSIG = 1
+
+
+class _ChildLost(Exception):
+    """The child ended without an answer."""
 
 
 class OverlappedRollouts:
@@ -44,12 +56,12 @@ class OverlappedRollouts:
         self._cursor: Any = None  # after the last batch that came home
         self._asked = 0  # steps below it were asked for, or came from a checkpoint
         self._in_flight: list[int] = []
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._child = context.Process(target=_serve, args=(config, folder, theirs), name="torl-rollouts", daemon=False)
-        self._child.start()
-        theirs.close()
-        self._cursor = self._receive()
+        self._num_restarts = self._restarts_told = 0
+        self._start_child()
+        try:
+            self._cursor = self._receive()
+        except _ChildLost as lost:
+            raise TorlError(f"{lost} before it had sampled anything; see its traceback above") from None
 
     # ------------------------------------------------------------------------------------------------ Rollouts
 
@@ -59,7 +71,7 @@ class OverlappedRollouts:
         while step not in self._ready:
             self._take()
         self._ask(ahead)
-        return self._ready.pop(step)
+        return self._with_restarts(self._ready.pop(step))
 
     def evaluate(self, step: int) -> Mapping[str, float]:
         self.drain()
@@ -85,8 +97,7 @@ class OverlappedRollouts:
             self._take()
 
     def close(self) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            self._pipe.send(("close", None))
+        self._send("close", None)
         self._child.join(CLOSE_S)
         if self._child.is_alive():
             self._child.kill()
@@ -97,27 +108,81 @@ class OverlappedRollouts:
         """Everything up to `last` that is neither home nor under way, in order."""
         first = max([self._asked, *(s + 1 for s in self._ready)], default=0)
         for step in range(first, last + 1):
-            self._pipe.send(("collect", step))
+            self._send("collect", step)
             self._in_flight.append(step)
         self._asked = max(first, last + 1)
 
     def _take(self) -> None:
-        """The next batch comes home. If it failed, what was asked for after it is dropped, to be asked for again."""
-        step = self._in_flight.pop(0)
+        """The next batch comes home, or the child is replaced and asked for it again. If the batch failed, what was asked
+        for after it is dropped, to be asked for later."""
+        step = self._in_flight[0]
         try:
-            self._ready[step], self._cursor = self._receive()
+            batch, cursor = self._receive()
+        except _ChildLost as lost:
+            self._replace_child(lost)
+            return
         except TorlError:
-            while self._in_flight:
-                self._in_flight.pop(0)
-                with contextlib.suppress(TorlError):
-                    self._receive()
+            self._drop_in_flight()
             self._asked = step
             self._command("restore", self._cursor)
             raise
+        self._in_flight.pop(0)
+        self._ready[step], self._cursor = batch, cursor
+
+    def _drop_in_flight(self) -> None:
+        """The answer to the first one was taken; those to the others are waited for and thrown away."""
+        waiting, self._in_flight = self._in_flight[1:], []
+        for _ in waiting:
+            with contextlib.suppress(TorlError, _ChildLost):  # a lost child is found by the next command
+                self._receive()
 
     def _command(self, name: str, value: Any) -> Any:
-        self._pipe.send((name, value))
-        return self._receive()
+        """Asks while nothing is in flight; asks the next child if this one is lost over it."""
+        while True:
+            self._send(name, value)
+            try:
+                return self._receive()
+            except _ChildLost as lost:
+                self._replace_child(lost)
+
+    def _send(self, name: str, value: Any) -> None:
+        with contextlib.suppress(BrokenPipeError):  # a lost child shows when its answer is awaited
+            self._pipe.send((name, value))
+
+    def _start_child(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        arguments = (self._config, self._folder, theirs)
+        self._child = context.Process(target=_serve, args=arguments, name="torl-rollouts", daemon=False)
+        self._child.start()
+        theirs.close()
+
+    def _replace_child(self, lost: _ChildLost) -> None:
+        """A new child at the cursor of the last batch that came home, asked for everything that was under way."""
+        while True:
+            self._num_restarts += 1
+            if self._num_restarts > MAX_RESTARTS:
+                raise TorlError(f"{lost}, {self._num_restarts} times in this run; resume from the checkpoint")
+            log.warning("%s; starting another", lost)
+            self._pipe.close()
+            self._start_child()
+            try:
+                self._receive()
+                self._send("restore", self._cursor)
+                self._receive()
+            except _ChildLost as again:
+                lost = again
+                continue
+            break
+        for step in self._in_flight:
+            self._send("collect", step)
+
+    def _with_restarts(self, batch: StepBatch) -> StepBatch:
+        """The batch, with the children lost since the one before it in its metrics."""
+        new, self._restarts_told = self._num_restarts - self._restarts_told, self._num_restarts
+        if not new:
+            return batch
+        return dataclasses.replace(batch, metrics={**batch.metrics, "faults/collector_restarted": float(new)})
 
     def _receive(self) -> Any:
         """The child's next answer. What it raised is raised here; a stop request ends the wait."""
@@ -126,11 +191,9 @@ class OverlappedRollouts:
                 raise Preempted
         try:
             ok, value = self._pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):  # OSError: in the middle of an answer
             self._child.join(CLOSE_S)
-            raise TorlError(
-                f"the rollout process ended with code {self._child.exitcode}; resume from the checkpoint"
-            ) from None
+            raise _ChildLost(f"the rollout process ended with code {self._child.exitcode}") from None
         if not ok:
             raise value
         return value

@@ -92,13 +92,15 @@ def build_rank0(
             yield Rank0(ReplayRollouts(config), NoServers(), log, tokenizer, (), run)
             return
         urls = addresses("TORL_SERVERS")
-        sink = make_weight_sink(config.serving, urls, device=device)
+        in_flight = config.rollout.max_staleness > 1  # trajectories are under way during a sync
+        flush_cache = not (in_flight and config.rollout.pause == "in_place")
+        sink = make_weight_sink(config.serving, urls, device=device, flush_cache=flush_cache)
         if config.rollout.max_staleness == 0:
             rollouts: Rollouts = build_rollouts(config, folder, tokenizer, run, stack)
         else:
             rollouts = stack.enter_context(contextlib.closing(OverlappedRollouts(config, folder, stop)))
-            one_off = config.rollout.max_staleness == 1
-            sink = DrainedSink(sink, rollouts.drain) if one_off else PausedSink(sink, urls)
+            pause = config.rollout.pause
+            sink = PausedSink(sink, urls, pause) if in_flight else DrainedSink(sink, rollouts.drain)
         if saved["rollouts"] is not None:
             rollouts.restore(saved["rollouts"])
         wait_for_servers(config, run)
@@ -140,7 +142,7 @@ def build_rollouts(
         run_evaluation=evaluation.run,
         trajectories_dir=folder.trajectories,
         expect_version=(lambda _: client.expect_version(None)) if any_version else expect,
-        counters=lambda: Counter(client.counters) + Counter(sandbox.counters),
+        counters=lambda: Counter(client.counters) + Counter(sandbox.counters) + reward.counters,
     )
 
 

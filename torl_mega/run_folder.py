@@ -31,7 +31,18 @@ FREE = (
     "logging",
     "cluster",
 )
-FREE_TRAINER = ("micro_batch_tokens", "logprob_chunk_tokens", "recompute", "overlap", "collective_timeout_s")
+FREE_PARTS = (
+    "trainer.micro_batch_tokens",
+    "trainer.logprob_chunk_tokens",
+    "trainer.recompute",
+    "trainer.overlap",
+    "trainer.optimizer_offload",
+    "trainer.gradient_bucket_parameters",
+    "trainer.collective_timeout_s",
+    "trainer.share_timeout_s",
+    "rollout.max_concurrency",
+    "rollout.trajectory_deadline_s",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +91,7 @@ def open_run(config: Config) -> RunFolder:
     written = folder.path / "config.json"
     mine = config.model_dump(mode="json")
     if written.exists():
-        different = _differences(_recipe(json.loads(written.read_text())["config"]), _recipe(mine))
+        different = _differences(_recipe(_read_config(written)), _recipe(mine))
         if different:
             raise ConfigError(
                 f"{folder.path} holds a run with another recipe ({'; '.join(different[:3])}); "
@@ -88,6 +99,15 @@ def open_run(config: Config) -> RunFolder:
             )
     write_json(written, {"config_hash": config_hash(config), "config": mine})
     return folder
+
+
+def is_complete(folder: RunFolder, config: Config) -> bool:
+    """Whether all that `config` asks for was done: its last step saved and summed up, the policy exported."""
+    try:
+        steps = json.loads(folder.summary.read_text())["steps"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return steps >= config.num_steps and (folder.hf.exists() or not config.checkpoint.export_hf)
 
 
 def lock_run(folder: RunFolder) -> int:
@@ -101,9 +121,20 @@ def lock_run(folder: RunFolder) -> int:
     return fd
 
 
+def _read_config(path: Path) -> dict[str, Any]:
+    """The config a run was started with, with what has become a setting since then at its default."""
+    try:
+        return Config.model_validate(json.loads(path.read_text())["config"]).model_dump(mode="json")
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise ConfigError(
+            f"{path} is not the config of a run that this version can go on with ({' '.join(str(exc).split())[:300]}); "
+            f"choose another name=… or remove that folder"
+        ) from None
+
+
 def _recipe(tree: dict[str, Any]) -> dict[str, Any]:
     flat = _flatten({k: v for k, v in tree.items() if k not in FREE})
-    return {k: v for k, v in flat.items() if k.removeprefix("trainer.") not in FREE_TRAINER}
+    return {k: v for k, v in flat.items() if k not in FREE_PARTS}
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     # the engines say at every start which optional kernels they lack; `torl doctor` says it once, in order
-    warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\.")
+    warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers|torl_mega\.trainer\.cpu_backend)")
     try:
         return train(load_config(args[0], args[1:]))
     except TorlError as exc:

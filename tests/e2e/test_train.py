@@ -4,11 +4,14 @@ import json
 import os
 import signal
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torl_runs import LIMIT_S, TORL, command, processes_of, rows, torl, wait_until
+
+from torl_mega.rollout.recorder import read_groups, step_path
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -64,6 +67,21 @@ def test_the_exported_policy_is_the_one_that_was_served(trained):
         assert transcript["response"].startswith(tokenizer.decode(written, skip_special_tokens=True))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoint", ["hf", "checkpoints/step_00003"])
+def test_eval_gives_what_the_training_gave_at_its_end(trained, runs_dir, checkpoint):
+    name = f"eval_{Path(checkpoint).name}"
+    done = torl("eval", runs_dir, name, f"model.path={trained / checkpoint}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    ours, theirs = runs_dir / name / "eval" / "step_00000", trained / "eval" / "step_00003"
+    for suffix in (".json", ".md", ".jsonl"):
+        assert Path(f"{ours}{suffix}").is_file()
+    assert Path(f"{ours}.md").read_text() in done.stdout
+    lines = [Path(f"{at}.jsonl").read_text().splitlines() for at in (ours, theirs)]
+    said = [[json.loads(line)["response"] for line in each] for each in lines]
+    assert said[0] == said[1]
+
+
 @pytest.mark.parametrize("cut", ["tensor=2", "pipeline=2", pytest.param("data=2", marks=pytest.mark.slow)])
 def test_other_layouts_give_the_same_first_step(trained, runs_dir, cut):
     name = f"replay_{cut.replace('=', '')}"
@@ -74,9 +92,9 @@ def test_other_layouts_give_the_same_first_step(trained, runs_dir, cut):
         assert other[metric] == pytest.approx(one[metric], rel=1e-5, abs=1e-9), metric
 
 
-def test_a_killed_run_leaves_nothing_and_resumes(trained, runs_dir):
-    """SIGKILL to the launcher in the middle; then the same command finishes the run."""
-    process = start(command("train", runs_dir, "killed", "num_steps=50"))
+def test_a_killed_run_leaves_nothing_and_resumes(runs_dir):
+    """SIGKILL to the launcher while it trains and samples ahead; then the same command finishes the run."""
+    process = start(command("train", runs_dir, "killed", "num_steps=50", "rollout.max_staleness=1"))
     try:
         wait_until(lambda: len(rows(runs_dir / "killed")) >= 2, limit_s=LIMIT_S, what="two steps")
     finally:
@@ -85,12 +103,26 @@ def test_a_killed_run_leaves_nothing_and_resumes(trained, runs_dir):
     wait_until(lambda: not processes_of("name=killed"), limit_s=10, what="orphans gone")
     before = rows(runs_dir / "killed")
     steps = len(before) + 1
-    done = torl("train", runs_dir, "killed", f"num_steps={steps}")
+    done = torl("train", runs_dir, "killed", f"num_steps={steps}", "rollout.max_staleness=1")
     assert done.returncode == 0, done.stdout + done.stderr
     after = rows(runs_dir / "killed")
     assert [row["step"] for row in after] == list(range(steps))
     saved = [row for row in before if row["step"] < len(before) - 1]
     assert after[: len(saved)] == saved  # what the last checkpoint covers was not repeated
+    for step in range(steps):
+        groups = read_groups(step_path(runs_dir / "killed" / "trajectories", step))
+        versions = {v for g in groups for t in g.trajectories for turn in t.turns for v in turn.policy_versions}
+        assert versions
+        assert versions <= {step - 1, step}
+    assert not processes_of("name=killed")
+
+
+def test_a_complete_run_is_left_alone(trained, runs_dir):
+    begun = (trained / "metrics.jsonl").stat()
+    done = torl("train", runs_dir, "trained")
+    assert done.returncode == 0
+    assert "is complete (3 steps)" in done.stdout
+    assert (trained / "metrics.jsonl").stat() == begun
 
 
 @pytest.mark.slow
@@ -105,16 +137,18 @@ def test_a_stopped_run_saves_and_says_85(runs_dir):
     assert not processes_of("name=stopped")
 
 
-def test_sampling_ahead_stays_within_the_bound(runs_dir):
-    done = torl("train", runs_dir, "ahead", "rollout.max_staleness=1")
+@pytest.mark.slow
+@pytest.mark.parametrize("staleness", [1, 2])
+def test_sampling_ahead_stays_within_the_bound(runs_dir, staleness):
+    name = f"ahead_{staleness}"
+    done = torl("train", runs_dir, name, f"rollout.max_staleness={staleness}", "num_steps=6")
     assert done.returncode == 0, done.stdout + done.stderr
-    from torl_mega.rollout.recorder import read_groups, step_path
-
-    for step in range(3):
-        groups = read_groups(step_path(runs_dir / "ahead" / "trajectories", step))
+    for step in range(6):
+        groups = read_groups(step_path(runs_dir / name / "trajectories", step))
         versions = {v for g in groups for t in g.trajectories for turn in t.turns for v in turn.policy_versions}
-        assert versions == {max(0, step - 1)}
-    assert not processes_of("name=ahead")
+        assert versions <= set(range(max(0, step - staleness), step + 1))
+        assert staleness > 1 or versions == {max(0, step - 1)}
+    assert not processes_of(f"name={name}")
 
 
 def test_a_changed_recipe_is_refused(trained, runs_dir):

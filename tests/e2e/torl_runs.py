@@ -18,6 +18,7 @@ SMALL = [
     "eval.max_problems=8",
     "checkpoint.every_steps=1",
     "eval.temperature=0",
+    "sandbox.data_libraries=false",
 ]
 LIMIT_S = 280
 

@@ -42,7 +42,7 @@ def mangle(**changes: Any) -> Behaviour:
 
 FAULTS = [
     (Behaviour("http", status=500), "server_error"),
-    (Behaviour("http", status=503), "server_error"),
+    (Behaviour("http", status=503), "server_busy"),
     (Behaviour("reset"), "server_down"),
     (Behaviour("garbage"), "bad_answer"),
     (mangle(output_ids=[1, 2]), "bad_answer"),

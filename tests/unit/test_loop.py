@@ -153,3 +153,10 @@ def test_guards_name_metric_setting_and_remedy():
         check_guards(3, {"fault_rate": 0.2}, GuardsConfig())
     with pytest.raises(GuardError, match="max_logprob_diff"):
         check_guards(3, {"max_abs_logprob_diff": 2e-4}, GuardsConfig(max_logprob_diff=1e-4))
+
+
+def test_guards_warn_before_they_stop(caplog):
+    check_guards(3, {"truncated_ratio": 0.39, "void_turn_ratio": 1.0}, GuardsConfig(max_truncated_ratio=0.8))
+    assert not caplog.records
+    check_guards(3, {"truncated_ratio": 0.41}, GuardsConfig(max_truncated_ratio=0.8))
+    assert "truncated_ratio = 0.41 comes near guards.max_truncated_ratio = 0.8" in caplog.text

@@ -117,6 +117,17 @@ def test_another_seed_gives_another_order(numbers: Path) -> None:
     assert orders[0] == orders[1] != orders[2]
 
 
+def test_prompts_that_were_put_back_come_first_and_survive_a_restore(numbers: Path) -> None:
+    source = PromptSource(config(numbers), encode, seed=3)
+    first = source.next(4)
+    source.put_back(first[1:3])
+    state = json.loads(json.dumps(source.state()))
+    fresh = PromptSource(config(numbers), encode, seed=3)
+    fresh.restore(state)
+    for again in (source, fresh):
+        assert again.next(3) == [*first[1:3], *PromptSource(config(numbers), encode, seed=3).next(5)[4:]]
+
+
 def test_a_cursor_of_other_data_or_another_seed_is_refused(numbers: Path, tmp_path: Path) -> None:
     state = PromptSource(config(numbers), encode, seed=3).state()
     other = write_jsonl(tmp_path / "o.jsonl", [{"problem": f"q{i}", "answer": str(i)} for i in range(10)])

@@ -131,10 +131,10 @@ def test_a_call_without_a_program_runs_nothing():
     assert "no python code block" in trajectory.tool_calls[0].observation
 
 
-def collect(script, box=None, *, prompts=(PROMPT,), group_size=1, deadline_s=5.0):
+def collect(script, box=None, *, prompts=(PROMPT,), group_size=1, deadline_s=5.0, keep=None):
     with asyncio.Runner() as runner:
         collector = AsyncCollector(Judge(), runner.run, max_concurrency=8, deadline_s=deadline_s)
-        return collector.collect(episode(script, box), list(prompts), group_size=group_size, seed=7)
+        return collector.collect(episode(script, box), list(prompts), group_size=group_size, seed=7, keep=keep)
 
 
 def test_a_failed_trajectory_is_tried_again_then_left_out():
@@ -150,6 +150,32 @@ def test_a_sandbox_fault_never_becomes_an_observation():
     rollout = collect(Script(CALL, CALL), Box(status=ExecutionStatus.INFRA))
     assert rollout.groups[0].trajectories == ()
     assert rollout.faults == {"SandboxFault_retry": 1, "SandboxFault_lost": 1}
+
+
+class OneSlow:
+    """Answers at once, except for one problem, which waits until it is cancelled."""
+
+    def __init__(self, slow: str) -> None:
+        self.slow, self.cancelled = slow, 0
+
+    async def generate(self, request):
+        if request.route_key == self.slow:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.cancelled += 1
+        return await Script("\\boxed{42}").generate(request)
+
+
+def test_with_enough_complete_groups_the_slow_ones_are_cut_off():
+    problems = [dataclasses.replace(PROMPT.problem, problem_id=f"p{i}") for i in range(4)]
+    generator = OneSlow("p1")
+    prompts = [dataclasses.replace(PROMPT, problem=problem) for problem in problems]
+    rollout = collect(generator, prompts=prompts, group_size=2, keep=3)
+    assert [g.prompt.problem.problem_id for g in rollout.groups] == ["p0", "p2", "p3"]
+    assert all(len(g.trajectories) == 2 for g in rollout.groups)
+    assert generator.cancelled == 2
+    assert rollout.faults == {}
 
 
 def test_a_bug_is_not_taken_for_a_fault():

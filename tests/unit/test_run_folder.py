@@ -8,7 +8,7 @@ import pytest
 from torl_mega.config_file import load_config
 from torl_mega.errors import ConfigError
 from torl_mega.metrics import RunMetrics, read_rows, summarize
-from torl_mega.run_folder import lock_run, open_run
+from torl_mega.run_folder import is_complete, lock_run, open_run
 
 
 def config(tmp_path, *over):
@@ -24,6 +24,30 @@ def test_another_recipe_is_refused_by_name(tmp_path):
     open_run(config(tmp_path))
     with pytest.raises(ConfigError, match=r"optim.lr: 0.0003 there, 0.1 here.*name="):
         open_run(config(tmp_path, "optim.lr=0.1"))
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_new_settings_at_their_default(tmp_path):
+    folder = open_run(config(tmp_path))
+    written = json.loads((folder.path / "config.json").read_text())
+    del written["config"]["rollout"]["oversample"]
+    (folder.path / "config.json").write_text(json.dumps(written))
+    open_run(config(tmp_path))
+    with pytest.raises(ConfigError, match=r"rollout.oversample: 1.0 there, 2.0 here"):
+        open_run(config(tmp_path, "rollout.oversample=2"))
+    (folder.path / "config.json").write_text('{"config": {"name"')
+    with pytest.raises(ConfigError, match="not the config of a run"):
+        open_run(config(tmp_path))
+
+
+def test_a_run_is_complete_when_its_last_step_is_summed_up_and_exported(tmp_path):
+    wanted = config(tmp_path, "num_steps=3")
+    folder = open_run(wanted)
+    assert not is_complete(folder, wanted)
+    folder.summary.write_text('{"steps": 3}')
+    assert not is_complete(folder, wanted)
+    folder.hf.mkdir()
+    assert is_complete(folder, wanted)
+    assert not is_complete(folder, config(tmp_path, "num_steps=4"))
 
 
 def test_one_process_holds_a_run(tmp_path):

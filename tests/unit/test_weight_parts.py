@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torl_mega.serving.answer import BadAnswer, parse_answer, seam_suffixes
 from torl_mega.serving.buckets import make_buckets
 from torl_mega.serving.checksum import ROW, checksum, word_sum
-from torl_mega.serving.verify import parse_key, spec_line
+from torl_mega.serving.verify import parse_key
+from torl_mega.serving.weight_audit import spec_line
 from torl_mega.types import FinishReason, GenerationRequest
 
 
@@ -96,8 +97,8 @@ def test_buckets_hold_every_tensor_once_aligned_and_bounded(
 
 def test_layout_keys_read_back() -> None:
     assert parse_key("model.a@b.weight@12:3,4:8,1:bfloat16") == ("model.a@b.weight", 12, (3, 4), (8, 1), "bfloat16")
-    assert spec_line("w", torch.ones(2, 3)) == "w float32 2,3"
-    assert spec_line("scale", torch.tensor(1.0)) == "scale float32"
+    assert spec_line("w", "float32", torch.Size([2, 3])) == "w float32 2,3"
+    assert spec_line("scale", "float32", ()) == "scale float32"
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ group); in one with huge row groups every group that is touched is decoded whole
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 from bisect import bisect_right
@@ -98,6 +99,7 @@ class PromptSource:
     def __init__(self, config: DataConfig, encode: Encode, *, seed: int) -> None:
         self._config = config
         self._encode = encode
+        self._waiting: list[Problem] = []  # were handed out and came back
         arithmetic_seed = _arithmetic_seed(config.train)
         if arithmetic_seed is None:
             self._cursor: _EpochCursor | _StreamCursor = self._open_file(seed)
@@ -106,23 +108,29 @@ class PromptSource:
             self._cursor = _StreamCursor(lambda: arithmetic.problems(arithmetic_seed), name=config.train)
 
     def next(self, n: int) -> list[Prompt]:
-        """The next `n` prompts; the cursor moves by as many rows."""
+        """The next `n` prompts: those that were put back, then the cursor's."""
         prompts: list[Prompt] = []
         while len(prompts) < n:
-            prompt = _encode(self._cursor.advance(), template=self._config.template, encode=self._encode)
+            problem = self._waiting.pop(0) if self._waiting else self._cursor.advance()
+            prompt = _encode(problem, template=self._config.template, encode=self._encode)
             if len(prompt.token_ids) <= self._config.max_prompt_tokens:
                 prompts.append(prompt)
             elif self._config.overlong_prompts == "error":
                 raise _too_long(prompt, self._config.max_prompt_tokens)
         return prompts
 
+    def put_back(self, prompts: Sequence[Prompt]) -> None:
+        """These were not used after all; they come first in the next `next`."""
+        self._waiting = [prompt.problem for prompt in prompts] + self._waiting
+
     def state(self) -> dict[str, Any]:
         """The cursor as JSON: what `restore` needs to go on with the very next prompt."""
-        return self._cursor.state()
+        return {**self._cursor.state(), "waiting": [dataclasses.asdict(problem) for problem in self._waiting]}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes to where `state()` was taken. Raises DataError when the data, its order or the seed are no longer the same."""
         self._cursor.restore(state)
+        self._waiting = [Problem(**fields) for fields in state["waiting"]]
 
     def _open_file(self, seed: int) -> _EpochCursor:
         problems = open_problems(self._config.train)

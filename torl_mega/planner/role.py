@@ -83,7 +83,7 @@ def run_role(role: str, placement: Placement, conf: str, status: Path) -> int:
     config = load_config(conf)
     if role == "rank":
         return _run_rank(mine, placement, config, conf, status)
-    return _run_sidecar(mine, placement, conf, status / "end")
+    return _run_sidecar(mine, placement, config, conf, status / "end")
 
 
 def rank_environment(mine: Process, placement: Placement) -> dict[str, str]:
@@ -103,10 +103,11 @@ def rank_environment(mine: Process, placement: Placement) -> dict[str, str]:
     }
 
 
-def sidecar_command(mine: Process, placement: Placement, conf: str) -> list[str]:
+def sidecar_command(mine: Process, placement: Placement, config: Config, conf: str) -> list[str]:
     where = ["--host", mine.host, "--port", str(mine.port)]
     if mine.role == "sandbox":
-        return [sys.executable, "-m", "torl_mega.sandbox.serve", *where]
+        settings = ["--settings", config.sandbox.model_dump_json()]
+        return [sys.executable, "-m", "torl_mega.sandbox.serve", *where, *settings]
     python = os.environ.get("TORL_SGLANG_PYTHON", sys.executable)  # SGLang's pins may need an environment of their own
     command = [python, "-m", "torl_mega.serving.serve", conf, *where]
     if placement.gpu != "cpu":
@@ -168,12 +169,12 @@ def _watch_rank(
     return code if code >= 0 else 128 - code
 
 
-def _run_sidecar(mine: Process, placement: Placement, conf: str, end: Path) -> int:
+def _run_sidecar(mine: Process, placement: Placement, config: Config, conf: str, end: Path) -> int:
     """Starts the side-car, and again whenever it ends, until the note `end` appears."""
     ending: list[int] = []  # on SIGTERM the job is about to end: what ends now is not started again
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # inherited
     signal.signal(signal.SIGTERM, lambda number, _frame: ending.append(number))
-    command = sidecar_command(mine, placement, conf)
+    command = sidecar_command(mine, placement, config, conf)
     name = f"{mine.role}_{mine.index}"
     for _ in range(MAX_RESTARTS):
         child = process.start(command, name=name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from torl_mega.config import RewardConfig
 from torl_mega.reward.extract import extract_answer
 from torl_mega.reward.grader import Grader, Verdict
@@ -27,6 +29,10 @@ class AnswerReward:
         self._config = config
         self._max_response_tokens = max_response_tokens
         self._grader = Grader(config.grader_workers, config.grader_timeout_s, memory_mb=config.grader_memory_mb)
+
+    @property
+    def counters(self) -> Counter[str]:
+        return self._grader.counters
 
     async def start(self) -> None:
         """Starts the grader process; `score` does so by itself when this was not called."""

@@ -14,7 +14,7 @@ import contextlib
 import json
 import os
 import sys
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from enum import StrEnum
 from pathlib import Path
 
@@ -43,7 +43,7 @@ class Grader:
         self._next_id = 0
         self._closed = False
         self._cache: OrderedDict[tuple[str, str, str], Verdict] = OrderedDict()
-        self.num_restarts = 0
+        self.counters: Counter[str] = Counter()
 
     async def start(self) -> None:
         """Starts the grader process when it does not run. Raises TorlError when it cannot come up."""
@@ -132,7 +132,7 @@ class Grader:
             code = await process.wait()
             raise TorlError(f"the grader process did not come up (exit code {code}); try `{' '.join(command)}`")
         if self._reader is not None:
-            self.num_restarts += 1
+            self.counters["grader_restarted"] += 1
         return process
 
     async def _read(self, process: asyncio.subprocess.Process) -> None:

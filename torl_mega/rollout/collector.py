@@ -1,7 +1,8 @@
 """Prompts in, scored groups out: every trajectory is a task of its own, with no barrier between them.
 
 One asyncio loop drives all of them. A trajectory that meets a fault is started again once; if that fails too it is
-counted, logged and left out. Contract: `collect` returns only whole trajectories, each exactly once.
+counted, logged and left out. Contract: `collect` returns only whole trajectories, each exactly once. With `keep` it
+returns as soon as that many groups are complete and cuts the others off.
 Not covered: sampling while the trainer updates (see `max_staleness`).
 """
 
@@ -36,35 +37,48 @@ class AsyncCollector:
     progress: Callable[[int, int], None] | None = None  # (finished, total) trajectories
     _faults: Counter[str] = field(default_factory=Counter)
 
-    def collect(self, episode: Episode, prompts: Sequence[Prompt], *, group_size: int, seed: int) -> Rollout:
-        """`group_size` attempts at each prompt. `seed` must differ between steps."""
-        return self.run(self.collect_async(episode, prompts, group_size, seed))
+    def collect(
+        self, episode: Episode, prompts: Sequence[Prompt], *, group_size: int, seed: int, keep: int | None = None
+    ) -> Rollout:
+        """`group_size` attempts at each prompt, of which the first `keep` complete groups are returned (None: all of them),
+        in the order of `prompts`. `seed` must differ between steps."""
+        return self.run(self.collect_async(episode, prompts, group_size, seed, keep))
 
-    async def collect_async(self, episode: Episode, prompts: Sequence[Prompt], group_size: int, seed: int) -> Rollout:
+    async def collect_async(
+        self, episode: Episode, prompts: Sequence[Prompt], group_size: int, seed: int, keep: int | None = None
+    ) -> Rollout:
         start, total, finished = time.monotonic(), len(prompts) * group_size, 0
+        keep = len(prompts) if keep is None else keep
         self._faults = Counter()
         slots = asyncio.Semaphore(self.max_concurrency)
+        open_in_group = [group_size] * len(prompts)
 
-        async def one(prompt: Prompt, index: int) -> tuple[Trajectory, Reward] | None:
+        async def one(number: int, index: int) -> tuple[Trajectory, Reward] | None:
             nonlocal finished
             async with slots:
-                scored = await self._attempt(episode, prompt, index, seed)
+                scored = await self._attempt(episode, prompts[number], index, seed)
             finished += 1
+            open_in_group[number] -= 1
             if self.progress:
                 self.progress(finished, total)
+            if open_in_group.count(0) == keep < len(prompts):
+                for late in (task for group in groups for task in group if not task.done()):
+                    if late is not asyncio.current_task():
+                        late.cancel()
             return scored
 
         try:
             async with asyncio.TaskGroup() as tasks:
-                groups = [[tasks.create_task(one(p, i)) for i in range(group_size)] for p in prompts]
+                groups = [[tasks.create_task(one(n, i)) for i in range(group_size)] for n in range(len(prompts))]
         except BaseExceptionGroup as failed:
             stale = failed.subgroup(StaleServers)
             if stale is None:
                 raise
             raise StaleServers(str(stale.exceptions[0])) from None  # nothing can be sampled before a weight sync
-        done = [[t.result() for t in group] for group in groups]
+        whole = [n for n, group in enumerate(groups) if not any(task.cancelled() for task in group)][:keep]
+        done = {n: [scored for task in groups[n] if (scored := task.result())] for n in whole}
         return Rollout(
-            groups=tuple(_group(p, [s for s in scored if s]) for p, scored in zip(prompts, done, strict=True)),
+            groups=tuple(_group(prompts[n], scored) for n, scored in done.items()),
             faults=dict(self._faults),
             wall_s=time.monotonic() - start,
         )

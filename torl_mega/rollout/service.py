@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,12 +39,16 @@ class RolloutService:
         self.expect_version(step)
         cursor, before = self.prompts.state(), dict(self.counters())
         try:
-            prompts = self.prompts.next(settings.prompts_per_step)
+            prompts = self.prompts.next(math.ceil(settings.prompts_per_step * settings.oversample))
             seed = sampling_seed(self.config.seed, "step", step, 0)
-            rollout = self.collector.collect(self.episode, prompts, group_size=settings.group_size, seed=seed)
+            rollout = self.collector.collect(
+                self.episode, prompts, group_size=settings.group_size, seed=seed, keep=settings.prompts_per_step
+            )
         except BaseException:
             self.prompts.restore(cursor)  # a dropped step is collected again with the same prompts
             raise
+        kept = {id(group.prompt) for group in rollout.groups}
+        self.prompts.put_back([prompt for prompt in prompts if id(prompt) not in kept])
         samples = make_samples(rollout.groups, self.config.algo)
         if self.config.logging.trajectories:
             write_step(self.trajectories_dir, step, rollout.groups, [s.advantage for s in samples])

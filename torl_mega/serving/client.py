@@ -3,6 +3,7 @@
     request ─► pick a server ─► POST /generate ─► check ─► Generation
                   ▲  (sticky per prefix,               │
                   │   least outstanding)               ├─ partial (aborted): go on from the tokens so far
+                  │                                    ├─ queue full (503): the same again, a little later
                   └────────── another try ◄────────────┴─ dead, hanging, 5xx, wrong version: from the same tokens
 
 What comes back was sampled by a version the caller expects, with one log-prob and one policy version per token.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 import uuid
 from collections import Counter
 from collections.abc import Sequence
@@ -31,12 +33,17 @@ from torl_mega.types import FinishReason, Generation, GenerationRequest
 KEEPALIVE_S = 2.0  # uvicorn closes idle connections after 5 s; writing on one of those is a reset
 ABORT_GRACE_S = 5.0  # from /abort_request to the partial answer
 BACKOFF_S = (0.1, 0.5, 2.0)  # before another try at a server that answers, but with an error
+BUSY_S = 0.5  # before another try at a server whose queue is full
 MAX_EMPTY_ABORTS = 64  # requests sent back before their first token, as `pause("abort")` does to queued ones
 FIRST = asyncio.FIRST_COMPLETED
 
 
 class _Refused(Exception):
     """The server says the request itself is wrong (HTTP 400): trying again cannot help."""
+
+
+class _Busy(Exception):
+    """The server's queue is full (HTTP 503, from `--max-queued-requests` or while it shuts down)."""
 
 
 class SGLangClient:
@@ -86,13 +93,19 @@ class SGLangClient:
         self._check(request)
         parts: list[Part] = []
         causes: list[str] = []
-        num_empty = 0
+        num_empty, patience = 0, time.monotonic() + self._config.request_timeout_s
         while len(causes) <= self._config.max_retries and num_empty < MAX_EMPTY_ABORTS:
             server = await self._fleet.pick(request.route_key, self._config.request_timeout_s)
             try:
                 part = await self._one_try(server, request, parts)
             except _Refused as exc:
                 raise GenerationError(f"{server.url} refused the request: {exc}") from None
+            except _Busy as exc:
+                if time.monotonic() > patience:
+                    raise GenerationError(f"{server.url} stayed full for {self._config.request_timeout_s:g} s") from exc
+                self.counters["server_busy"] += 1
+                await asyncio.sleep(BUSY_S)
+                continue
             except (BadAnswer, aiohttp.ClientError, TimeoutError, OSError) as exc:
                 await self._fault(server, exc, causes)
                 continue
@@ -165,6 +178,8 @@ class SGLangClient:
                     answer.cancel()
         if status == 400:
             raise _Refused(_message(payload))
+        if status == 503:
+            raise _Busy
         if status != 200:
             raise BadAnswer("server_error", f"HTTP {status}: {_message(payload)}")
         part = parse_answer(payload, request, suffixes, budget=request.max_new_tokens - len(done))

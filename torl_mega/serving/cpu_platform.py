@@ -25,9 +25,14 @@ def hooks() -> None:
     import torch
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from torl_mega.serving import seeded_sampling, weight_audit
+    from torl_mega.serving import seeded_sampling, weight_audit, weight_receive
 
     HookRegistry.register("sglang.srt.utils.weight_checker.WeightChecker.handle", weight_audit.handle, HookType.AROUND)
+    HookRegistry.register(
+        "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater.receive_weights_from_distributed",
+        weight_receive.receive,
+        HookType.AROUND,
+    )
     if not torch.cuda.is_available():
         HookRegistry.register(
             "sglang.srt.mem_cache.pool_host.common._cuda_host_register", _no_host_register, HookType.REPLACE

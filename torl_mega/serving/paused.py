@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal
 
 from torl_mega.errors import WeightSyncError
 from torl_mega.interfaces import NamedTensor, WeightSink
@@ -23,13 +24,14 @@ class DrainedSink:
 
 
 class PausedSink:
-    """The pause (`retract`) sends running requests back to the queue and computes their KV cache anew under the new weights."""
+    """`retract` sends running requests back to the queue and computes their KV cache anew under the new weights; `in_place`
+    lets them go on with the cache of the old ones, which must then not be flushed."""
 
-    def __init__(self, sink: WeightSink, urls: Sequence[str]) -> None:
-        self._sink, self._urls = sink, tuple(urls)
+    def __init__(self, sink: WeightSink, urls: Sequence[str], mode: Literal["in_place", "retract"]) -> None:
+        self._sink, self._urls, self._mode = sink, tuple(urls), mode
 
     def update(self, tensors: Iterable[NamedTensor], *, version: int) -> Mapping[str, float]:
-        self._tell("/pause_generation", {"mode": "retract"})
+        self._tell("/pause_generation", {"mode": self._mode})
         try:
             return self._sink.update(tensors, version=version)
         finally:

@@ -30,7 +30,7 @@ from torl_mega.config_file import load_config
 from torl_mega.errors import ServerError, TorlError
 from torl_mega.serving.server import check_port, launch_command, launch_env, wait_ready
 
-STOP_GRACE_S = 3.0  # SGLang's own shutdown takes far longer and has nothing to save
+STOP_GRACE_S = 0.0  # SGLang has nothing to save, and its own shutdown takes many seconds
 WATCH_S = 5.0
 
 

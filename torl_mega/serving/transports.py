@@ -1,6 +1,6 @@
 """Three ways for a bucket of weights to reach the servers, behind one small interface.
 
-    broadcast  torch.distributed group of rank 0 and every server rank (gloo on CPUs, NCCL on GPUs), flattened buckets
+    broadcast  torch.distributed group of rank 0 and every server rank (gloo on CPUs, NCCL on GPUs), tensor by tensor
     handles    colocated servers: CUDA IPC handles of a flattened bucket; on a CPU the tensors by value in the request
     disk       safetensors in a folder that both sides see, loaded at the end
 
@@ -33,6 +33,7 @@ from torch.distributed import distributed_c10d as c10d
 from torl_mega.errors import WeightSyncError
 from torl_mega.serving.admin import POLL_S, Call, Deadline, call_all, run_bounded, watch
 from torl_mega.serving.buckets import Bucket
+from torl_mega.serving.weight_receive import IN_PLACE
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +70,13 @@ class Broadcast:
         self._store: Any = None
         self._name = ""
         self._members: tuple[Member, ...] = ()
-        self._buffers: list[torch.Tensor] = []
-        self._work: Any = None
+        self._works: list[Any] = []
+        self._in_flight: list[torch.Tensor] = []  # what the works send
         self._calls: list[Call] = []
         self._stuck: list[Any] = []  # groups given up with work in flight: freeing one would wait for that work
 
     def open(self, members: Sequence[Member], deadline: Deadline) -> None:
-        self._calls, self._work = [], None
+        self._calls, self._works = [], []
         if self._group is not None and self._members == tuple(members):
             return
         self.reset()
@@ -105,42 +106,32 @@ class Broadcast:
         return group
 
     def send(self, bucket: Bucket, deadline: Deadline) -> None:
-        flat = bucket.flatten_into(self._free_buffer(bucket.num_bytes))
-        self._wait_for_work(deadline)
         body = {"names": bucket.names, "dtypes": bucket.dtypes, "shapes": bucket.shapes, "group_name": self._name}
-        body |= {"flush_cache": False, "load_format": "flattened_bucket", "torch_empty_cache": False}
+        body |= {"flush_cache": False, "load_format": IN_PLACE, "torch_empty_cache": False}
+        # the servers take up this call when they are done with the last bucket, so it may go out before that one is sent
         self._calls += [Call(m.url, "/update_weights_from_distributed", body, deadline) for m in self._members]
-        self._work = dist.broadcast(flat, src=0, group=self._group, async_op=True)
-        self._buffers.reverse()
+        self._wait_until_sent(deadline)
+        self._in_flight = [tensor.to(self._device).view(-1).view(torch.uint8) for _, tensor in bucket.named]
+        self._works = [dist.broadcast(flat, src=0, group=self._group, async_op=True) for flat in self._in_flight]
 
-    def _free_buffer(self, num_bytes: int) -> torch.Tensor:
-        """Two buffers in turns: one is on its way while the other is filled."""
-        if len(self._buffers) < 2:
-            self._buffers.insert(0, torch.empty(num_bytes, dtype=torch.uint8, device=self._device))
-        elif self._buffers[0].numel() < num_bytes:
-            self._buffers[0] = torch.empty(0)  # free it before its larger successor exists
-            self._buffers[0] = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
-        return self._buffers[0]
-
-    def _wait_for_work(self, deadline: Deadline) -> None:
-        if self._work is None:
-            return
-        while not self._work.is_completed():
+    def _wait_until_sent(self, deadline: Deadline) -> None:
+        while not all(work.is_completed() for work in self._works):
             watch("broadcasting weights", deadline, self._calls)
             time.sleep(POLL_S)
         try:
-            self._work.wait()
+            for work in self._works:
+                work.wait()
         except RuntimeError as exc:
             for call in self._calls:  # a server that died says more than gloo does
                 call.check()
             raise WeightSyncError(f"broadcasting weights: {' '.join(str(exc).split())[:300]}") from exc
-        self._work = None
+        self._works, self._in_flight = [], []
 
     def finish(self, deadline: Deadline) -> None:
-        self._wait_for_work(deadline)
+        self._wait_until_sent(deadline)
         for call in self._calls:
             call.result()
-        self._calls, self._buffers = [], []
+        self._calls = []
 
     def reset(self) -> None:
         if self._group is None:
@@ -150,10 +141,10 @@ class Broadcast:
         deadline = Deadline(5.0)
         for member in self._members:  # frees servers that wait inside a broadcast that will not come
             Call(member.url, "/destroy_weights_update_group", {"group_name": self._name}, deadline)
-        self._stuck.append((group, self._store, self._work, self._buffers))
-        self._store, self._work, self._buffers, self._calls, self._members = None, None, [], [], ()
+        self._stuck.append((group, self._store, self._works, self._in_flight))
+        self._store, self._works, self._in_flight, self._calls, self._members = None, [], [], [], ()
         threading.Thread(target=_abort, args=(group,), daemon=True, name="abort weight group").start()
-        self._stuck = [kept for kept in self._stuck if kept[2] is not None and not kept[2].is_completed()]
+        self._stuck = [kept for kept in self._stuck if not all(work.is_completed() for work in kept[2])]
 
 
 def _listening_store(host: str, limit: timedelta) -> TCPStore:

@@ -16,7 +16,7 @@ from torl_mega.errors import WeightSyncError
 from torl_mega.serving.admin import Call, Deadline
 from torl_mega.serving.buckets import Bucket, dtype_name
 from torl_mega.serving.checksum import checksum
-from torl_mega.serving.weight_audit import AUDIT, LAYOUT
+from torl_mega.serving.weight_audit import AUDIT, LAYOUT, spec_line
 
 EMBEDDING = "embed_tokens.weight"
 
@@ -32,7 +32,7 @@ class Expectation:
 
     def add(self, bucket: Bucket, urls: Sequence[str], deadline: Deadline) -> None:
         """Hashes what the servers will keep of these tensors. Tensors may be reused once this has returned."""
-        spec = [spec_line(name, tensor) for name, tensor in bucket.named]
+        spec = [spec_line(name, dtype_name(tensor), tensor.shape) for name, tensor in bucket.named]
         self.spec += spec
         kind, keys = self._layouts.get(spec, urls, deadline)
         tensors = dict(bucket.named)
@@ -112,10 +112,6 @@ def ranks(call: Call) -> list[dict[str, str]]:
             ) from None
         raise
     return [rank["checksums"] for rank in answer["ranks"]]
-
-
-def spec_line(name: str, tensor: torch.Tensor) -> str:
-    return f"{name} {dtype_name(tensor)} {','.join(map(str, tensor.shape))}".strip()
 
 
 def parse_key(key: str) -> tuple[str, int, tuple[int, ...], tuple[int, ...], str]:

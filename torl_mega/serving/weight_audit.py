@@ -1,7 +1,7 @@
 """Server side of weight verification: where each HF tensor lies in this rank's parameters, and the checksum of it there.
 
 SGLang fuses (q, k, v; gate, up), shards and pads HF tensors while it loads them. Instead of describing that once more
-per architecture, `_trace` runs the model's own `load_weights` on empty tensors and records every copy it would make,
+per architecture, `trace_loader` runs the model's own `load_weights` on empty tensors and records every copy it would make,
 without making one: (elements of the HF tensor) -> (elements of a parameter). With that map the server answers, for what
 it holds now, in terms of the HF tensors that the trainer sent. Exact for any model whose loader only slices and copies;
 any other loader is refused, never guessed.
@@ -62,7 +62,7 @@ def handle(original: Callable[..., Any], checker: Any, action: str, *args: Any, 
         return original(checker, action, *args, **kwargs)
     spec = kwargs.get("skip_tensor_list") or (args[1] if len(args) > 1 else None) or []
     model = checker._get_model()
-    trace = _trace(model, spec, complete=action == AUDIT)
+    trace = trace_loader(model, spec, complete=action == AUDIT)
     parameters = dict(model.named_parameters())
     kind = next(iter(parameters.values())).device.type
     answer = {"@device": kind}
@@ -112,7 +112,7 @@ class _Recorder(TorchDispatchMode):
         )  # fmt: skip
 
 
-def _trace(model: torch.nn.Module, spec: Sequence[str], *, complete: bool) -> Trace:
+def trace_loader(model: torch.nn.Module, spec: Sequence[str], *, complete: bool) -> Trace:
     """The map for these tensors, made once per process. `complete`: they are meant to fill the whole model."""
     cached = (id(model), hashlib.sha256("\n".join(spec).encode()).hexdigest() + str(complete))
     if cached not in _traces:
@@ -123,6 +123,11 @@ def _trace(model: torch.nn.Module, spec: Sequence[str], *, complete: bool) -> Tr
         ignored = tuple(name for line in spec if (name := line.split()[0]) not in used)
         _traces[cached] = Trace(tuple(recorder.copies), ignored, _uncovered(model, recorder) if complete else ())
     return _traces[cached]
+
+
+def spec_line(name: str, dtype: str, shape: Sequence[int]) -> str:
+    """How a tensor is described to `trace_loader`."""
+    return f"{name} {dtype} {','.join(map(str, shape))}".strip()
 
 
 def _uncovered(model: torch.nn.Module, recorder: _Recorder) -> tuple[str, ...]:

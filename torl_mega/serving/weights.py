@@ -34,7 +34,12 @@ TORN = "torn"
 
 
 def make_weight_sink(
-    config: ServingConfig, urls: Sequence[str], *, rank: int = 0, device: torch.device | str = "cpu"
+    config: ServingConfig,
+    urls: Sequence[str],
+    *,
+    rank: int = 0,
+    device: torch.device | str = "cpu",
+    flush_cache: bool = True,
 ) -> WeightSink:
     """The sink of one trainer rank. Rank 0 sends; the others only step through their iterator, whose collectives rank 0
     takes part in. `device` is where rank 0 keeps the tensors: `cpu` (gloo, by value) or `cuda:N` (NCCL, CUDA IPC)."""
@@ -42,7 +47,7 @@ def make_weight_sink(
         return IdleSink()
     if not urls:
         raise WeightSyncError("no server to send weights to; set serving.urls or serving.num_servers")
-    return ServerSink(config, urls, make_transport(config, torch.device(device)))
+    return ServerSink(config, urls, make_transport(config, torch.device(device)), flush_cache=flush_cache)
 
 
 def make_transport(config: ServingConfig, device: torch.device) -> Transport:
@@ -66,8 +71,10 @@ class IdleSink:
 class ServerSink:
     """Rank 0. `flush_cache` False keeps the servers' cached prefixes: for syncs that running requests sit out paused."""
 
-    def __init__(self, config: ServingConfig, urls: Sequence[str], transport: Transport) -> None:
-        self.flush_cache = True
+    def __init__(
+        self, config: ServingConfig, urls: Sequence[str], transport: Transport, *, flush_cache: bool = True
+    ) -> None:
+        self.flush_cache = flush_cache
         self.bucket_bytes = config.bucket_mb * 2**20
         self._config = config
         self._urls = tuple(url.rstrip("/") for url in urls)
