@@ -125,6 +125,8 @@ class ServingConfig(Section):
     """Tensor-parallel size of each server."""
     urls: tuple[str, ...] = ()
     """Servers that run already; when given, none is started."""
+    router: str | None = None
+    """URL of an sglang-router in front of `urls`: it chooses the server of each generation. None: we do, by prefix and load."""
     max_total_tokens: PositiveInt | None = None
     """KV-cache size in tokens; None lets SGLang fill the memory it is given."""
     max_running_requests: PositiveInt | None = None
@@ -157,6 +159,14 @@ class ServingConfig(Section):
     at a time without prefix cache (slow, for exact comparisons)."""
     extra_args: tuple[str, ...] = ()
     """Further `sglang.launch_server` arguments, passed on as they are."""
+
+    @model_validator(mode="after")
+    def _routed(self) -> Self:
+        if self.router is not None and not self.urls:
+            raise ValueError(
+                "serving.router needs serving.urls, the servers behind it: weights go to each of them directly"
+            )
+        return self
 
 
 class RewardConfig(Section):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import aiohttp
 import psutil
 import pytest
 import torch
@@ -15,6 +19,7 @@ from live_server import LiveServer
 from reference import Reference, random_weights
 from tiny_model import VOCAB_SIZE
 
+from torl_mega import process
 from torl_mega.config import Config
 from torl_mega.errors import ServerLost
 from torl_mega.serving.client import SGLangClient
@@ -99,6 +104,42 @@ def test_a_server_dies_while_it_generates(
     check(reference, third, generations, 73)
     assert not counters
     assert health == {steady.url: True, victim.url: True}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_router_may_choose_the_server(
+    two_servers: tuple[LiveServer, LiveServer], tiny_config: Config, reference: Reference, tmp_path: Path
+) -> None:
+    urls, port = [server.url for server in two_servers], process.free_port()
+    weights = random_weights(reference.original(), 75)
+    make_weight_sink(tiny_config.serving, urls).update(iter(weights.items()), version=75)
+    command = [sys.executable, "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--worker-urls", *urls, "--policy", "round_robin", "--prometheus-port", str(process.free_port())]
+    router, log = f"http://127.0.0.1:{port}", tmp_path / "router.log"
+    config = tiny_config.serving.model_copy(update={"urls": tuple(urls), "router": router})
+
+    async def generate() -> tuple[list[Generation], Any]:
+        while not await _ok(f"{router}/readiness"):
+            await asyncio.sleep(0.2)
+        async with SGLangClient(urls, config, vocab_size=VOCAB_SIZE) as client:
+            client.expect_version(75)
+            generations = await asyncio.gather(*(client.generate(ask(n)) for n in range(24)))
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(client.generate(ask(99, 400)), 0.05)  # cancelled: both servers are told
+            return generations, client.counters
+
+    with process.start(command, name="router", log_path=log):
+        generations, counters = asyncio.run(generate())
+    check(reference, weights, generations, 75)
+    assert not counters
+
+
+async def _ok(url: str) -> bool:
+    with contextlib.suppress(aiohttp.ClientError, OSError):
+        async with aiohttp.ClientSession() as session, session.get(url) as answer:
+            return answer.status == 200
+    return False
 
 
 class KillAt:

@@ -35,6 +35,7 @@ def test_base_is_the_papers_recipe():
         ("roolout.group_size=4", "did you mean rollout?"),
         ("optim.lr=fast", "optim.lr = 'fast': input should be a valid number"),
         ("rollout.group_size=0", "rollout.group_size = 0: input should be greater than 0"),
+        ("serving.router=http://127.0.0.1:1", "serving.router needs serving.urls"),
         ("data.overlong_prompts=skip", "input should be 'error' or 'drop'"),
         ("trainer.mini_batch_samples=100", "trainer.mini_batch_samples = 100 does not divide the 256 samples"),
         ("trainer.mini_batch_samples=512", "is more than a step collects"),

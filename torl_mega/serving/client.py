@@ -6,6 +6,7 @@
                   │                                    ├─ queue full (503): the same again, a little later
                   └────────── another try ◄────────────┴─ dead, hanging, 5xx, wrong version: from the same tokens
 
+With `serving.router` an sglang-router picks; a fault is then tried again through it, and it drops a dead server by itself.
 What comes back was sampled by a version the caller expects, with one log-prob and one policy version per token.
 Limits: one event loop; text is SGLang's own decoding, so a token may run past the stop string it completes (its ids are
 kept as sampled). Without streaming a dead server's unfinished tokens are lost and sampled again.
@@ -135,7 +136,7 @@ class SGLangClient:
         self.counters["generation_retry"] += 1
         self.counters[kind] += 1
         causes.append(f"{server.url}: {kind}: {exc or type(exc).__name__}")
-        if kind in ("server_down", "wrong_version", "hang"):
+        if kind in ("server_down", "wrong_version", "hang") and self._config.router is None:
             self._fleet.suspend(server, kind)
         else:
             await asyncio.sleep(BACKOFF_S[min(len(causes), len(BACKOFF_S)) - 1])
@@ -161,17 +162,17 @@ class SGLangClient:
             "return_logprob": True,
         }
         with server.holding() as lost:
-            answer = asyncio.ensure_future(self._post(server.url, "/generate", body))
+            answer = asyncio.ensure_future(self._post(self._config.router or server.url, "/generate", body))
             try:
                 await asyncio.wait({answer, lost}, timeout=self._config.request_timeout_s, return_when=FIRST)
                 if not answer.done() and not lost.done():
-                    await self._abort(server.url, rid)
+                    await self._abort(server, rid)
                     await asyncio.wait({answer, lost}, timeout=ABORT_GRACE_S, return_when=FIRST)
                 if not answer.done():
                     raise TimeoutError(f"no answer within {self._config.request_timeout_s:g} s")
                 status, payload = answer.result()
             except asyncio.CancelledError:
-                self._abort_later(server.url, rid)
+                self._abort_later(server, rid)
                 raise
             finally:
                 if not answer.done():
@@ -231,13 +232,16 @@ class SGLangClient:
         async with self._session.post(url + path, data=orjson.dumps(body), headers=headers) as answer:
             return answer.status, await answer.read()
 
-    async def _abort(self, url: str, rid: str) -> None:
+    async def _abort(self, server: Server, rid: str) -> None:
+        """A router does not pass this on and does not say where the request is: every server behind it is told."""
+        urls = [server.url] if self._config.router is None else [s.url for s in self._fleet.up()]
         with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError):
-            await asyncio.wait_for(self._post(url, "/abort_request", {"rid": rid}), ABORT_GRACE_S)
+            calls = asyncio.gather(*(self._post(url, "/abort_request", {"rid": rid}) for url in urls))
+            await asyncio.wait_for(calls, ABORT_GRACE_S)
 
-    def _abort_later(self, url: str, rid: str) -> None:
+    def _abort_later(self, server: Server, rid: str) -> None:
         """The caller was cancelled and cannot wait; the server must not sample on for nobody."""
-        task = asyncio.ensure_future(self._abort(url, rid))
+        task = asyncio.ensure_future(self._abort(server, rid))
         self._aborts.add(task)
         task.add_done_callback(self._aborts.discard)
 
