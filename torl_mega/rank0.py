@@ -31,6 +31,7 @@ from torl_mega.serving.paused import DrainedSink, PausedSink
 from torl_mega.serving.server import wait_ready
 from torl_mega.serving.weights import make_weight_sink
 from torl_mega.stop_flag import StopFlag
+from torl_mega.trainer.fp8 import BlockSink
 from torl_mega.trainer.layout import read_hf_config
 
 T = TypeVar("T")
@@ -99,6 +100,8 @@ def build_rank0(
             rollouts = stack.enter_context(contextlib.closing(OverlappedRollouts(config, folder, stop)))
             one_off = config.rollout.max_staleness == 1
             sink = DrainedSink(sink, rollouts.drain) if one_off else PausedSink(sink, urls)
+        if config.serving.weight_dtype == "fp8_block":
+            sink = BlockSink(sink)
         if saved["rollouts"] is not None:
             rollouts.restore(saved["rollouts"])
         wait_for_servers(config, run)
