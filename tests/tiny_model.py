@@ -10,8 +10,8 @@ import torch
 VOCAB_SIZE = 512
 
 
-def make_tiny_model(folder: Path, *, seed: int = 0, num_kv_heads: int = 2, tied: bool = False) -> Path:
-    """Writes config.json, tokenizer and model.safetensors (fp32, 0.14M parameters) into `folder`."""
+def make_tiny_model(folder: Path, *, seed: int = 0, num_kv_heads: int = 2, tied: bool = False, **sizes: int) -> Path:
+    """Writes config.json, tokenizer and model.safetensors (fp32, 0.14M parameters unless `sizes` say more)."""
     from tokenizers import pre_tokenizers
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
@@ -21,10 +21,11 @@ def make_tiny_model(folder: Path, *, seed: int = 0, num_kv_heads: int = 2, tied:
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
     tokenizer.save_pretrained(folder)
     eos = tokenizer.eos_token_id
+    sizes = {"hidden_size": 64, "intermediate_size": 128, **sizes}
     config = Qwen2Config(
-        vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=num_kv_heads, max_position_embeddings=2048, tie_word_embeddings=tied, bos_token_id=None,
-        eos_token_id=eos, pad_token_id=eos, dtype="float32",
+        vocab_size=VOCAB_SIZE, **sizes, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=num_kv_heads,
+        max_position_embeddings=2048, tie_word_embeddings=tied, bos_token_id=None, eos_token_id=eos, pad_token_id=eos,
+        dtype="float32",
     )  # fmt: skip
     torch.manual_seed(seed)
     model = Qwen2ForCausalLM(config).to(torch.float32)

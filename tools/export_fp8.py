@@ -21,7 +21,8 @@ import torch
 
 from torl_mega.errors import ConfigError, DataError, TorlError
 from torl_mega.rollout.recorder import read_rows
-from torl_mega.trainer.fp8 import QUANTIZATION_CONFIG, quantize_stream
+from torl_mega.trainer.fp8 import quantize_stream
+from torl_mega.trainer.fp8_format import QUANTIZATION_CONFIG
 from torl_mega.trainer.hf_io import HfReader, write_hf
 from torl_mega.trainer.hf_mapping import all_names
 from torl_mega.trainer.layout import describe_model, read_hf_config

@@ -129,6 +129,9 @@ class ServingConfig(Section):
     """URL of an sglang-router in front of `urls`: it chooses the server of each generation. None: we do, by prefix and load."""
     max_total_tokens: PositiveInt | None = None
     """KV-cache size in tokens; None lets SGLang fill the memory it is given."""
+    weight_dtype: Literal["model", "fp8_block"] = "model"
+    """What servers hold: the trainer's weights as they are (model.dtype), or its linear layers quantised to FP8 in blocks of
+    128 x 128 at every sync (GPUs only)."""
     max_running_requests: PositiveInt | None = None
     """Requests decoded together; None is SGLang's own choice."""
     mem_fraction: float = Field(default=0.8, gt=0, lt=1)
@@ -424,6 +427,13 @@ class Config(Section):
             raise ValueError(
                 f"trainer.micro_batch_tokens = {self.trainer.micro_batch_tokens} cannot hold one sequence of "
                 f"data.max_prompt_tokens + rollout.max_response_tokens = {self.max_context_tokens} tokens"
+            )
+        if self.serving.weight_dtype == "fp8_block" and self.model.dtype != "bfloat16":
+            raise ValueError(f"serving.weight_dtype = fp8_block needs model.dtype = bfloat16, found {self.model.dtype}")
+        if self.serving.weight_dtype == "fp8_block" and self.serving.transport == "disk":
+            raise ValueError(
+                "serving.weight_dtype = fp8_block cannot be verified after serving.transport = disk, where SGLang lays FP8 "
+                "weights out anew while loading; take broadcast or handles"
             )
         if self.rollout.max_staleness and not self.logging.trajectories:
             raise ValueError(

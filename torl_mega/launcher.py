@@ -28,7 +28,12 @@ from torl_mega import process
 from torl_mega.config import Config
 from torl_mega.errors import CheckpointError, ConfigError, DataError, ServerError, TorlError
 from torl_mega.process import GuardedProcess
+<<<<<<< HEAD
 from torl_mega.run_folder import RunFolder, is_complete, lock_run, open_run
+=======
+from torl_mega.run_folder import RunFolder, lock_run, open_run
+from torl_mega.trainer.fp8_format import check_fp8_serving
+>>>>>>> trainer-rest
 from torl_mega.trainer.layout import check_layout, read_hf_config
 
 POLL_S = 0.2
@@ -88,7 +93,9 @@ def _train(config: Config, config_args: Sequence[str], folder: RunFolder) -> int
 
 def check_inputs(config: Config) -> None:
     """Raises TorlError for a model, layout or data file that cannot work; opens no big file."""
-    problems = check_layout(read_hf_config(config.model.path), config.parallel, config.parallel.world_size)
+    hf_config = read_hf_config(config.model.path)
+    problems = check_layout(hf_config, config.parallel, config.parallel.world_size)
+    problems = problems or check_fp8_serving(hf_config, config)
     if problems:
         raise ConfigError("; ".join(problems))
     for setting, spec in [("data.train", config.data.train), *(("eval.data", s) for s in config.eval.data)]:
@@ -97,12 +104,21 @@ def check_inputs(config: Config) -> None:
 
 
 def with_servers(config: Config, config_args: Sequence[str], program: Callable[[Config, RunFolder], int]) -> int:
+<<<<<<< HEAD
     """Runs `program` in this process beside a sandbox and servers of its own, without a trainer (`torl eval`).
     `model.path` may also be a Megatron checkpoint of a run."""
     if (Path(config.model.path) / "manifest.json").is_file():
         hf = _converted(config)
         config_args = [*config_args, f"model.path={hf}"]
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(hf)})})
+=======
+    """Runs `program` in this process beside a sandbox and servers of its own, without a trainer (`torl eval`)."""
+    if config.serving.weight_dtype != "model":
+        raise ConfigError(
+            f"serving.weight_dtype = {config.serving.weight_dtype} needs a trainer that sends the weights; without one the "
+            "servers serve model.path as it is: add serving.weight_dtype=model"
+        )
+>>>>>>> trainer-rest
     with _held(config) as folder, _sidecars(config, config_args, folder) as (_, env):
         os.environ.update(env)
         return program(config, folder)

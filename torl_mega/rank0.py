@@ -31,6 +31,7 @@ from torl_mega.serving.paused import DrainedSink, PausedSink
 from torl_mega.serving.server import wait_ready
 from torl_mega.serving.weights import make_weight_sink
 from torl_mega.stop_flag import StopFlag
+from torl_mega.trainer.fp8 import BlockSink
 from torl_mega.trainer.layout import read_hf_config
 
 T = TypeVar("T")
@@ -101,6 +102,8 @@ def build_rank0(
             rollouts = stack.enter_context(contextlib.closing(OverlappedRollouts(config, folder, stop)))
             pause = config.rollout.pause
             sink = PausedSink(sink, urls, pause) if in_flight else DrainedSink(sink, rollouts.drain)
+        if config.serving.weight_dtype == "fp8_block":
+            sink = BlockSink(sink)
         if saved["rollouts"] is not None:
             rollouts.restore(saved["rollouts"])
         wait_for_servers(config, run)

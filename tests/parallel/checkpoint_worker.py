@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import hf_reference as ref
 from layout_cases import Layout
-from layout_worker import HfRun, config_for, largest
+from layout_worker import config_for, largest
 
 from torl_mega.trainer import parallel
 from torl_mega.trainer.hf_io import HfReader
@@ -48,13 +48,13 @@ def make_trainer(layout: Layout, model_path: Path) -> Any:
 def main(results: Path, work: Path, cases: Path) -> None:
     savers, loaders, (family, tied) = json.loads(cases.read_text())
     model_path = work / f"{family}_{'tied' if tied else 'untied'}"
-    hf: HfRun | None = None
+    hf: ref.HfRun | None = None
     checkpoints = []
     for n, fields in enumerate(savers):
         layout = Layout(**fields)
         trainer = make_trainer(layout, model_path)
         if parallel.is_rank0():
-            hf = hf or HfRun(family, tied)
+            hf = hf or ref.HfRun(family, tied)
         start = dict(trainer.weights())
         if parallel.is_rank0():
             reader = HfReader(model_path, trainer.shape)

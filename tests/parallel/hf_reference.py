@@ -17,6 +17,7 @@ CLIP = 0.2
 OPTIM = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-5}
 WEIGHT_DECAY = 0.1
 CLIP_GRAD = 0.05
+STEPS = 3
 VOCAB = 201  # odd: padded by every tensor size
 
 
@@ -138,3 +139,22 @@ class Reference:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_GRAD)
         self.optimizer.step()
         return float(norm)
+
+
+class HfRun:
+    """The reference steps of one model: logits before them, gradients of the first, scores of each, weights after them."""
+
+    def __init__(self, family: str, tied: bool) -> None:
+        model = make_model(family, tied=tied)
+        runner = Reference(model)
+        self.steps: list[Step] = []
+        with torch.no_grad():
+            self.logits = [runner.logits(s) for s in make_samples(0)]
+        for n in range(STEPS):
+            samples = make_samples(n)
+            step = runner.backward(samples, noise(n, samples))
+            if n == 0:
+                self.gradients = {k: p.grad.clone() for k, p in model.named_parameters()}
+            step.grad_norm = runner.update()
+            self.steps.append(step)
+        self.weights = {k: p.detach().clone() for k, p in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""Run by torchrun: many layouts and model families in one start, each compared with HF + torch on rank 0.
+"""Many layouts and model families, each compared with HF + torch on rank 0. The ranks are forked anew for every layout.
 
     layout_worker.py RESULTS.jsonl WORK_DIR CASES.json
 
@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,16 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parent))
 
 import hf_reference as ref
+from forked import run_ranks
 from layout_cases import Layout
 
 from torl_mega.config_file import load_config
-from torl_mega.trainer import parallel
+from torl_mega.trainer import cpu_backend, parallel
 from torl_mega.types import TrainSample
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 3
 DEVICE = "cpu"
+LAYOUT_LIMIT_S = 280.0
 
 
 def config_for(layout: Layout, model_path: Path, extra: tuple[str, ...] = ()) -> Any:
@@ -54,25 +56,6 @@ def config_for(layout: Layout, model_path: Path, extra: tuple[str, ...] = ()) ->
             *extra,
         ],
     )
-
-
-class HfRun:
-    """Three reference steps of one model, computed once on rank 0: logits, scores, gradients, weights after each."""
-
-    def __init__(self, family: str, tied: bool) -> None:
-        model = ref.make_model(family, tied=tied)
-        runner = ref.Reference(model)
-        self.steps: list[ref.Step] = []
-        with torch.no_grad():
-            self.logits = [runner.logits(s) for s in ref.make_samples(0)]
-        for n in range(STEPS):
-            samples = ref.make_samples(n)
-            step = runner.backward(samples, ref.noise(n, samples))
-            if n == 0:
-                self.gradients = {k: p.grad.clone() for k, p in model.named_parameters()}
-            step.grad_norm = runner.update()
-            self.steps.append(step)
-        self.weights = {k: p.detach().clone() for k, p in model.named_parameters()}
 
 
 def all_logits(trainer: Any, samples: list[Any]) -> list[torch.Tensor]:
@@ -131,7 +114,7 @@ def largest(pairs: Any) -> float:
     return max((float((a - b).abs().max()) for a, b in pairs if a.numel()), default=0.0)
 
 
-def run_case(layout: Layout, family: str, tied: bool, hf: HfRun | None, model_path: Path) -> dict[str, float]:
+def run_case(layout: Layout, family: str, tied: bool, hf: ref.HfRun | None, model_path: Path) -> dict[str, float]:
     from torl_mega.trainer.megatron_trainer import MegatronTrainer
 
     trainer = MegatronTrainer(config_for(layout, model_path))
@@ -139,7 +122,7 @@ def run_case(layout: Layout, family: str, tied: bool, hf: HfRun | None, model_pa
     logits = all_logits(trainer, ref.make_samples(0))
     if hf:
         found["logits"] = largest((a[:-1], b[:-1]) for a, b in zip(logits, hf.logits, strict=True))
-    for n in range(STEPS):
+    for n in range(ref.STEPS):
         samples = ref.make_samples(n)
         scored = trainer.old_logprobs(samples)
         shifted = [
@@ -164,6 +147,7 @@ def run_case(layout: Layout, family: str, tied: bool, hf: HfRun | None, model_pa
             if gradients:
                 assert set(gradients) == set(hf.gradients), set(gradients) ^ set(hf.gradients)
                 found["grad"] = largest((gradients[k], hf.gradients[k]) for k in gradients)
+                found["largest_grad"] = max(float(g.abs().max()) for g in hf.gradients.values())
     weights = dict(trainer.weights())
     if hf:
         assert set(weights) == set(hf.weights), set(weights) ^ set(hf.weights)
@@ -171,34 +155,40 @@ def run_case(layout: Layout, family: str, tied: bool, hf: HfRun | None, model_pa
     return found
 
 
+def reference(work: Path, family: str, tied: bool) -> ref.HfRun:
+    """Computed by the first rank 0 that needs it, read by the later ones."""
+    path = work / f"reference_{family}_{tied}.pt"
+    if not path.exists():
+        torch.save(ref.HfRun(family, tied), path)
+    return torch.load(path, weights_only=False)
+
+
+def run_layout(layout: Layout, families: list[tuple[str, bool]], version: str, results: Path, work: Path) -> None:
+    """One rank's part of all models in one layout."""
+    config = config_for(layout, work)
+    parallel.init_distributed(config.parallel, config.trainer)
+    for family, tied in families:
+        hf = reference(work, family, tied) if parallel.is_rank0() else None
+        found = run_case(layout, family, tied, hf, work / f"{family}_{'tied' if tied else 'untied'}")
+        if parallel.is_rank0():
+            line = {"megatron": version, "layout": layout.name, "model": family, "tied": tied, **found}
+            with results.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+    parallel.barrier()
+    parallel.destroy()
+
+
 def main(results: Path, work: Path, cases: Path) -> None:
+    cpu_backend.install()
     import megatron.core
 
-    runs: dict[tuple[str, bool], HfRun] = {}
+    import torl_mega.trainer.megatron_trainer  # noqa: F401 - here, so that no rank has to
+
     version = str(megatron.core.__version__).split("+")[0]  # what follows is the commit of the folder it runs in
     for fields, families in json.loads(cases.read_text()):
         layout = Layout(**fields)
-        config = config_for(layout, work)
-        if dist.is_initialized():
-            parallel.set_layout(config.parallel, config.trainer)
-        else:
-            parallel.init_distributed(config.parallel, config.trainer)
-        for family, tied in families:
-            model_path = work / f"{family}_{'tied' if tied else 'untied'}"
-            hf = None
-            if parallel.is_rank0():
-                hf = (
-                    runs.setdefault((family, tied), HfRun(family, tied))
-                    if (family, tied) not in runs
-                    else runs[family, tied]
-                )
-            found = run_case(layout, family, tied, hf, model_path)
-            if parallel.is_rank0():
-                line = {"megatron": version, "layout": layout.name, "model": family, "tied": tied, **found}
-                with results.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
-        parallel.barrier()
-    parallel.destroy()
+        run = partial(run_layout, layout, families, version, results, work)
+        run_ranks(layout.world_size, run, LAYOUT_LIMIT_S)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """Every layout computes what HF + torch compute: logits, gradients, weights after three clipped AdamW steps, all in fp32.
 
-One torchrun start per world size runs all of its layouts and models. By default a chosen few on the installed
+One start runs all layouts and models, their ranks forked from one process. By default a chosen few on the installed
 megatron-core (and on the other one where `make mcore-next` has run); `-m slow` runs the whole matrix on both.
+With TORL_LAYOUTS_OUT=DIR the table of each run is kept there, for `make_layouts_doc.py`.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +17,7 @@ from pathlib import Path
 import hf_reference as ref
 import pytest
 from layout_cases import DEFAULT, FAMILIES, Layout, matrix
-from torchrun import NEXT, torchrun
+from torchrun import NEXT, run_python
 
 LIMITS = {
     "logits": 2e-6,
@@ -45,13 +48,14 @@ def run(
     next_megatron: bool,
     timeout_s: float = 240.0,
 ) -> list[dict]:
-    """One torchrun per world size; returns the table of results."""
-    results = models / f"results_{'next' if next_megatron else 'now'}.jsonl"
+    """The table of results."""
+    name = f"results_{'next' if next_megatron else 'now'}_{len(plan)}.jsonl"
+    results, cases = models / name, models / "cases.json"
     results.unlink(missing_ok=True)
-    for size in sorted({layout.world_size for layout, _ in plan}):
-        cases = models / f"cases_{size}.json"
-        cases.write_text(json.dumps([[asdict(lay), list(fam)] for lay, fam in plan if lay.world_size == size]))
-        torchrun(size, WORKER, results, models, cases, next_megatron=next_megatron, timeout_s=timeout_s)
+    cases.write_text(json.dumps([[asdict(layout), list(families)] for layout, families in plan]))
+    run_python(WORKER, results, models, cases, next_megatron=next_megatron, timeout_s=timeout_s)
+    if "TORL_LAYOUTS_OUT" in os.environ:
+        shutil.copy(results, Path(os.environ["TORL_LAYOUTS_OUT"]) / name)
     return [json.loads(line) for line in results.read_text().splitlines()]
 
 

@@ -1,4 +1,4 @@
-"""Starts torchrun on this machine and brings its output home."""
+"""Starts a script on this machine, by torchrun or alone, and brings its output home."""
 
 from __future__ import annotations
 
@@ -20,6 +20,13 @@ def free_port() -> int:
 
 def torchrun(ranks: int, script: Path, *args: str | Path, next_megatron: bool = False, timeout_s: float = 240.0) -> str:
     """Run `script` on `ranks` ranks; returns its output, raises AssertionError with its tail when it fails."""
+    starter = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+    starter += ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+    return run_python(*starter, script, *args, next_megatron=next_megatron, timeout_s=timeout_s)
+
+
+def run_python(*args: str | Path, next_megatron: bool = False, timeout_s: float = 240.0) -> str:
+    """`python ARGS` with one thread per process; output and errors as `torchrun`."""
     path = [str(NEXT)] if next_megatron else []
     environment = {
         **os.environ,
@@ -28,12 +35,8 @@ def torchrun(ranks: int, script: Path, *args: str | Path, next_megatron: bool = 
         "PYTHONWARNINGS": "ignore",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_addr", "127.0.0.1",
-        "--master_port", str(free_port()), str(script), *map(str, args),
-    ]  # fmt: skip
     process = subprocess.Popen(
-        command,
+        [sys.executable, *map(str, args)],
         env=environment,
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -41,14 +44,13 @@ def torchrun(ranks: int, script: Path, *args: str | Path, next_megatron: bool = 
         text=True,
         start_new_session=True,
     )
+    what = " ".join(Path(a).name for a in args if str(a).endswith(".py"))
     try:
         output, _ = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, 9)
         output, _ = process.communicate()
-        raise AssertionError(
-            f"{script.name} on {ranks} ranks took more than {timeout_s} s:\n{output[-4000:]}"
-        ) from None
+        raise AssertionError(f"{what} took more than {timeout_s} s:\n{output[-4000:]}") from None
     trace = output[max(output.find("Traceback") - 200, 0) :]
-    assert process.returncode == 0, f"{script.name} on {ranks} ranks failed:\n{trace[:6000]}"
+    assert process.returncode == 0, f"{what} failed:\n{trace[:6000]}"
     return output

@@ -1,12 +1,24 @@
-"""The block quantiser against a plain loop over blocks, bit for bit, and against the error bound of e4m3."""
+"""The block quantiser against a plain loop, bit for bit, and against the error bound of e4m3; who may serve its output."""
 
 from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from torl_mega.trainer.fp8 import dequantize_blocks, quantize_blocks, quantize_stream
+from torl_mega import launcher
+from torl_mega.config_file import load_config
+from torl_mega.errors import ConfigError, ServerError
+from torl_mega.interfaces import NamedTensor
+from torl_mega.serving.server import launch_command
+from torl_mega.trainer.fp8 import BlockSink, dequantize_blocks, quantize_blocks, quantize_stream
+from torl_mega.trainer.fp8_format import check_fp8_serving
 
 
 def plain_reference(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,3 +78,86 @@ def test_stream_quantises_linear_layers_only() -> None:
         "model.layers.0.self_attn.q_proj.weight",
         "model.layers.0.mlp.down_proj.weight",
     }
+
+
+# ------------------------------------------------------------------------------------------------ servers
+
+FP8 = ("model.dtype=bfloat16", "serving.weight_dtype=fp8_block")
+
+
+def hf_config(**changes: int) -> dict[str, Any]:
+    return {
+        "architectures": ["Qwen2ForCausalLM"], "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
+        "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936, **changes,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (("model.dtype=float32", "serving.weight_dtype=fp8_block"), r"needs model\.dtype = bfloat16, found float32"),
+        (
+            (*FP8, "serving.transport=disk", "serving.disk_dir=/tmp"),
+            r"cannot be verified after serving\.transport = disk",
+        ),
+    ],
+)
+def test_settings_that_exclude_fp8_servers(overrides: tuple[str, ...], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        load_config("conf/torl_1.5b.yaml", overrides)
+
+
+@pytest.mark.parametrize(
+    ("hf", "tensor", "complaint"),
+    [
+        (hf_config(), 1, None),
+        (hf_config(), 2, None),
+        (hf_config(), 4, r"intermediate_size on each of serving\.tensor = 4 ranks .* found 2240"),
+        (hf_config(num_attention_heads=24, num_key_value_heads=1, hidden_size=1536), 1, "k_proj"),
+        (hf_config(intermediate_size=8970), 1, "intermediate_size .* found 8970"),
+    ],
+)
+def test_models_whose_layers_are_not_whole_blocks(hf: dict[str, Any], tensor: int, complaint: str | None) -> None:
+    problems = check_fp8_serving(hf, load_config("conf/torl_1.5b.yaml", [*FP8, f"serving.tensor={tensor}"]))
+    assert len(problems) == (0 if complaint is None else 1), problems
+    assert complaint is None or re.search(complaint, problems[0])
+
+
+def test_server_waits_for_fp8_weights_and_cpus_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    config = load_config("conf/torl_1.5b.yaml", [*FP8, f"model.path={tmp_path}"])
+    command = launch_command(config, host="127.0.0.1", port=1, on_gpu=True)
+    override = json.loads(command[command.index("--json-model-override-args") + 1])
+    assert override["quantization_config"]["weight_block_size"] == [128, 128]
+    assert command[command.index("--load-format") + 1] == "dummy"
+    with pytest.raises(ServerError, match="needs GPUs"):
+        launch_command(config, host="127.0.0.1", port=1, on_gpu=False)
+
+
+def test_programs_without_a_trainer_refuse_fp8_servers(tmp_path: Path) -> None:
+    config = load_config("conf/torl_1.5b.yaml", [*FP8, f"runs_dir={tmp_path}"])
+    with pytest.raises(ConfigError, match="needs a trainer that sends the weights"):
+        launcher.with_servers(config, [], lambda config, folder: 0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sink_sends_what_the_policy_rounds_to() -> None:
+    torch.manual_seed(3)
+    weights = {
+        "model.embed_tokens.weight": torch.randn(8, 256, dtype=torch.bfloat16),
+        "model.layers.0.mlp.up_proj.weight": torch.randn(256, 256, dtype=torch.bfloat16),
+    }
+    sent: dict[str, torch.Tensor] = {}
+
+    class Inner:
+        def update(self, tensors: Iterable[NamedTensor], *, version: int) -> dict[str, float]:
+            sent.update(tensors)
+            return {"version": version}
+
+    assert BlockSink(Inner()).update(iter(weights.items()), version=5) == {"version": 5}
+    name = "model.layers.0.mlp.up_proj.weight"
+    values, scales = plain_reference(weights[name])
+    assert list(sent) == ["model.embed_tokens.weight", name, f"{name}_scale_inv"]
+    assert torch.equal(sent["model.embed_tokens.weight"], weights["model.embed_tokens.weight"])
+    assert torch.equal(sent[name].view(torch.uint8), values.view(torch.uint8))
+    assert torch.equal(sent[f"{name}_scale_inv"], scales)

@@ -7,7 +7,9 @@ Contract: pure function of its arguments (plus config.json of the model, where i
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torl_mega.config import Config
 from torl_mega.errors import ConfigError
@@ -18,6 +20,7 @@ from torl_mega.planner.memory import PhaseMemory, ServerMemory, TrainerMemory
 from torl_mega.planner.placement import Placement, place
 from torl_mega.planner.shapes import hf_config
 from torl_mega.planner.steptime import StepTime, Workload
+from torl_mega.trainer.fp8_format import check_fp8_serving
 from torl_mega.trainer.layout import ModelShape, check_layout, describe_model
 
 MIN_CONTEXTS = 4  # full-length sequences a server's KV cache must hold; below that decoding crawls
@@ -74,7 +77,7 @@ def analyse(config: Config, hardware: Hardware, assume: Assumptions, mean_respon
     world = placement.world_size if placement else hardware.nodes * hardware.gpus
     layout = check_layout(hf, config.parallel, world)
     problems += layout
-    problems += _settings(config, shape, gpu, placement)
+    problems += _settings(config, hf, shape, gpu, placement)
     if placement is None or layout:
         return Analysis(hardware, tuple(problems), (), shape, placement)
     data = world // config.parallel.model_size
@@ -92,7 +95,9 @@ def analyse(config: Config, hardware: Hardware, assume: Assumptions, mean_respon
     return Analysis(hardware, tuple(problems), tuple(warnings), shape, placement, trainer, server, found, work, time)
 
 
-def _settings(config: Config, shape: ModelShape, gpu: Gpu, placement: Placement | None) -> list[str]:
+def _settings(
+    config: Config, hf: Mapping[str, Any], shape: ModelShape, gpu: Gpu, placement: Placement | None
+) -> list[str]:
     """Settings that contradict the model, the chip or the layout."""
     problems, serving = [], config.serving
     if config.max_context_tokens > shape.max_positions:
@@ -109,6 +114,10 @@ def _settings(config: Config, shape: ModelShape, gpu: Gpu, placement: Placement 
         problems.append(
             f"trainer.precision = {config.trainer.precision} needs FP8, which {gpu.name} does not have; take default"
         )
+    if serving.weight_dtype == "fp8_block":
+        problems += check_fp8_serving(hf, config)
+        if gpu.fp8 is None:
+            problems.append(f"serving.weight_dtype = fp8_block needs FP8, which {gpu.name} does not have; take model")
     if config.trainer.precision == "mxfp8" and gpu.name != "b200":
         problems.append("trainer.precision = mxfp8 needs Blackwell (b200); take fp8_current or fp8_blockwise")
     if config.serving.transport == "handles" and placement and not placement.colocated:

@@ -155,10 +155,18 @@ def trainer_memory(
     )
 
 
+def server_weight_bytes(shape: ModelShape, config: Config) -> float:
+    """Of one server, over all its ranks: a byte per element of the linear layers with fp8_block."""
+    width = dtype_bytes(config)
+    linear = shape.num_layers * (shapes.attention_params(shape) + shapes.mlp_params(shape))
+    saved = linear * (width - 1) if config.serving.weight_dtype == "fp8_block" else 0
+    return shape.num_parameters * width - saved
+
+
 def server_memory(shape: ModelShape, config: Config, gpu: Gpu, assume: Assumptions) -> ServerMemory:
     """Memory of one server rank. SGLang takes `mem_fraction` of the GPU for weights and KV pool together."""
     serving, width = config.serving, dtype_bytes(config)
-    weights = shape.num_parameters * width / serving.tensor
+    weights = server_weight_bytes(shape, config) / serving.tensor
     per_token = shapes.kv_bytes_per_token(shape, width) / min(serving.tensor, shape.num_kv_groups)
     if math.isinf(gpu.memory):
         pool = (serving.max_total_tokens or 8 * config.max_context_tokens) * per_token

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torl_mega.config import Config
 from torl_mega.planner import shapes
 from torl_mega.planner.hardware import Assumptions, Gpu
-from torl_mega.planner.memory import ServerMemory, dtype_bytes, num_micro_batches
+from torl_mega.planner.memory import ServerMemory, dtype_bytes, num_micro_batches, server_weight_bytes
 from torl_mega.trainer.layout import ModelShape
 
 _POINTS = 96  # of the integral over response positions
@@ -115,7 +115,7 @@ def _decode_step_s(
     """One token for each of `active` sequences with `context` tokens behind them."""
     tp, width = config.serving.tensor, dtype_bytes(config)
     kv = active * context * shapes.kv_bytes_per_token(shape, width) / min(tp, shape.num_kv_groups)
-    read = (shape.num_parameters * width / tp + kv) / (gpu.hbm * assume.decode_bandwidth)
+    read = (server_weight_bytes(shape, config) / tp + kv) / (gpu.hbm * assume.decode_bandwidth)
     compute = shapes.forward_flops(shape, active, context) / (tp * gpu.bf16 * assume.prefill_mfu)
     reduce = 0.0 if tp == 1 else 2 * shape.num_layers * 15e-6  # two all-reduces per layer, latency-bound
     return assume.decode_overhead_s + max(read, compute) + reduce

@@ -18,6 +18,7 @@ import aiohttp
 from torl_mega.config import Config
 from torl_mega.errors import ServerError
 from torl_mega.process import GuardedProcess, port_in_use, tail
+from torl_mega.trainer.fp8_format import QUANTIZATION_CONFIG
 
 CONTEXT_SLACK = 8
 """SGLang 0.5.23 refuses prompts of context - 6 tokens and clips prompt + answer at context - 2 (tp_worker.py)."""
@@ -34,6 +35,8 @@ def launch_command(config: Config, *, host: str, port: int, on_gpu: bool) -> lis
     # servers of one run must not draw the same numbers, or a group spread over two of them repeats itself
     command += ["--random-seed", str(config.seed + port)]
     command += ["--context-length", str(context), "--log-level-http", "warning"]
+    if serving.weight_dtype == "fp8_block":
+        command += _fp8_arguments(on_gpu=on_gpu)
     if serving.max_total_tokens is not None:
         command += ["--max-total-tokens", str(max(serving.max_total_tokens, context))]
     running = 1 if serving.deterministic and not on_gpu else serving.max_running_requests
@@ -69,6 +72,14 @@ def launch_env(config: Config, *, gpu_ids: Sequence[int], base: dict[str, str] |
         binding = "|".join(str(cores[rank % len(cores)]) for rank in range(config.serving.tensor))
         env.setdefault("SGLANG_CPU_OMP_THREADS_BIND", binding)
     return env
+
+
+def _fp8_arguments(*, on_gpu: bool) -> list[str]:
+    """A model of block-wise FP8 that waits for its weights: what lies at `model.path` has no scales."""
+    if not on_gpu:
+        raise ServerError("serving.weight_dtype = fp8_block needs GPUs: SGLang has no FP8 kernels for CPUs; take model")
+    override = json.dumps({"quantization_config": QUANTIZATION_CONFIG})
+    return ["--json-model-override-args", override, "--load-format", "dummy"]
 
 
 def _check_context(model_path: Path, needed: int) -> None:

@@ -131,7 +131,12 @@ def spec_line(name: str, dtype: str, shape: Sequence[int]) -> str:
 
 
 def _uncovered(model: torch.nn.Module, recorder: _Recorder) -> tuple[str, ...]:
-    return tuple(n for n, p in model.named_parameters() if recorder.filled.get(n, 0) < p.numel())
+    """Scales of the KV cache, which FP8 models have, are settings of SGLang's and no weights."""
+    return tuple(
+        n
+        for n, p in model.named_parameters()
+        if recorder.filled.get(n, 0) < p.numel() and not n.endswith((".attn.k_scale", ".attn.v_scale"))
+    )
 
 
 def _empty_tensors(spec: Sequence[str], recorder: _Recorder) -> Iterator[tuple[str, torch.Tensor]]:

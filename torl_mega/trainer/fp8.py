@@ -11,25 +11,16 @@ Source: DeepSeek-V3's `weight_dequant` (arXiv 2412.19437, section 3.3); the floo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
 
-from torl_mega.interfaces import NamedTensor
+from torl_mega.interfaces import NamedTensor, WeightSink
+from torl_mega.trainer.fp8_format import BLOCK
 
-BLOCK = 128
 _MAX = 448.0  # largest finite e4m3fn
 _FLOOR = 1e-4  # an all-zero block gets a scale, not a division by zero
-
-QUANTIZATION_CONFIG: dict[str, Any] = {
-    "quant_method": "fp8",
-    "fmt": "e4m3",
-    "activation_scheme": "dynamic",
-    "weight_block_size": [BLOCK, BLOCK],
-    "modules_to_not_convert": ["lm_head", "model.embed_tokens"],
-}
 
 
 def quantize_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,3 +53,13 @@ def quantize_stream(tensors: Iterable[NamedTensor]) -> Iterator[NamedTensor]:
         values, scale = quantize_blocks(tensor)
         yield name, values
         yield f"{name}_scale_inv", scale
+
+
+class BlockSink:
+    """A weight sink whose servers hold block-wise FP8 (`serving.weight_dtype = fp8_block`)."""
+
+    def __init__(self, sink: WeightSink) -> None:
+        self._sink = sink
+
+    def update(self, tensors: Iterable[NamedTensor], *, version: int) -> Mapping[str, float]:
+        return self._sink.update(quantize_stream(tensors), version=version)

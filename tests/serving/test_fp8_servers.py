@@ -1,0 +1,104 @@
+"""Block-wise FP8 into a real server, which on a CPU holds and hashes such weights but has no kernels to compute with them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from live_server import LiveServer, write_config
+from safetensors.torch import load_file
+from tiny_model import make_tiny_model
+
+from torl_mega.config import Config
+from torl_mega.config_file import load_config
+from torl_mega.errors import WeightSyncError
+from torl_mega.serving.admin import Call, Deadline
+from torl_mega.serving.buckets import Bucket
+from torl_mega.serving.server import launch_command, wait_ready
+from torl_mega.serving.weights import ServerSink, make_transport, make_weight_sink
+from torl_mega.trainer.fp8 import BlockSink, quantize_stream
+
+SIZES = {"hidden_size": 256, "intermediate_size": 384}  # whole blocks of q, k, v (256, 128, 128) and gate, up
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("fp8_model"), **SIZES)
+
+
+@pytest.fixture(scope="module")
+def config(model: Path) -> Config:
+    return load_config(write_config(model, model), ["model.dtype=bfloat16", "serving.weight_dtype=fp8_block"])
+
+
+@pytest.fixture(scope="module")
+def fp8_server(config: Config, model: Path, start_server: Callable[..., LiveServer]) -> Iterator[LiveServer]:
+    command = launch_command(config, host="127.0.0.1", port=1, on_gpu=True)
+    at = command.index("--json-model-override-args")
+    extra = [*command[at : at + 4], "--skip-server-warmup"]  # as on a GPU, but without the first forward pass
+    server = start_server(model / "tiny.yaml", "model.dtype=bfloat16", f"serving.extra_args={json.dumps(extra)}")
+    asyncio.run(wait_ready(server.url, 240, process=server.sidecar, log_path=server.log))
+    yield server
+    server.sidecar.stop()
+
+
+@pytest.fixture(scope="module")
+def weights(model: Path) -> dict[str, torch.Tensor]:
+    return {name: w.bfloat16() for name, w in load_file(model / "model.safetensors").items()}
+
+
+def version(server: LiveServer) -> str:
+    return Call(server.url, "/model_info", None, Deadline(10)).result()["weight_version"]
+
+
+def test_the_server_holds_the_bytes_of_values_and_scales(
+    fp8_server: LiveServer, config: Config, weights: dict[str, torch.Tensor]
+) -> None:
+    sink = BlockSink(make_weight_sink(config.serving, [fp8_server.url]))
+    sent = dict(quantize_stream(weights.items()))
+    assert sum(name.endswith("_scale_inv") for name in sent) == 2 * 7
+    for number in (3, 4):  # the second one goes into weights that the server has processed once
+        stats = sink.update(iter(weights.items()), version=number)
+        assert version(fp8_server) == str(number)
+        assert stats["num_tensors"] == len(sent)
+        assert stats["bytes"] == sum(t.nbytes for t in sent.values())
+    assert stats["bytes"] < 0.7 * sum(
+        w.nbytes for w in weights.values()
+    )  # the embeddings of so small a model weigh a lot
+
+
+@pytest.mark.parametrize(
+    "victim", ["self_attn.v_proj.weight_scale_inv", "mlp.gate_proj.weight", "self_attn.o_proj.weight"]
+)
+def test_one_wrong_bit_is_found_by_name(
+    fp8_server: LiveServer, config: Config, weights: dict[str, torch.Tensor], victim: str
+) -> None:
+    name = f"model.layers.1.{victim}"
+    transport = make_transport(config.serving, torch.device("cpu"))
+    send = transport.send
+
+    def corrupt(bucket: Bucket, deadline: Deadline) -> None:
+        send(Bucket(tuple((n, flipped(t) if n == name else t) for n, t in bucket.named)), deadline)
+
+    transport.send = corrupt  # type: ignore[method-assign]
+    sink = BlockSink(ServerSink(config.serving, [fp8_server.url], transport))
+    with pytest.raises(WeightSyncError, match=f"tensor {name} .*checksum"):
+        sink.update(iter(weights.items()), version=9)
+    assert version(fp8_server) == "torn"
+
+
+def flipped(tensor: torch.Tensor) -> torch.Tensor:
+    copy = tensor.clone()
+    copy.view(-1).view(torch.uint8)[-1] ^= 1
+    return copy
+
+
+def test_weights_without_scales_are_not_taken_for_fp8(
+    fp8_server: LiveServer, config: Config, weights: dict[str, torch.Tensor]
+) -> None:
+    with pytest.raises(WeightSyncError, match=r"cannot be audited|not auditable|_scale_inv"):
+        make_weight_sink(config.serving, [fp8_server.url]).update(iter(weights.items()), version=10)
