@@ -28,12 +28,8 @@ from torl_mega import process
 from torl_mega.config import Config
 from torl_mega.errors import CheckpointError, ConfigError, DataError, ServerError, TorlError
 from torl_mega.process import GuardedProcess
-<<<<<<< HEAD
 from torl_mega.run_folder import RunFolder, is_complete, lock_run, open_run
-=======
-from torl_mega.run_folder import RunFolder, lock_run, open_run
 from torl_mega.trainer.fp8_format import check_fp8_serving
->>>>>>> trainer-rest
 from torl_mega.trainer.layout import check_layout, read_hf_config
 
 POLL_S = 0.2
@@ -104,21 +100,17 @@ def check_inputs(config: Config) -> None:
 
 
 def with_servers(config: Config, config_args: Sequence[str], program: Callable[[Config, RunFolder], int]) -> int:
-<<<<<<< HEAD
     """Runs `program` in this process beside a sandbox and servers of its own, without a trainer (`torl eval`).
     `model.path` may also be a Megatron checkpoint of a run."""
-    if (Path(config.model.path) / "manifest.json").is_file():
-        hf = _converted(config)
-        config_args = [*config_args, f"model.path={hf}"]
-        config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(hf)})})
-=======
-    """Runs `program` in this process beside a sandbox and servers of its own, without a trainer (`torl eval`)."""
     if config.serving.weight_dtype != "model":
         raise ConfigError(
             f"serving.weight_dtype = {config.serving.weight_dtype} needs a trainer that sends the weights; without one the "
             "servers serve model.path as it is: add serving.weight_dtype=model"
         )
->>>>>>> trainer-rest
+    if (Path(config.model.path) / "manifest.json").is_file():
+        hf = _converted(config)
+        config_args = [*config_args, f"model.path={hf}"]
+        config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(hf)})})
     with _held(config) as folder, _sidecars(config, config_args, folder) as (_, env):
         os.environ.update(env)
         return program(config, folder)
