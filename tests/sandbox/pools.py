@@ -97,6 +97,7 @@ def start(
         env=env,
         cwd="/",
         pass_fds=pass_fds,
+        umask=0o077,  # a careful host's
         **as_user,
     )  # type: ignore[call-overload]
 

@@ -8,6 +8,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from pools import descendants, wait_gone
@@ -179,3 +180,22 @@ def test_deterministic_random_repeats() -> None:
 
     first, second = asyncio.run(main())
     assert first == second != ""
+
+
+def test_files_are_read_back_before_the_folder_goes() -> None:
+    """Tier B removes large folders in a helper, which must not be quicker than the pool."""
+    code = "import os\nfor i in range(20):\n    os.mkdir(f'd{i}')\n    open(f'd{i}/x', 'w').write(str(i))"
+    names = tuple(f"d{i}/x" for i in range(20))
+
+    async def main() -> list[int]:
+        async with SandboxPool(SandboxConfig(tier="B", max_running=4, data_libraries=False)) as pool:
+            calls = (pool.run(R(code, fetch_files=names, wall_s=20, cpu_s=20)) for _ in range(24))
+            found = [len(r.files) for r in await asyncio.gather(*calls)]
+            late = await pool.run(R(code + "\nwhile True: pass", fetch_files=names, wall_s=0.5))
+            assert pool.plan is not None
+            assert pool.plan.scratch is not None
+            while list(Path(pool.plan.scratch).glob("zygote-*/*")):  # nothing is kept for ever
+                await asyncio.sleep(0.02)
+        return [*found, len(late.files)]
+
+    assert asyncio.run(main()) == [20] * 25

@@ -101,9 +101,16 @@ class Zygote:
         return answer
 
     def stop_snippet(self, request_id: int, why: str) -> None:
+        self._tell({"kill": request_id, "why": why})
+
+    def discard_box(self, request_id: int) -> None:
+        """Files have been read back out of a snippet's folder; it may go."""
+        self._tell({"discard": request_id})
+
+    def _tell(self, message: dict[str, Any]) -> None:
         if not self.dead and self._socket is not None:
             try:
-                self._socket.send(json.dumps({"kill": request_id, "why": why}).encode())
+                self._socket.send(json.dumps(message).encode())
             except OSError:
                 self.kill()
 

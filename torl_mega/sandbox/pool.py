@@ -323,6 +323,7 @@ class SandboxPool:
                 capture.close()
             if box is not None:
                 box.close()
+                zygote.discard_box(request_id)
 
     async def _watch(
         self, zygote: Zygote, request_id: int, job: asyncio.Future[dict[str, Any]], wall_s: float

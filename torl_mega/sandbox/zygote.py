@@ -46,6 +46,7 @@ class Child:
     stamp_fd: int
     flags: mmap.mmap
     box: str | None
+    fetch: bool  # the pool reads files out of the box, and says when it is done
     started: float | None = None
     trouble: str = ""
     answered: bool = False
@@ -62,6 +63,7 @@ class Zygote:
         self.free_slots = list(range(cage.settings.slots + confine.SPARE_SLOTS))
         self.children: dict[int, Child] = {}
         self.timers: list[tuple[float, int, int]] = []
+        self.boxes: dict[int, str] = {}  # of ended snippets, while the pool reads files out of them
         self.ended = False
         self.own_pid = os.getpid()
         self.base = base
@@ -117,6 +119,9 @@ class Zygote:
                 self.ended = True
                 return
             request = json.loads(message)
+            if "discard" in request:
+                self._discard(request["discard"])
+                continue
             if "kill" in request:
                 for child in self.children.values():
                     if child.id == request["kill"]:
@@ -166,7 +171,7 @@ class Zygote:
         os.close(stamp_w)
         flags.madvise(mmap.MADV_DONTFORK)  # no later child may touch it
         self.free_slots.pop()
-        self.children[pid] = Child(request["id"], pid, slot, request, now, stamp_r, flags, box)
+        self.children[pid] = Child(request["id"], pid, slot, request, now, stamp_r, flags, box, fetch=len(fds) > 3)
         first = min(request["wall_s"], request["cpu_s"], _TICK_S if self.base else 1e9)
         heapq.heappush(self.timers, (now + first, pid, request["id"]))
 
@@ -257,7 +262,9 @@ class Zygote:
         child.flags.close()
         self.free_slots.append(child.slot)
         if self.base and child.box:
-            self.base.discard(child.box)
+            self.boxes[child.id] = child.box
+            if not child.fetch:
+                self._discard(child.id)
         if child.answered:
             return
         if child.started is None and child.killed != "cancel":
@@ -265,6 +272,14 @@ class Zygote:
             return
         cpu = usage.ru_utime + usage.ru_stime
         self._answer(child, os.waitstatus_to_exitcode(status), memory_flag, now, cpu, usage.ru_maxrss)
+
+    def _discard(self, request_id: int) -> None:
+        for child in self.children.values():
+            if child.id == request_id:  # answered early: it goes when the process is gone
+                child.fetch = False
+        box = self.boxes.pop(request_id, None)
+        if self.base and box:
+            self.base.discard(box)
 
     def _answer_early(self, child: Child, now: float) -> None:
         """The SIGKILL is on its way and cannot be refused; the caller need not wait until the kernel has tidied up."""
@@ -360,13 +375,12 @@ def main(control_fd: int, raw_settings: str, project: str) -> None:
     control.setblocking(False)
     linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL if settings.tier == "A" else signal.SIGTERM)
     _volunteer_for_oom()
+    os.umask(0o022)  # the new root must be readable to the user that snippets become
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     niceness = os.getpriority(os.PRIO_PROCESS, 0)
     with contextlib.suppress(PermissionError):
-        os.setpriority(
-            os.PRIO_PROCESS, 0, niceness - 10
-        )  # it keeps time even when snippets and others fight for the cores
+        os.setpriority(os.PRIO_PROCESS, 0, niceness - 10)  # it keeps time even when others fight for the cores
     procfs = vm = -1
     try:
         namespaces: list[int] = []

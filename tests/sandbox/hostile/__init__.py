@@ -31,8 +31,8 @@ class Hostile:
     def limit_s(self) -> float:
         """Wall and CPU limit: short where nothing else ends the program, or where any end is right."""
         if self.allowed <= TIMEOUT:
-            return 0.3
-        return min(self.wall_s, 0.6) if self.allowed == ANY and self.wall_s == 1.0 else self.wall_s
+            return 0.2
+        return min(self.wall_s, 0.4) if self.allowed == ANY and self.wall_s == 1.0 else self.wall_s
 
 
 def cases() -> list[Hostile]:
