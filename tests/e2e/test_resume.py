@@ -22,7 +22,7 @@ from torl_mega.serving.server import wait_ready
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-NUM_STEPS, NUM_KILLS = 8, 10
+NUM_STEPS, NUM_KILLS = 14, 10
 EXACT = ["serving.deterministic=true", "sandbox.deterministic_random=true"]
 NO_EVAL = "eval.data=[]"  # so that the kills fall into steps, syncs and saves
 PER_STEP, GROUP = 4, 4
@@ -55,7 +55,7 @@ def trace_of(run):
 
 
 def kill_once(runs_dir, name, rng, *overrides):
-    """Starts the run and ends it by SIGKILL, all of it or one rank alone, up to 2 s after its first or second new row.
+    """Starts the run and ends it by SIGKILL, all of it or one rank alone, up to 2 s after its start or its first new row.
 
     Each start thus gets a little further, and the kills fall into every part of a step: sampling, training, sync, save.
     """
