@@ -12,7 +12,6 @@ import signal
 import subprocess
 
 import numpy as np
-import psutil
 import pytest
 from safetensors.numpy import load_file
 from torl_runs import LIMIT_S, TORL, command, processes_of, rows, torl, wait_until
@@ -23,7 +22,7 @@ from torl_mega.serving.server import wait_ready
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-NUM_STEPS, NUM_KILLS = 8, 10
+NUM_STEPS, NUM_KILLS = 14, 10
 EXACT = ["serving.deterministic=true", "sandbox.deterministic_random=true"]
 NO_EVAL = "eval.data=[]"  # so that the kills fall into steps, syncs and saves
 PER_STEP, GROUP = 4, 4
@@ -50,29 +49,35 @@ def train(runs_dir, name, *overrides):
     return runs_dir / name
 
 
+def trace_of(run):
+    path = run / "metrics.jsonl"
+    return path.read_bytes() if path.exists() else b""
+
+
 def kill_once(runs_dir, name, rng, *overrides):
-    """Starts the run and ends it by SIGKILL, the whole of it or rank 0 alone, up to 10 s after its first sign of work."""
-    run, marker = runs_dir / name, f"name={name}"
+    """Starts the run and ends it by SIGKILL, all of it or one rank alone, up to 2 s after its start or its first new row.
+
+    Each start thus gets a little further, and the kills fall into every part of a step: sampling, training, sync, save.
+    """
+    run, marker, new_rows = runs_dir / name, f"name={name}", rng.randint(0, 1)
+    before, trace = len(rows(run)), trace_of(run)
     cmd = command("train", runs_dir, name, f"num_steps={NUM_STEPS}", *overrides)
     process = subprocess.Popen(cmd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    trace = run / "metrics.jsonl"
-    before = trace.read_bytes() if trace.exists() else b""
     try:
+        wait_until(lambda: trace_of(run) != trace or process.poll() is not None, limit_s=LIMIT_S, what="a sign of work")
         wait_until(
-            lambda: (trace.exists() and trace.read_bytes() != before) or process.poll() is not None,
-            limit_s=LIMIT_S, what="a sign of work",
-        )  # fmt: skip
+            lambda: len(rows(run)) >= before + new_rows or process.poll() is not None, limit_s=LIMIT_S, what="new rows"
+        )
         try:
-            process.wait(rng.uniform(0, 10))
+            process.wait(rng.uniform(0, 2))
         except subprocess.TimeoutExpired:
             ranks = [pid for pid, line in processes_of(marker).items() if "torl_mega.train" in line]
-            victim = rng.choice([process.pid, *ranks])
-            os.kill(victim, signal.SIGKILL)
+            os.kill(rng.choice([process.pid, *ranks]), signal.SIGKILL)
+            process.wait(20)
     finally:
-        psutil.wait_procs([psutil.Process(process.pid)] if process.poll() is None else [], timeout=20)
         if process.poll() is None:
             process.kill()
-        process.wait()
+            process.wait()
     wait_until(lambda: not processes_of(marker), limit_s=10, what="orphans gone")
 
 
