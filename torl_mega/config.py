@@ -289,7 +289,8 @@ class TrainerConfig(Section):
     overlap: bool = False
     """Overlap gradient reduction and parameter gathering with compute."""
     optimizer_offload: bool = False
-    """Keep optimizer state in host memory (colocated runs)."""
+    """Keep optimizer state in host memory and step there (Megatron's HybridDeviceOptimizer); needs bfloat16 and the
+    distributed optimizer. Without a GPU it changes nothing."""
     gradient_bucket_parameters: PositiveInt = 40_000_000
     """Parameters per gradient bucket when `overlap` is on (Megatron's own default)."""
     collective_timeout_s: PositiveFloat = 1800.0
@@ -434,6 +435,14 @@ class Config(Section):
             raise ValueError(
                 "serving.weight_dtype = fp8_block cannot be verified after serving.transport = disk, where SGLang lays FP8 "
                 "weights out anew while loading; take broadcast or handles"
+            )
+        if self.trainer.optimizer_offload and not (
+            self.model.dtype == "bfloat16" and self.trainer.distributed_optimizer
+        ):
+            # megatron-core 0.16.1 and 0.19.2 fail otherwise, in the first step or while building the optimizer
+            raise ValueError(
+                f"trainer.optimizer_offload needs model.dtype = bfloat16 and trainer.distributed_optimizer = true, found "
+                f"{self.model.dtype} and {str(self.trainer.distributed_optimizer).lower()}"
             )
         if self.rollout.max_staleness and not self.logging.trajectories:
             raise ValueError(

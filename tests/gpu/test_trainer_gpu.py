@@ -69,6 +69,12 @@ def test_fp8_stays_near_bf16(model: Path, bf16: dict[str, Any], profile: str) ->
     assert found["grad_norm"] == pytest.approx(bf16["grad_norm"], rel=0.1)
 
 
+def test_offloaded_optimizer_takes_the_same_step(model: Path, bf16: dict[str, Any]) -> None:
+    found = run(model, 1, "trainer.optimizer_offload=true")
+    assert found["grad_norm"] == pytest.approx(bf16["grad_norm"], rel=1e-3)
+    assert found["moved_weights"] == found["num_weights"]
+
+
 @pytest.mark.parametrize("cut", ["parallel.tensor=2", "parallel.pipeline=2", "parallel.context=2"])
 def test_nccl_layouts_agree(model: Path, bf16: dict[str, Any], cut: str) -> None:
     if torch.cuda.device_count() < 2:

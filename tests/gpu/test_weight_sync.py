@@ -11,6 +11,8 @@ import pytest
 import torch
 from live_server import LiveServer, write_config
 
+from tiny_model import make_tiny_model
+
 from torl_mega import process
 from torl_mega.config import Config
 from torl_mega.config_file import load_config
@@ -21,6 +23,7 @@ from torl_mega.serving.colocated import SharedGpus
 from torl_mega.serving.probe import prompt_logprobs
 from torl_mega.serving.server import wait_ready
 from torl_mega.serving.weights import ServerSink, make_transport, make_weight_sink
+from torl_mega.trainer.fp8 import BlockSink, dequantize_blocks, is_quantized, quantize_blocks
 
 pytestmark = pytest.mark.gpu
 PROBE = tuple(range(40, 72))
@@ -94,6 +97,23 @@ def test_a_sync_on_gpus_is_verified_and_a_wrong_bit_found(
     inner.send = corrupt  # type: ignore[method-assign]
     with pytest.raises(WeightSyncError, match="checksum"):
         ServerSink(config.serving, [server.url], inner).update(iter(weights.items()), version=2)
+
+
+def test_fp8_servers_compute_with_what_the_policy_rounds_to(
+    gpu_server: Callable[..., LiveServer], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    model = make_tiny_model(tmp_path_factory.mktemp("fp8"), hidden_size=256, intermediate_size=384)
+    fp8 = ("model.dtype=bfloat16", "serving.weight_dtype=fp8_block", "serving.transport=handles")
+    server = gpu_server(0, f"model.path={model}", *fp8, "serving.mem_fraction=0.2")
+    config = load_config(server.log.parent / "tiny.yaml", [f"model.path={model}", *fp8])
+    sink = BlockSink(make_weight_sink(config.serving, [server.url], device="cuda:0"))
+    for version in (1, 2):
+        weights = {name: w.bfloat16() for name, w in weights_on("cuda:0", model, version).items()}
+        sink.update(iter(weights.items()), version=version)
+        rounded = {n: dequantize_blocks(*quantize_blocks(w)) if is_quantized(n) else w for n, w in weights.items()}
+        there = torch.from_numpy(asyncio.run(prompt_logprobs(server.url, PROBE)))[1:]
+        gap = (there - expected_logprobs(model, {n: w.float() for n, w in rounded.items()})).abs()
+        assert float(gap.mean()) < 0.1  # activations are rounded to FP8 too
 
 
 def test_the_memory_saver_gives_memory_back(gpu_server: Callable[..., LiveServer], tiny_model: Path) -> None:

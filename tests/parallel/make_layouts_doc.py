@@ -19,6 +19,11 @@ at a time and `torch.optim.AdamW`. Largest absolute differences; `grad_norm` is 
 2e-7, weights 5e-7. Layouts are all TP, PP, DP in {1, 2, 4} and CP in {1, 2} that fit eight ranks, with sequence
 parallelism and a virtual pipeline where they apply; overlap, recomputation and the plain optimizer rotate over them.
 
+Gradients are those of the token-mean loss: `loss_weights` divides by the trained tokens of the whole mini-batch, and the sums
+over micro-batches, data and context ranks are divided by nothing more; they are compared before clipping. Their limit is
+absolute, so their size counts: advantages are normal numbers times 0.6, which makes the largest gradient {largest}. With a
+factor of 1 gradients and differences grow by 1/0.6, and the worst Qwen3 cases would pass 2e-7.
+
 Models rotate over the layouts. Made by `tests/parallel/make_layouts_doc.py` from the results of `tests/parallel/layout_worker.py`.
 
 """
@@ -26,7 +31,8 @@ Models rotate over the layouts. Made by `tests/parallel/make_layouts_doc.py` fro
 
 def main(files: list[str]) -> None:
     rows = [json.loads(line) for name in files for line in Path(name).read_text().splitlines()]
-    text = [HEAD]
+    sizes = {r["model"]: max(s["largest_grad"] for s in rows if s["model"] == r["model"]) for r in rows}
+    text = [HEAD.replace("{largest}", ", ".join(f"{size:.2f} ({model})" for model, size in sorted(sizes.items())))]
     for version in sorted({r["megatron"] for r in rows}):
         chosen = [r for r in rows if r["megatron"] == version]
         worst = ", ".join(f"{c} {max(r[c] for r in chosen):.1e}" for c in COLUMNS)

@@ -13,6 +13,7 @@ import torch
 from layout_cases import Layout
 from layout_worker import config_for
 
+from torl_mega.errors import ConfigError
 from torl_mega.trainer import parallel
 
 ROPES: dict[str, dict[str, Any]] = {
@@ -67,6 +68,21 @@ def test_bf16_trains_with_fp32_masters(tmp_path: Path) -> None:
     assert metrics["loss"] == pytest.approx(wanted.loss, abs=1e-3)
     assert norm == pytest.approx(exact.update(), rel=0.02)
     assert {t.dtype for _, t in trainer.weights()} == {torch.bfloat16}
+
+
+def test_optimizer_offload_trains_alike_or_is_refused(tmp_path: Path) -> None:
+    ref.save_model(ref.make_model("qwen2", tied=True, layers=2, dtype=torch.bfloat16), tmp_path)
+    trained = []
+    for offload in ("false", "true"):
+        trainer = trainer_for(tmp_path, "model.dtype=bfloat16", f"trainer.optimizer_offload={offload}")
+        for n in range(2):
+            trainer.forward_backward(trainer.old_logprobs(ref.make_samples(n)))
+            trainer.optim_step()
+        trained.append({name: t.clone() for name, t in trainer.weights()})
+    assert all(torch.equal(t, trained[1][name]) for name, t in trained[0].items())
+    for refused in ("model.dtype=float32", "trainer.distributed_optimizer=false"):
+        with pytest.raises(ConfigError, match=r"trainer\.optimizer_offload needs"):
+            trainer_for(tmp_path, "model.dtype=bfloat16", "trainer.optimizer_offload=true", refused)
 
 
 def test_reference_pass_keeps_the_start_and_the_policy(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ differ where TE fuses a norm into the linear layer after it. The order of the ta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -107,19 +107,25 @@ def to_shard(
     return _merge_qkv(tensors, shape).chunk(size, 0)[rank]
 
 
-def from_shards(rule: Rule, shards: Sequence[torch.Tensor], shape: ModelShape) -> list[tuple[str, torch.Tensor]]:
-    """What all tensor ranks hold -> [(HF name, full contiguous tensor)]; vocabulary padding is dropped."""
+def from_shards(rule: Rule, shards: torch.Tensor, shape: ModelShape) -> Iterator[tuple[str, torch.Tensor]]:
+    """[tensor ranks, *shard] -> (HF name, full tensor), one after the other; vocabulary padding is dropped.
+
+    What needs no copy is a view of `shards`; the rest is copied when its turn comes.
+    """
     if rule.kind == "whole":
-        return [(rule.hf[0], shards[0])]
-    if rule.kind == "rows":
-        full = shards[0] if len(shards) == 1 else torch.cat(list(shards))
-        return [(rule.hf[0], full[: shape.vocab])]
-    if rule.kind == "columns":
-        return [(rule.hf[0], shards[0] if len(shards) == 1 else torch.cat(list(shards), 1))]
-    if rule.kind == "gate_up":
-        halves = [s.chunk(2) for s in shards]
-        return [(name, torch.cat([h[i] for h in halves])) for i, name in enumerate(rule.hf)]
-    return list(zip(rule.hf, _split_qkv(torch.cat(list(shards)), shape), strict=True))
+        yield rule.hf[0], shards[0]
+    elif rule.kind == "rows":
+        yield rule.hf[0], shards.flatten(0, 1)[: shape.vocab]
+    elif rule.kind == "columns":
+        yield rule.hf[0], shards.transpose(0, 1).flatten(1)
+    elif rule.kind == "gate_up":
+        halves = shards.unflatten(1, (2, -1))
+        for i, name in enumerate(rule.hf):
+            yield name, halves[:, i].flatten(0, 1)
+    else:
+        parts = _split_qkv(shards.flatten(0, 1), shape)
+        for i, name in enumerate(rule.hf):
+            yield name, parts[i].flatten(0, 2)
 
 
 def _merge_qkv(tensors: Sequence[torch.Tensor], shape: ModelShape) -> torch.Tensor:
@@ -128,10 +134,8 @@ def _merge_qkv(tensors: Sequence[torch.Tensor], shape: ModelShape) -> torch.Tens
     return torch.cat([t.view(groups, -1, dim, *rest) for t in tensors], dim=1).reshape(-1, *rest)
 
 
-def _split_qkv(merged: torch.Tensor, shape: ModelShape) -> list[torch.Tensor]:
+def _split_qkv(merged: torch.Tensor, shape: ModelShape) -> tuple[torch.Tensor, ...]:
+    """Views [groups, heads of q, k or v per group, head_dim, *rest]."""
     groups, dim = shape.num_kv_groups, shape.head_dim
     per_group = shape.num_heads // groups
-    rest = merged.shape[1:]
-    view = merged.view(groups, per_group + 2, dim, *rest)
-    parts = view.split([per_group, 1, 1], dim=1)
-    return [p.reshape(-1, *rest) for p in parts]
+    return merged.view(groups, per_group + 2, dim, *merged.shape[1:]).split([per_group, 1, 1], dim=1)

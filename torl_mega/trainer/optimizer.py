@@ -59,6 +59,7 @@ def build_optimizer(
 ) -> tuple[Any, OptimizerParamScheduler]:
     """The optimizer over all chunks and its schedule over `total_steps` optimizer steps."""
     dtype = config.params_dtype
+    offload = trainer.optimizer_offload and torch.cuda.is_available()  # without a GPU it is in host memory already
     settings = OptimizerConfig(
         optimizer="adam",
         lr=optim.lr,
@@ -72,8 +73,8 @@ def build_optimizer(
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
         overlap_param_gather=trainer.overlap and trainer.distributed_optimizer,
-        optimizer_cpu_offload=trainer.optimizer_offload,
-        optimizer_offload_fraction=1.0 if trainer.optimizer_offload else 0.0,
+        optimizer_cpu_offload=offload,
+        optimizer_offload_fraction=1.0 if offload else 0.0,
     )
     optimizer = get_megatron_optimizer(settings, wrapped)
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):

@@ -1,8 +1,9 @@
 """Moves weights between HF tensors and this rank's shards, a tensor at a time, whatever the layout.
 
-Contract: `load_weights` fills every parameter of this rank from an HF folder; `gather_weights` is a collective over the
-ranks of data-parallel and context-parallel rank 0 that yields HF-named, unpadded tensors on global rank 0, in the order of
-the table. Extra memory: one full tensor and its shards. Both work on the type the parameters have.
+Contract: `load` fills every parameter of this rank from an HF folder; `gather` is a collective over the ranks of
+data-parallel and context-parallel rank 0 that yields HF-named, unpadded tensors on global rank 0, in the order of the
+table. They may be views of parameters: copy what must outlive an update. Both work on the type the parameters have.
+Extra memory on tensor rank 0: the shards of one parameter and one tensor made of them (tests/parallel/test_reshard.py).
 """
 
 from __future__ import annotations
@@ -74,43 +75,47 @@ class WeightMap:
         assert shard.shape == parameter.shape, (rule.megatron, tuple(shard.shape), tuple(parameter.shape))
         parameter.copy_(shard)
 
-    @torch.no_grad()
     def gather(self) -> Iterator[NamedTensor]:
-        """Collective; every rank iterates it to the end. Yields on global rank 0 only."""
+        """Collective; every rank iterates it to the end. Yields on global rank 0 only.
+
+        Not under `no_grad`, whose wrapper of generators keeps each tensor until the next one is there.
+        """
         if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
             return
         for rule, prefix, stage, parameter in self.entries():
             shards = None if parameter is None else self._gather_tensor_group(rule, parameter.detach())
             if self.tp_rank != 0:
                 continue
-            for name, tensor in self._to_rank0(rule, stage, shards):
-                if dist.get_rank() == 0:
-                    yield prefix + name, tensor
+            named = self._to_rank0(prefix, rule, stage, shards)
+            del shards  # only the generator holds them, and only while they are needed
+            yield from named
 
-    def _gather_tensor_group(self, rule: Rule, shard: torch.Tensor) -> list[torch.Tensor] | None:
-        """The shards of all tensor ranks on tensor rank 0; None elsewhere."""
+    def _gather_tensor_group(self, rule: Rule, shard: torch.Tensor) -> torch.Tensor | None:
+        """[tensor ranks, *shard] on tensor rank 0; None elsewhere."""
         if self.tp_size == 1 or rule.kind == "whole":
-            return [shard]
+            return shard[None]
         group: Any = parallel_state.get_tensor_model_parallel_group()
-        shards = [torch.empty_like(shard) for _ in range(self.tp_size)] if self.tp_rank == 0 else None
-        dist.gather(shard.contiguous(), shards, dst=dist.get_global_rank(group, 0), group=group)
+        shards = shard.new_empty(self.tp_size, *shard.shape) if self.tp_rank == 0 else None
+        parts = None if shards is None else list(shards.unbind())
+        dist.gather(shard.contiguous(), parts, dst=dist.get_global_rank(group, 0), group=group)
         return shards
 
-    def _to_rank0(self, rule: Rule, stage: int, shards: list[torch.Tensor] | None) -> list[NamedTensor]:
-        """Assemble on the owning stage's tensor rank 0 and send to stage 0."""
-        if stage == 0:
-            return from_shards(rule, shards, self.shape) if shards is not None else []
+    def _to_rank0(self, prefix: str, rule: Rule, stage: int, shards: torch.Tensor | None) -> Iterator[NamedTensor]:
+        """Assemble on the owning stage's tensor rank 0 and send to stage 0. Yields on global rank 0 only."""
         group: Any = parallel_state.get_pipeline_model_parallel_group()
         if shards is not None:
-            for _, tensor in from_shards(rule, shards, self.shape):
-                dist.send(tensor.contiguous(), dst=dist.get_global_rank(group, 0), group=group)
-            return []
-        if self.pp_rank != 0:
-            return []
-        received = []
-        like = next(iter(self.parameters[0].values()))
-        for name in rule.hf:
-            tensor = torch.empty(hf_shape(name, self.shape), dtype=like.dtype, device=like.device)
-            dist.recv(tensor, src=dist.get_global_rank(group, stage), group=group)
-            received.append((name, tensor))
-        return received
+            named = from_shards(rule, shards, self.shape)
+            del shards
+            for name, tensor in named:
+                if stage == 0:
+                    yield prefix + name, tensor
+                else:
+                    dist.send(tensor.contiguous(), dst=dist.get_global_rank(group, 0), group=group)
+                del tensor
+        elif self.pp_rank == 0:
+            like = next(iter(self.parameters[0].values()))
+            for name in rule.hf:
+                tensor = torch.empty(hf_shape(name, self.shape), dtype=like.dtype, device=like.device)
+                dist.recv(tensor, src=dist.get_global_rank(group, stage), group=group)
+                yield prefix + name, tensor
+                del tensor
