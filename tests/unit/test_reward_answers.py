@@ -12,10 +12,11 @@ import pytest
 from torl_mega.reward.answers import check, grade, is_finished
 from torl_mega.reward.expression import NUM_POINTS, evaluate, same_everywhere
 from torl_mega.reward.extract import extract_answer, last_boxed
-from torl_mega.reward.normalize import normalize, split_unit
+from torl_mega.reward.normalize import normalize
 from torl_mega.reward.structure import read_form
 from torl_mega.reward.syntax import parse
 from torl_mega.reward.tokens import Unreadable
+from torl_mega.reward.units import split_unit
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 

@@ -33,11 +33,13 @@ from torl_mega.reward.structure import (
     Form,
     Items,
     Matrix,
+    Ratio,
     Relation,
     Scalar,
     Set,
     Tuple,
     Union,
+    assigned,
     is_equation,
     is_name,
     last_exact,
@@ -98,14 +100,16 @@ def warm_up() -> None:
 
 # ------------------------------------------------------------------------------------------------ text
 
+_LABEL = re.compile(r"\(\s*([A-Z])\s*\)(?:\s|$)|([A-Z])\s*\)(?:\s|$)|([A-Z])(?:[.:](?:\s|$)|$)")
+
 
 def _same_choice(a: str, g: str) -> bool:
-    """Gold (C) or C: the letter alone, or with what it stands for behind it, `(C) 12`."""
-    gold = re.fullmatch(r"\(?\s*([A-H])\s*\)?", g)
-    if gold is None:
-        return False
-    found = re.match(r"\(\s*([A-Z])\s*\)(?:\s|$)|([A-Z])\s*\)(?:\s|$)|([A-Z])(?:[.:](?:\s|$)|$)", a)
-    return found is not None and gold[1] in found.groups()
+    """(C) or C, the letter alone, on one side; on the other it too, or with what it stands for behind it, `(C) 12`."""
+    for letter, labelled in ((g, a), (a, g)):
+        alone, found = re.fullmatch(r"\(?\s*([A-H])\s*\)?", letter), _LABEL.match(labelled)
+        if alone is not None and found is not None and alone[1] in found.groups():
+            return True
+    return False
 
 
 # ------------------------------------------------------------------------------------------------ forms
@@ -114,7 +118,7 @@ def _same_choice(a: str, g: str) -> bool:
 def _probe(form: Form) -> None:
     """Raises Unreadable when a scalar of the gold answer cannot be evaluated."""
     if isinstance(form, Scalar):
-        if form.text.replace(" ", "").lstrip("+-") not in ("\\infty", "\\mathbb{R}"):
+        if form.text.replace(" ", "").lstrip("+-") != "\\infty" and not _is_all_reals(form):
             read_scalar(form.text)
     elif isinstance(form, Relation):
         for side in form.sides:
@@ -130,11 +134,17 @@ def _probe(form: Form) -> None:
             _probe(part)
 
 
+def _is_all_reals(form: Form) -> bool:
+    return isinstance(form, Scalar) and form.text.replace(" ", "") == "\\mathbb{R}"
+
+
 def _parts(form: Form) -> tuple[Form, ...]:
     if isinstance(form, Union):
         return form.parts
     if isinstance(form, Difference):
         return (form.left, form.right)
+    if isinstance(form, Ratio):
+        return form.parts
     assert isinstance(form, Items | Tuple | Set)
     return form.items
 
@@ -149,7 +159,9 @@ def _same(a: Form, g: Form) -> bool:
         return _same_relation(a, g)
     if isinstance(a, Tuple) and isinstance(g, Tuple):
         return _same_tuple(a, g)
-    if isinstance(a, Union | Difference) or isinstance(g, Union | Difference):
+    if isinstance(a, Ratio) or isinstance(g, Ratio):
+        return isinstance(a, Ratio) and isinstance(g, Ratio) and _same_in_order(a.parts, g.parts)
+    if isinstance(a, Union | Difference) or isinstance(g, Union | Difference) or _is_all_reals(a) or _is_all_reals(g):
         return _same_real_set(a, g)
     if isinstance(a, Tuple) or isinstance(g, Tuple):
         return _bare_for_tuple(a, g)
@@ -168,7 +180,13 @@ def _same_tuple(a: Tuple, g: Tuple) -> bool:
         return False
     if len(g.items) == 2 and (a.opening, a.closing) != (g.opening, g.closing):
         return False
-    return all(_same(_rhs(x), y) for x, y in zip(a.items, g.items, strict=True))
+    if all(isinstance(item, Relation) for item in (*a.items, *g.items)):
+        return _same_relation_lists(Items(a.items), Items(g.items))
+    return _same_in_order(tuple(_rhs(x) for x in a.items), g.items)
+
+
+def _same_in_order(a: tuple[Form, ...], g: tuple[Form, ...]) -> bool:
+    return len(a) == len(g) and all(_same(x, y) for x, y in zip(a, g, strict=True))
 
 
 def _rhs(form: Form) -> Form:
@@ -248,7 +266,7 @@ def _same_relation(a: Form, g: Form) -> bool:
         value = _stated_value(a)
         return value is not None and _approximations_agree(a, g, value)
     if isinstance(g, Relation) and is_equation(g):
-        value = _assigned(g)
+        value = _stated_value(g)
         return value is not None and _same(a, value)
     return _same_real_set(a, g)
 
@@ -271,15 +289,13 @@ def _same_sides(a: Relation, g: Relation) -> bool:
     )
 
 
-def _assigned(relation: Relation) -> Form | None:
-    """What a name is given in the gold answer; None for an equation such as `2x + z = 1`."""
-    return last_exact(relation) if is_name(relation.sides[0]) else None
-
-
 def _stated_value(relation: Relation) -> Form | None:
-    """What a prediction's chain comes to: after a name, or when all its exact sides have one value. Else None."""
-    if is_name(relation.sides[0]):
-        return last_exact(relation)
+    """What a chain comes to: what a name is given, or the one value of all its exact sides. Else None."""
+    return assigned(relation) or _common_value(relation)
+
+
+def _common_value(relation: Relation) -> Form | None:
+    """The last exact side when all of them have one value: 7 of `14/2 = 7`, 22/7 of `22/7 \\approx 3.14`."""
     exact = relation.sides
     if "\\approx" in relation.operators:
         first = relation.operators.index("\\approx")
@@ -329,7 +345,7 @@ def _same_relation_lists(a: Items, g: Items) -> bool:
 
 
 def _value_of(form: Form) -> Form | None:
-    return _assigned(form) if isinstance(form, Relation) else form
+    return assigned(form) if isinstance(form, Relation) else form
 
 
 def _proportional(a: Relation, g: Relation, *, positive: bool) -> bool:

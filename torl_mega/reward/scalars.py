@@ -11,9 +11,10 @@ from typing import Any
 import mpmath
 
 from torl_mega.reward.expression import evaluate, same_everywhere
-from torl_mega.reward.normalize import Quantity, split_unit, squeeze
+from torl_mega.reward.normalize import squeeze
 from torl_mega.reward.syntax import Node, has_decimal, parse, symbols
 from torl_mega.reward.tokens import Unreadable
+from torl_mega.reward.units import Quantity, contradict, split_letter_unit, split_unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +44,10 @@ def same_scalar(a: str, g: str) -> bool:
     if same_text(a, g) or squeeze(a).removeprefix("+") == squeeze(g).removeprefix("+"):
         return True
     x, y = read_scalar(a), read_scalar(g)
+    if symbols(x.node) and not symbols(y.node) and (quantity := split_letter_unit(a)) is not None:
+        x = ScalarValue(parse(quantity.body), quantity)
     unit, gold_unit = x.quantity.unit, y.quantity.unit
-    if unit and gold_unit and unit != gold_unit and x.quantity.known and y.quantity.known:
+    if contradict(x.quantity, y.quantity):
         return False
     if _equal(x.node, y.node) and not (unit == "percent" and not gold_unit and _at_most_one(y.node)):
         return True
@@ -115,10 +118,12 @@ def text_words(text: str) -> str:
 
 
 def decimal_comma(a: str, g: str) -> bool:
-    """`2,74` for 2.74: only when the other side is written as that very decimal."""
+    """`2,74` for 2.74: only when the other side is written as that very decimal. `1,234` is never 1.234."""
     pairs = ((a, g), (g, a))
     return any(
-        re.fullmatch(r"-?[0-9]+,[0-9]+", comma) is not None and comma.replace(",", ".") == point
+        re.fullmatch(r"-?[0-9]+,[0-9]+", comma) is not None
+        and re.fullmatch(r"-?[1-9][0-9]{0,2},[0-9]{3}", comma) is None
+        and comma.replace(",", ".") == point
         for comma, point in pairs
     )
 
