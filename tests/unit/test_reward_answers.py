@@ -135,6 +135,8 @@ def test_lists_and_intervals_are_finished_whatever_stands_in_them() -> None:
         (["\\boxed{1}\n```output", "no more boxes"], "1"),
         (["\\boxed{1", "}"], None),
         (["roots \\boxed{1} and \\boxed{2}"], "1, 2"),
+        (["\\(\\boxed{1}\\) and \\(\\boxed{2}\\)"], "1, 2"),
+        (["\\[\\boxed{1}\\] then \\[\\boxed{2}\\]"], "2"),
         (["$\\boxed{(2, 2)} \\quad \\text{and} \\quad \\boxed{(6, 2)}$"], "(2, 2), (6, 2)"),
         (["first \\boxed{20}. Then \\boxed{143}"], "143"),
     ],

@@ -27,7 +27,16 @@ from torl_mega.reward.expression import NUM_POINTS, close, evaluate, same_everyw
 from torl_mega.reward.extract import extract_answer
 from torl_mega.reward.finished import is_finished
 from torl_mega.reward.normalize import normalize, squeeze
-from torl_mega.reward.scalars import as_mpf, decimal_comma, read_scalar, same_scalar, same_text, text_words
+from torl_mega.reward.scalars import (
+    as_mpf,
+    decimal_comma,
+    is_labelled,
+    read_scalar,
+    same_choice,
+    same_scalar,
+    same_text,
+    text_words,
+)
 from torl_mega.reward.structure import (
     Difference,
     Form,
@@ -61,13 +70,13 @@ def check(answer: str, gold: str) -> bool:
     a, g = normalize(answer), normalize(gold)
     if not a or not g:
         return False
-    if same_text(a, g) or _same_choice(a, g) or decimal_comma(a, g):
+    if same_text(a, g) or same_choice(a, g) or decimal_comma(a, g):
         return True
     try:
         gold_form = read_form(g)
         _probe(gold_form)
     except Unreadable:
-        return ask_math_verify(answer, gold)
+        return not is_labelled(g) and ask_math_verify(answer, gold)
     try:
         return _same(read_form(a), gold_form) or _list_of_grouped(a, g)
     except Unreadable:
@@ -96,20 +105,6 @@ def warm_up() -> None:
     for text in ("5", "\\frac{3}{4}", "(-\\infty,2)\\cup(3,\\infty)", "\\begin{pmatrix}1\\\\2\\end{pmatrix}", "y=2x+3"):
         check(text, "1+x")
         ask_math_verify(text, "\\sum_{k=1}^{n} k")
-
-
-# ------------------------------------------------------------------------------------------------ text
-
-_LABEL = re.compile(r"\(\s*([A-Z])\s*\)(?:\s|$)|([A-Z])\s*\)(?:\s|$)|([A-Z])(?:[.:](?:\s|$)|$)")
-
-
-def _same_choice(a: str, g: str) -> bool:
-    """(C) or C, the letter alone, on one side; on the other it too, or with what it stands for behind it, `(C) 12`."""
-    for letter, labelled in ((g, a), (a, g)):
-        alone, found = re.fullmatch(r"\(?\s*([A-H])\s*\)?", letter), _LABEL.match(labelled)
-        if alone is not None and found is not None and alone[1] in found.groups():
-            return True
-    return False
 
 
 # ------------------------------------------------------------------------------------------------ forms

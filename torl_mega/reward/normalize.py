@@ -7,6 +7,7 @@ as they are, so look-alikes (Cyrillic x, Arabic digits, direction marks) never t
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 _CHARACTERS = {
     **dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹", (f"^{{{d}}}" for d in range(10)), strict=True)),
@@ -141,6 +142,7 @@ _ONE_LETTER = re.compile(
 _NUMBER_TEXT = re.compile(r"\\text\s*\{\s*([-+]?[0-9][0-9.,/]*)\s*\}", re.ASCII)
 
 
+@lru_cache(maxsize=512)
 def normalize(text: str) -> str:
     """`text` in the one spelling that the rest of the grader reads: no `$`, no `\\left`, `\\frac`, `\\text{…}`, `*`, `\\le` …"""
     text = text.translate(_TABLE).replace("\n", " ").replace("\t", " ").replace("\r", " ")

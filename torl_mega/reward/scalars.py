@@ -117,6 +117,23 @@ def text_words(text: str) -> str:
     return " ".join(re.sub(r"[,.\-]", " ", plain).lower().split()).removeprefix("the ")
 
 
+_CHOICE = re.compile(r"(?:\(\s*([A-Z])\s*\)|([A-Z])\s*\)|([A-Z])(?:[.:]|$))(?:\s+(?!\W*[A-Z]\W*$)|$)")
+
+
+def same_choice(a: str, g: str) -> bool:
+    """(C) or C, the letter alone, on one side; on the other it too, or with what it stands for behind it, `(C) 12`."""
+    for letter, labelled in ((g, a), (a, g)):
+        alone, found = re.fullmatch(r"\(?\s*([A-H])\s*\)?", letter), _CHOICE.match(labelled)
+        if alone is not None and found is not None and alone[1] in found.groups():
+            return True
+    return False
+
+
+def is_labelled(g: str) -> bool:
+    """A choice letter with what it stands for behind it, `(C) 12`: only its letter or its very text is right."""
+    return _CHOICE.match(g) is not None
+
+
 def decimal_comma(a: str, g: str) -> bool:
     """`2,74` for 2.74: only when the other side is written as that very decimal. `1,234` is never 1.234."""
     pairs = ((a, g), (g, a))

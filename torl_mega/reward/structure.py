@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 from torl_mega.reward.normalize import strip_outer
 from torl_mega.reward.tokens import Unreadable
@@ -84,6 +85,7 @@ _JOINTS = (("or", r"\text{or}", " or "), ("and", r"\text{and}", " and "))
 _MEMBER = re.compile(r"^\(?[A-Za-z\\][A-Za-z0-9_{}\\, ]{0,12}\)?\s*\\in(?![A-Za-z])\s*", re.ASCII)
 
 
+@lru_cache(maxsize=4096)
 def read_form(text: str, depth: int = 0) -> Form:
     """The form of a normalised answer. Raises Unreadable."""
     if depth > _MAX_DEPTH:
@@ -112,6 +114,8 @@ def _joined(text: str, depth: int) -> Form | None:
 
 def _solutions(text: str, depth: int) -> Form | None:
     """`x=1, y=2 or x=2, y=1` (or with a semicolon): a list of systems, each a tuple of what the names are given."""
+    if text.count("=") < 4:
+        return None
     for separator in (";", r"\text{or}", " or "):
         systems = [[item for item in split_commas(part) if item.strip()] for part in split_top(text, separator)]
         if len(systems) > 1 and all(len(s) > 1 and all("=" in item for item in s) for s in systems):
@@ -166,6 +170,8 @@ def _plain(text: str, depth: int) -> Form:
 
 
 def _relation(text: str) -> Relation | None:
+    if not any(operator in text for operator in _RELATIONS):
+        return None
     pieces, operators, depth, at, start = [], [], 0, 0, 0
     while at < len(text):
         if depth == 0:
@@ -265,6 +271,8 @@ def is_grouped(text: str) -> bool:
 
 def split_top(text: str, separator: str) -> list[str]:
     """At `separator` outside of all brackets and braces."""
+    if separator not in text:
+        return [text]
     parts, depth, at, start = [], 0, 0, 0
     while at < len(text):
         if depth == 0 and text.startswith(separator, at) and _ends_word(text, at + len(separator), separator):

@@ -159,7 +159,13 @@ _TRAILING_WORDS = re.compile(
     rf"(?<=[0-9}})\s])\s*((?:{_ANY_WORD})(?:\s+(?:{_ANY_WORD}))*)\s*(\^\s*\{{?[23]\}}?)?$", re.IGNORECASE | re.ASCII
 )
 _TRAILING_TEXT = re.compile(r"\s*\\text\s*\{([^{}]*)\}\s*(?:\(s\))?\s*(\^\s*\{?[23]\}?)?$", re.ASCII)
-_NO_UNIT = re.compile(r"\b(?:or|not|no|nor|wrong|incorrect|false|more|less|most|least|than|except|maybe)\b", re.ASCII)
+_NO_UNIT = re.compile(  # words that change the number before them, or take it back
+    r"\b(?:or|and|not|no|nor|but|wrong|incorrect|false|maybe|except|more|less|most|least|than|over|divided|plus|minus"
+    r"|negative|point|pi|squared|cubed|root|factorial|base|hal(?:f|ves)|thirds?|fourths?|fifths?|tenths?|quarters?"
+    r"|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|dozens?|score|hundreds?|hundredths?)\b"
+    r"|(?<![a-z^])[0-9]|[04-9]",
+    re.ASCII,
+)
 _LETTER_UNIT = re.compile(r"(-?[0-9][0-9.,]*) ([mgshL])(\^\s*\{?[23]\}?)?", re.ASCII)
 _SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _TRAILING_SCALE = re.compile(
