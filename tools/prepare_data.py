@@ -73,9 +73,10 @@ def input_files(paths: list[Path]) -> list[Path]:
 class Preparation:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.files = input_files(args.input)
         self.out = args.out
         self.work = args.out.with_name(args.out.name + ".work")
+        own = {p.resolve() for p in (self.out, self.work, self.out.with_suffix(".manifest.json"), _dropped(self.out))}
+        self.files = [f for f in input_files(args.input) if not own & {f.resolve(), f.resolve().parent}]
         self.dropped_path = self.work / "dropped.jsonl"
         evaluation = [problem for path in args.eval for problem in load_problems(str(path))]
         self.benchmarks = Benchmarks(evaluation, ngram=args.ngram)
@@ -208,7 +209,7 @@ class Preparation:
         }
         manifest_path = self.out.with_suffix(".manifest.json")
         manifest_path.with_suffix(".tmp").write_text(json.dumps(manifest, indent=2) + "\n")
-        os.replace(self.dropped_path, self.out.with_suffix(".dropped.jsonl"))
+        os.replace(self.dropped_path, _dropped(self.out))
         os.replace(temporary, self.out)
         os.replace(manifest_path.with_suffix(".tmp"), manifest_path)
         shutil.rmtree(self.work)
@@ -238,6 +239,10 @@ SCHEMA = pa.schema(
         ("extra_info", pa.struct([("id", pa.string()), ("split", pa.string())])),
     ]
 )
+
+
+def _dropped(out: Path) -> Path:
+    return out.with_suffix(".dropped.jsonl")
 
 
 def verl_row(problem: Problem) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from torl_mega.data.cleaning import Benchmarks, limr_scores, verifiable
+from torl_mega.data.cleaning import Benchmarks, fingerprint, limr_scores, verifiable
 from torl_mega.data.prompts import load_problems, open_problems
 from torl_mega.types import Problem
 
@@ -204,6 +204,23 @@ def test_bad_calls_are_one_line(tool, tmp_path, capsys) -> None:
 )  # fmt: skip
 def test_only_golds_that_can_be_checked_are_kept(gold: str, expected: bool) -> None:
     assert verifiable(gold) is expected
+
+
+def test_dress_makes_no_new_problem_but_a_sign_or_another_script_does() -> None:
+    assert fingerprint("Solve $x^2 - 5x = 6$ for the well-known x.") == fingerprint(
+        "solve x^2-5x=6 for the well known x"
+    )
+    problems = ["Compute 7+4", "Compute 7-4", "Compute 7*4", "Find 7<x", "Find 7>x", "计算 7 和 4", "比较 7 和 4"]
+    assert len({fingerprint(p) for p in problems}) == len(problems)
+    assert Benchmarks([Problem("e/0", "$+$?", "1", "e")]).match("!!") is None
+
+
+def test_earlier_output_in_an_input_folder_is_no_input(tool, tmp_path, evaluation) -> None:
+    folder = jsonl(tmp_path / "in/a.jsonl", [{"problem": "Add 1 and 2.", "answer": "3"}]).parent
+    first = run(tool, folder / "train.parquet", [folder])
+    second = run(tool, folder / "train.parquet", [folder])
+    assert first == second
+    assert first["read"] == 1
 
 
 def test_contamination_is_told_from_likeness() -> None:

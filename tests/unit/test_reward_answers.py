@@ -12,10 +12,11 @@ import pytest
 from torl_mega.reward.answers import check, grade, is_finished
 from torl_mega.reward.expression import NUM_POINTS, evaluate, same_everywhere
 from torl_mega.reward.extract import extract_answer, last_boxed
-from torl_mega.reward.normalize import normalize, split_unit
+from torl_mega.reward.normalize import normalize
 from torl_mega.reward.structure import read_form
 from torl_mega.reward.syntax import parse
 from torl_mega.reward.tokens import Unreadable
+from torl_mega.reward.units import split_unit
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 
@@ -134,6 +135,8 @@ def test_lists_and_intervals_are_finished_whatever_stands_in_them() -> None:
         (["\\boxed{1}\n```output", "no more boxes"], "1"),
         (["\\boxed{1", "}"], None),
         (["roots \\boxed{1} and \\boxed{2}"], "1, 2"),
+        (["\\(\\boxed{1}\\) and \\(\\boxed{2}\\)"], "1, 2"),
+        (["\\[\\boxed{1}\\] then \\[\\boxed{2}\\]"], "2"),
         (["$\\boxed{(2, 2)} \\quad \\text{and} \\quad \\boxed{(6, 2)}$"], "(2, 2), (6, 2)"),
         (["first \\boxed{20}. Then \\boxed{143}"], "143"),
     ],

@@ -38,14 +38,20 @@ def verifiable(gold: str) -> bool:
 
 
 def fingerprint(text: str) -> int:
-    """64 bits over the letters and digits of a problem, so that spacing, case and LaTeX dress make no new problem."""
-    digest = hashlib.blake2b(plain(text).encode(), digest_size=8).digest()
+    """64 bits over the words, numbers and operators of a problem: spacing, case and LaTeX dress make no new problem,
+    another sign does."""
+    signs = "".join(re.findall(r"[+*/=<>^]|(?<![^\W\d_])-|-(?![^\W\d_])", _undressed(text)))
+    digest = hashlib.blake2b(f"{plain(text)} {signs}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big")
 
 
 def plain(text: str) -> str:
-    text = re.sub(r"\\(?:left|right|text|mathrm|displaystyle|dfrac|tfrac|frac|,|!|;|quad)", " ", text)
-    return " ".join(re.findall(r"[a-z0-9]+", text.lower()))
+    """The words and numbers of a problem in any script, in lower case."""
+    return " ".join(re.findall(r"[^\W_]+", _undressed(text).lower()))
+
+
+def _undressed(text: str) -> str:
+    return re.sub(r"\\(?:left|right|text|mathrm|displaystyle|dfrac|tfrac|frac|,|!|;|quad)", " ", text)
 
 
 class Benchmarks:
@@ -57,6 +63,8 @@ class Benchmarks:
         self._grams: dict[int, str] = {}
         for problem in problems:
             words = plain(problem.problem).split()
+            if not words:
+                continue
             self._texts[" ".join(words)] = problem.problem_id
             for gram in _grams(words, ngram):
                 self._grams[gram] = problem.problem_id

@@ -27,17 +27,28 @@ from torl_mega.reward.expression import NUM_POINTS, close, evaluate, same_everyw
 from torl_mega.reward.extract import extract_answer
 from torl_mega.reward.finished import is_finished
 from torl_mega.reward.normalize import normalize, squeeze
-from torl_mega.reward.scalars import as_mpf, decimal_comma, read_scalar, same_scalar, same_text, text_words
+from torl_mega.reward.scalars import (
+    as_mpf,
+    decimal_comma,
+    is_labelled,
+    read_scalar,
+    same_choice,
+    same_scalar,
+    same_text,
+    text_words,
+)
 from torl_mega.reward.structure import (
     Difference,
     Form,
     Items,
     Matrix,
+    Ratio,
     Relation,
     Scalar,
     Set,
     Tuple,
     Union,
+    assigned,
     is_equation,
     is_name,
     last_exact,
@@ -59,13 +70,13 @@ def check(answer: str, gold: str) -> bool:
     a, g = normalize(answer), normalize(gold)
     if not a or not g:
         return False
-    if same_text(a, g) or _same_choice(a, g) or decimal_comma(a, g):
+    if same_text(a, g) or same_choice(a, g) or decimal_comma(a, g):
         return True
     try:
         gold_form = read_form(g)
         _probe(gold_form)
     except Unreadable:
-        return ask_math_verify(answer, gold)
+        return not is_labelled(g) and ask_math_verify(answer, gold)
     try:
         return _same(read_form(a), gold_form) or _list_of_grouped(a, g)
     except Unreadable:
@@ -96,25 +107,13 @@ def warm_up() -> None:
         ask_math_verify(text, "\\sum_{k=1}^{n} k")
 
 
-# ------------------------------------------------------------------------------------------------ text
-
-
-def _same_choice(a: str, g: str) -> bool:
-    """Gold (C) or C: the letter alone, or with what it stands for behind it, `(C) 12`."""
-    gold = re.fullmatch(r"\(?\s*([A-H])\s*\)?", g)
-    if gold is None:
-        return False
-    found = re.match(r"\(\s*([A-Z])\s*\)(?:\s|$)|([A-Z])\s*\)(?:\s|$)|([A-Z])(?:[.:](?:\s|$)|$)", a)
-    return found is not None and gold[1] in found.groups()
-
-
 # ------------------------------------------------------------------------------------------------ forms
 
 
 def _probe(form: Form) -> None:
     """Raises Unreadable when a scalar of the gold answer cannot be evaluated."""
     if isinstance(form, Scalar):
-        if form.text.replace(" ", "").lstrip("+-") not in ("\\infty", "\\mathbb{R}"):
+        if form.text.replace(" ", "").lstrip("+-") != "\\infty" and not _is_all_reals(form):
             read_scalar(form.text)
     elif isinstance(form, Relation):
         for side in form.sides:
@@ -130,11 +129,17 @@ def _probe(form: Form) -> None:
             _probe(part)
 
 
+def _is_all_reals(form: Form) -> bool:
+    return isinstance(form, Scalar) and form.text.replace(" ", "") == "\\mathbb{R}"
+
+
 def _parts(form: Form) -> tuple[Form, ...]:
     if isinstance(form, Union):
         return form.parts
     if isinstance(form, Difference):
         return (form.left, form.right)
+    if isinstance(form, Ratio):
+        return form.parts
     assert isinstance(form, Items | Tuple | Set)
     return form.items
 
@@ -149,7 +154,9 @@ def _same(a: Form, g: Form) -> bool:
         return _same_relation(a, g)
     if isinstance(a, Tuple) and isinstance(g, Tuple):
         return _same_tuple(a, g)
-    if isinstance(a, Union | Difference) or isinstance(g, Union | Difference):
+    if isinstance(a, Ratio) or isinstance(g, Ratio):
+        return isinstance(a, Ratio) and isinstance(g, Ratio) and _same_in_order(a.parts, g.parts)
+    if isinstance(a, Union | Difference) or isinstance(g, Union | Difference) or _is_all_reals(a) or _is_all_reals(g):
         return _same_real_set(a, g)
     if isinstance(a, Tuple) or isinstance(g, Tuple):
         return _bare_for_tuple(a, g)
@@ -168,7 +175,13 @@ def _same_tuple(a: Tuple, g: Tuple) -> bool:
         return False
     if len(g.items) == 2 and (a.opening, a.closing) != (g.opening, g.closing):
         return False
-    return all(_same(_rhs(x), y) for x, y in zip(a.items, g.items, strict=True))
+    if all(isinstance(item, Relation) for item in (*a.items, *g.items)):
+        return _same_relation_lists(Items(a.items), Items(g.items))
+    return _same_in_order(tuple(_rhs(x) for x in a.items), g.items)
+
+
+def _same_in_order(a: tuple[Form, ...], g: tuple[Form, ...]) -> bool:
+    return len(a) == len(g) and all(_same(x, y) for x, y in zip(a, g, strict=True))
 
 
 def _rhs(form: Form) -> Form:
@@ -248,7 +261,7 @@ def _same_relation(a: Form, g: Form) -> bool:
         value = _stated_value(a)
         return value is not None and _approximations_agree(a, g, value)
     if isinstance(g, Relation) and is_equation(g):
-        value = _assigned(g)
+        value = _stated_value(g)
         return value is not None and _same(a, value)
     return _same_real_set(a, g)
 
@@ -271,15 +284,13 @@ def _same_sides(a: Relation, g: Relation) -> bool:
     )
 
 
-def _assigned(relation: Relation) -> Form | None:
-    """What a name is given in the gold answer; None for an equation such as `2x + z = 1`."""
-    return last_exact(relation) if is_name(relation.sides[0]) else None
-
-
 def _stated_value(relation: Relation) -> Form | None:
-    """What a prediction's chain comes to: after a name, or when all its exact sides have one value. Else None."""
-    if is_name(relation.sides[0]):
-        return last_exact(relation)
+    """What a chain comes to: what a name is given, or the one value of all its exact sides. Else None."""
+    return assigned(relation) or _common_value(relation)
+
+
+def _common_value(relation: Relation) -> Form | None:
+    """The last exact side when all of them have one value: 7 of `14/2 = 7`, 22/7 of `22/7 \\approx 3.14`."""
     exact = relation.sides
     if "\\approx" in relation.operators:
         first = relation.operators.index("\\approx")
@@ -329,7 +340,7 @@ def _same_relation_lists(a: Items, g: Items) -> bool:
 
 
 def _value_of(form: Form) -> Form | None:
-    return _assigned(form) if isinstance(form, Relation) else form
+    return assigned(form) if isinstance(form, Relation) else form
 
 
 def _proportional(a: Relation, g: Relation, *, positive: bool) -> bool:

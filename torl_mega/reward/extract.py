@@ -13,7 +13,7 @@ from collections.abc import Sequence
 _FENCE = re.compile(r"^[ \t]*```[ \t]*(?P<language>[\w+-]*)[^\n]*$", re.MULTILINE)
 _INLINE_OPEN = re.compile(r"```(?P<language>python|output)[ \t]*$", re.MULTILINE)
 _JOINED = re.compile(
-    r"[\s$]*(?:\\quad|\\[,; ])*[\s$]*(?:,|,?\s*and|,?\s*\\text\{\s*and\s*\})[\s$]*(?:\\quad|\\[,; ])*[\s$]*"
+    r"[\s$]*(?:\\quad|\\[,; )\]])*[\s$]*(?:,|,?\s*and|,?\s*\\text\{\s*and\s*\})[\s$]*(?:\\quad|\\[,; (\[])*[\s$]*"
 )
 _MAX_NESTED_BOXES = 8
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torl_mega.reward.normalize import normalize, squeeze
 from torl_mega.reward.scalars import read_scalar, same_text
-from torl_mega.reward.structure import Relation, Scalar, is_equation, last_exact, read_form
-from torl_mega.reward.syntax import Node
+from torl_mega.reward.structure import Relation, Scalar, assigned, is_equation, last_exact, read_form
+from torl_mega.reward.syntax import Node, symbols
 from torl_mega.reward.tokens import Unreadable
 
 
@@ -20,20 +20,21 @@ def is_finished(answer: str, gold: str, problem: str = "") -> bool:
     if same_text(a, g):
         return True
     try:
-        node, gold_node = _value_node(a), _value_node(g)
+        node, gold_node = _value_node(a, given=False), _value_node(g, given=True)
     except Unreadable:
         return True  # lists, intervals, text: nothing to work out
-    if _is_rational_literal(gold_node) and not _is_closed_form(node):
+    if _is_rational_literal(gold_node) and not _is_closed_form(node) and not symbols(node):  # `5 m` may be metres
         return False
     return not (
         _size(node) >= 3 and not _is_rational_literal(node) and squeeze(a) in squeeze(normalize(problem[:20_000]))
     )
 
 
-def _value_node(text: str) -> Node:
+def _value_node(text: str, *, given: bool) -> Node:
+    """What an answer comes to. A gold equation such as `2x+4y-3=0` comes to no value."""
     form = read_form(text)
     if isinstance(form, Relation) and is_equation(form):
-        form = last_exact(form)
+        form = assigned(form) or (form if given else last_exact(form))
     if not isinstance(form, Scalar):
         raise Unreadable("not a scalar")
     return read_scalar(form.text).node

@@ -1,4 +1,4 @@
-"""One spelling for answers that look alike: LaTeX dress, unicode, spacing, thousands, units and currency. Text in, text out.
+"""One spelling for answers that look alike: LaTeX dress, unicode, spacing, thousands. Text in, text out.
 
 Contract: linear in the length of the text; never raises; nothing is evaluated. Characters that are not understood stay
 as they are, so look-alikes (Cyrillic x, Arabic digits, direction marks) never turn into what they look like.
@@ -7,7 +7,7 @@ as they are, so look-alikes (Cyrillic x, Arabic digits, direction marks) never t
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from functools import lru_cache
 
 _CHARACTERS = {
     **dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹", (f"^{{{d}}}" for d in range(10)), strict=True)),
@@ -33,6 +33,8 @@ _CHARACTERS = {
     "∞": "\\infty ",
     "π": "\\pi ",
     "√": "\\sqrt ",
+    "∛": "\\sqrt[3] ",
+    "∜": "\\sqrt[4] ",
     "∪": "\\cup ",
     "∩": "\\cap ",
     "∈": "\\in ",
@@ -66,19 +68,18 @@ _CHARACTERS = {
     "｝": "}",
     "′": "'",
     **dict(zip("０１２３４５６７８９", "0123456789", strict=True)),
+    **{chr(0x1D7CE + i): str(i % 10) for i in range(50)},  # the digits of mathematical alphabets
 }
 _TABLE = str.maketrans(_CHARACTERS)
 
+_LINES = r"(?:aligned|align\*?|cases|equation\*?|gathered)"
 _SUBSTITUTIONS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern, re.ASCII), replacement)
     for pattern, replacement in (
         (r"<\|[a-z_]+\|>", ""),
         (r"\\\\\s*\[[^\]\\]{0,8}(?:pt|em|ex|mm)\]", r"\\\\"),  # row spacing in matrices
         (r"\\\\\s+", r"\\\\"),
-        (
-            r"\\begin\{(?:aligned|align\*?|cases|equation\*?|gathered)\}|\\end\{(?:aligned|align\*?|cases|equation\*?|gathered)\}",
-            " ",
-        ),
+        (rf"\\(?:begin|end)\{{{_LINES}\}}", " "),
         (r"\\(?:left|right|bigl|bigr|Bigl|Bigr|biggl|biggr|big|Big|bigg|Bigg)(?![A-Za-z])\s*\.?", ""),
         (
             r"\\(?:displaystyle|textstyle|limits|nolimits|nonumber|rm|bf|it|mathstrut|strut|,?phantom\{\})(?![A-Za-z])",
@@ -115,6 +116,7 @@ _SUBSTITUTIONS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\(?:lor|vee)(?![A-Za-z])", r"\\text{or}"),
         (r"\\(?:land|wedge)(?![A-Za-z])", r"\\text{and}"),
         (r"\\(?:imath)(?![A-Za-z])", "i"),
+        (r"(?<![A-Za-z\\])infinity(?![A-Za-z])", r"\\infty "),
         (r"\\(?:varphi)(?![A-Za-z])", r"\\phi"),
         (r"\\(?:varepsilon)(?![A-Za-z])", r"\\epsilon"),
         (r"\\mathbb\s*(?:\{\s*([A-Z])\s*\}|([A-Z]))", r"\\mathbb{\1\2}"),
@@ -124,6 +126,15 @@ _SUBSTITUTIONS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\(?:underline|mathopen|mathclose|mathord|color\{[a-z]+\})(?![A-Za-z])", ""),
     )
 )
+_SYSTEM = re.compile(rf"\\begin\{{({_LINES})\}}((?:[^\\]|\\(?!end))*)\\end\{{\1\}}")
+_WORDED_SETS = tuple(
+    (re.compile(rf"(?:\\text\s*\{{)?\s*(?:{words})\s*\}}?", re.IGNORECASE | re.ASCII), sign)
+    for words, sign in (
+        (r"no (?:real )?(?:solutions?|roots?)", r"\emptyset"),
+        (r"(?:the )?empty set", r"\emptyset"),
+        (r"all (?:real(?: number)?s?|real values)", r"\mathbb{R}"),
+    )
+)
 _ONE_LETTER = re.compile(
     r"(?:(?<=[0-9})\s])\\text\s*\{\s*([A-FI-KM-Za-fi-kn-rt-zG])\s*\}|(?<![0-9})\s])\\text\s*\{\s*\(?\s*([A-Za-z])\s*\)?\s*\}|\\text\s*\{\s*\(\s*([A-Za-z])\s*\)\s*\})",
     re.ASCII,
@@ -131,13 +142,29 @@ _ONE_LETTER = re.compile(
 _NUMBER_TEXT = re.compile(r"\\text\s*\{\s*([-+]?[0-9][0-9.,/]*)\s*\}", re.ASCII)
 
 
+@lru_cache(maxsize=512)
 def normalize(text: str) -> str:
     """`text` in the one spelling that the rest of the grader reads: no `$`, no `\\left`, `\\frac`, `\\text{…}`, `*`, `\\le` …"""
     text = text.translate(_TABLE).replace("\n", " ").replace("\t", " ").replace("\r", " ")
+    text = _SYSTEM.sub(_join_lines, _single_backslashes(text))
     for pattern, replacement in _SUBSTITUTIONS:
         text = pattern.sub(replacement, text)
     text = _NUMBER_TEXT.sub(r" \1 ", _ONE_LETTER.sub(r" \1\2\3 ", text))
-    return strip_outer(_collapse(text))
+    text = strip_outer(_collapse(text))
+    return next((sign for words, sign in _WORDED_SETS if words.fullmatch(text)), text)
+
+
+def _single_backslashes(text: str) -> str:
+    """`\\\\frac` is \\frac written through one more layer of escapes; in matrices `\\\\` ends a row."""
+    if "\\begin" not in text:
+        return re.sub(r"(?<!\\)\\\\(?=[A-Za-z{}%$,!])", r"\\", text)
+    return text.replace("\\\\", "\\") if re.search(r"(?<!\\)\\\\begin", text) else text
+
+
+def _join_lines(match: re.Match[str]) -> str:
+    """The lines of a system as a list; `&` only aligns there. What has columns (a function by cases) stays."""
+    lines = re.sub(r"&\s*(?=[=<>]|\\[lg]e)", " ", match[2])
+    return match[0] if "&" in lines or "\\begin" in lines else lines.strip().removesuffix("\\\\").replace("\\\\", ", ")
 
 
 def _collapse(text: str) -> str:
@@ -180,233 +207,3 @@ def squeeze(text: str) -> str:
     text = re.sub(r"(?<=[A-Za-z]) (?=[A-Za-z])", "\x00", text)
     text = re.sub(r"([_^])\{([A-Za-z0-9])\}", r"\1\2", text.replace(" ", ""))
     return text.replace("\x00", " ")
-
-
-# ------------------------------------------------------------------------------------------------ units
-
-_UNITS = {
-    "percent": "% percent percentage pct",
-    "degree": "degree degrees deg",
-    "dollar": "dollar dollars usd bucks",
-    "cent": "cent cents",
-    "euro": "euro euros eur €",
-    "pound": "pound pounds lb lbs",
-    "yuan": "yuan rmb",
-    "rupee": "rupee rupees rs",
-    "m": "m meter meters metre metres",
-    "cm": "cm centimeter centimeters centimetre centimetres",
-    "mm": "mm millimeter millimeters",
-    "km": "km kilometer kilometers kilometre kilometres",
-    "in": "in inch inches",
-    "ft": "ft foot feet",
-    "yd": "yd yard yards",
-    "mi": "mi mile miles",
-    "s": "s sec secs second seconds",
-    "min": "min mins minute minutes",
-    "h": "h hr hrs hour hours",
-    "day": "day days",
-    "week": "week weeks",
-    "month": "month months",
-    "year": "year years yr yrs",
-    "g": "g gram grams",
-    "kg": "kg kilogram kilograms",
-    "mg": "mg milligram milligrams",
-    "oz": "oz ounce ounces",
-    "l": "l liter liters litre litres",
-    "ml": "ml milliliter milliliters",
-    "gal": "gal gallon gallons",
-    "mph": "mph",
-    "kmh": "kmh kmph kph km/h",
-    "radian": "radian radians rad",
-}
-_CANONICAL_UNIT = {word: unit for unit, words in _UNITS.items() for word in words.split()}
-_COUNTED = [
-    "unit",
-    "units",
-    "people",
-    "person",
-    "persons",
-    "student",
-    "students",
-    "way",
-    "ways",
-    "apple",
-    "apples",
-    "ball",
-    "balls",
-    "point",
-    "points",
-    "square",
-    "squares",
-    "sq",
-    "cubic",
-    "integer",
-    "integers",
-    "solution",
-    "solutions",
-    "digit",
-    "digits",
-    "side",
-    "sides",
-    "edge",
-    "edges",
-    "vertex",
-    "vertices",
-    "marble",
-    "marbles",
-    "coin",
-    "coins",
-    "book",
-    "books",
-    "page",
-    "pages",
-    "time",
-    "times",
-    "game",
-    "games",
-    "car",
-    "cars",
-    "triangle",
-    "triangles",
-    "term",
-    "terms",
-    "number",
-    "numbers",
-    "pair",
-    "pairs",
-    "child",
-    "children",
-    "boy",
-    "boys",
-    "girl",
-    "girls",
-    "men",
-    "women",
-    "ticket",
-    "tickets",
-    "step",
-    "steps",
-    "block",
-    "blocks",
-    "tile",
-    "tiles",
-    "arrangement",
-    "arrangements",
-    "value",
-    "values",
-    "per",
-    "a",
-    "an",
-    "the",
-    "of",
-    "each",
-    "outcomes",
-    "possibilities",
-    "combinations",
-    "sets",
-    "set",
-    "sequences",
-    "sequence",
-    "subsets",
-    "subset",
-    "factor",
-    "factors",
-    "divisor",
-    "divisors",
-    "zeros",
-    "zeroes",
-    "cookies",
-    "candies",
-    "pieces",
-    "cards",
-    "card",
-    "handshakes",
-    "paths",
-    "path",
-    "hats",
-    "pencils",
-    "pens",
-    "cookie",
-    "base",
-    "total",
-]
-_BARE = sorted((w for w in {*_CANONICAL_UNIT, *_COUNTED} if len(w) > 1), key=len, reverse=True)
-_ANY_WORD = "|".join(map(re.escape, _BARE))
-_TRAILING_WORDS = re.compile(
-    rf"(?<=[0-9}})\s])\s*((?:{_ANY_WORD})(?:\s+(?:{_ANY_WORD}))*)\s*(\^\s*\{{?[23]\}}?)?$", re.IGNORECASE | re.ASCII
-)
-_TRAILING_TEXT = re.compile(r"\s*\\text\s*\{([^{}]*)\}\s*(?:\(s\))?\s*(\^\s*\{?[23]\}?)?$", re.ASCII)
-_SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_TRAILING_SCALE = re.compile(
-    r"\s*(?:\\text\s*\{\s*)?(thousand|million|billion|trillion)\s*\}?$", re.IGNORECASE | re.ASCII
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Quantity:
-    """A scalar's text, the unit behind (or the currency before) it, and the power of ten that a word put on it."""
-
-    body: str
-    unit: str  # canonical, "" without one
-    known: bool  # whether the unit is one of the table
-    scale: int = 0
-
-
-def split_unit(text: str) -> Quantity:
-    """`15 \\text{ cm}^2` -> 15 and cm^2; `\\dollar 18.90` -> 18.90 and dollar. A text that is all words keeps them."""
-    body, units, scale = text.strip(), [], 0
-    if body.startswith(("\\dollar", "€", "£")):
-        units.append({"\\": "dollar", "€": "euro", "£": "pound"}[body[0]])
-        body = body.removeprefix("\\dollar").lstrip("€£ ")
-    elif body.startswith(("-\\dollar", "- \\dollar")):
-        units.append("dollar")
-        body = "-" + body.split("\\dollar", 1)[1].strip()
-    for _ in range(6):
-        rest, unit = _drop_one_unit(body)
-        if rest is None or not rest:
-            break
-        body = rest
-        if unit in _SCALES:
-            scale += _SCALES[unit]
-        elif unit:
-            units.insert(0, unit)
-    unit = _canonical(units)
-    return Quantity(
-        body.strip(), unit, bool(unit) and all(p in _UNITS for p in re.sub(r"\^[23]", "", unit).split()), scale
-    )
-
-
-def _drop_one_unit(body: str) -> tuple[str | None, str]:
-    for suffix, unit in (
-        ("\\degree", "degree"),
-        ("%", "percent"),
-        ("\\dollar", "dollar"),
-        ("€", "euro"),
-        ("£", "pound"),
-    ):
-        if body.endswith(suffix):
-            return body[: -len(suffix)].strip(), unit
-    if match := _TRAILING_SCALE.search(body):
-        return body[: match.start()].strip(), match[1].lower()
-    match = _TRAILING_TEXT.search(body) or _TRAILING_WORDS.search(body)
-    if match is None:
-        return None, ""
-    power = re.sub(r"[^0-9]", "", match[2] or "")
-    words = match[1].strip().lower().strip(".()")
-    if words in _SCALES:
-        return body[: match.start()].strip(), words
-    return body[: match.start()].strip(), words + (f"^{power}" if power else "")
-
-
-def _canonical(units: list[str]) -> str:
-    """`square centimeters` and `cm^2` are both cm^2; words that only count (apples, ways) fall away."""
-    words = " ".join(units).replace("/", " / ").split()
-    power = "2" if {"square", "sq"} & set(words) else "3" if "cubic" in words else ""
-    kept = []
-    for word in words:
-        stem, caret, exponent = word.partition("^")
-        stem = stem.strip(".,")
-        if stem in _COUNTED or not stem:
-            continue
-        kept.append(_CANONICAL_UNIT.get(stem, stem) + (f"^{exponent or power}" if caret or power else ""))
-    return " ".join(dict.fromkeys(kept))

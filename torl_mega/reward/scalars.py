@@ -11,9 +11,10 @@ from typing import Any
 import mpmath
 
 from torl_mega.reward.expression import evaluate, same_everywhere
-from torl_mega.reward.normalize import Quantity, split_unit, squeeze
+from torl_mega.reward.normalize import squeeze
 from torl_mega.reward.syntax import Node, has_decimal, parse, symbols
 from torl_mega.reward.tokens import Unreadable
+from torl_mega.reward.units import Quantity, contradict, split_letter_unit, split_unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +44,10 @@ def same_scalar(a: str, g: str) -> bool:
     if same_text(a, g) or squeeze(a).removeprefix("+") == squeeze(g).removeprefix("+"):
         return True
     x, y = read_scalar(a), read_scalar(g)
+    if symbols(x.node) and not symbols(y.node) and (quantity := split_letter_unit(a)) is not None:
+        x = ScalarValue(parse(quantity.body), quantity)
     unit, gold_unit = x.quantity.unit, y.quantity.unit
-    if unit and gold_unit and unit != gold_unit and x.quantity.known and y.quantity.known:
+    if contradict(x.quantity, y.quantity):
         return False
     if _equal(x.node, y.node) and not (unit == "percent" and not gold_unit and _at_most_one(y.node)):
         return True
@@ -114,11 +117,30 @@ def text_words(text: str) -> str:
     return " ".join(re.sub(r"[,.\-]", " ", plain).lower().split()).removeprefix("the ")
 
 
+_CHOICE = re.compile(r"(?:\(\s*([A-Z])\s*\)|([A-Z])\s*\)|([A-Z])(?:[.:]|$))(?:\s+(?!\W*[A-Z]\W*$)|$)")
+
+
+def same_choice(a: str, g: str) -> bool:
+    """(C) or C, the letter alone, on one side; on the other it too, or with what it stands for behind it, `(C) 12`."""
+    for letter, labelled in ((g, a), (a, g)):
+        alone, found = re.fullmatch(r"\(?\s*([A-H])\s*\)?", letter), _CHOICE.match(labelled)
+        if alone is not None and found is not None and alone[1] in found.groups():
+            return True
+    return False
+
+
+def is_labelled(g: str) -> bool:
+    """A choice letter with what it stands for behind it, `(C) 12`: only its letter or its very text is right."""
+    return _CHOICE.match(g) is not None
+
+
 def decimal_comma(a: str, g: str) -> bool:
-    """`2,74` for 2.74: only when the other side is written as that very decimal."""
+    """`2,74` for 2.74: only when the other side is written as that very decimal. `1,234` is never 1.234."""
     pairs = ((a, g), (g, a))
     return any(
-        re.fullmatch(r"-?[0-9]+,[0-9]+", comma) is not None and comma.replace(",", ".") == point
+        re.fullmatch(r"-?[0-9]+,[0-9]+", comma) is not None
+        and re.fullmatch(r"-?[1-9][0-9]{0,2},[0-9]{3}", comma) is None
+        and comma.replace(",", ".") == point
         for comma, point in pairs
     )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 from torl_mega.reward.normalize import strip_outer
 from torl_mega.reward.tokens import Unreadable
@@ -62,6 +63,13 @@ class Matrix:
 
 
 @dataclass(frozen=True, slots=True)
+class Ratio:
+    """`3:4`, and times of day; equal only part by part."""
+
+    parts: tuple[Form, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Relation:
     """`sides[0] operators[0] sides[1] …`"""
 
@@ -69,7 +77,7 @@ class Relation:
     operators: tuple[str, ...]  # = \\ne < > \\le \\ge \\approx \\equiv
 
 
-Form = Scalar | Items | Tuple | Set | Union | Difference | Matrix | Relation
+Form = Scalar | Items | Tuple | Set | Union | Difference | Matrix | Ratio | Relation
 
 _MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix|smallmatrix|array)\}(?:\{[^{}]*\})?(.*)\\end\{\1\}", re.DOTALL)
 _RELATIONS = ("\\approx", "\\equiv", "\\ne", "\\le", "\\ge", "\\sim", "=", "<", ">")
@@ -77,11 +85,12 @@ _JOINTS = (("or", r"\text{or}", " or "), ("and", r"\text{and}", " and "))
 _MEMBER = re.compile(r"^\(?[A-Za-z\\][A-Za-z0-9_{}\\, ]{0,12}\)?\s*\\in(?![A-Za-z])\s*", re.ASCII)
 
 
+@lru_cache(maxsize=4096)
 def read_form(text: str, depth: int = 0) -> Form:
     """The form of a normalised answer. Raises Unreadable."""
     if depth > _MAX_DEPTH:
         raise Unreadable("nested too deep")
-    text = strip_outer(_MEMBER.sub("", text))
+    text = strip_outer(re.sub(r"^(?:=|\\approx(?![A-Za-z]))", "", _MEMBER.sub("", text)))
     if not text:
         raise Unreadable("empty")
     return _joined(text, depth) or _bracketed(text, depth) or _combined(text, depth) or _plain(text, depth)
@@ -89,6 +98,9 @@ def read_form(text: str, depth: int = 0) -> Form:
 
 def _joined(text: str, depth: int) -> Form | None:
     text = re.sub(r"\\text\s*\{\s*,?\s*(or|and)\s*,?\s*\}", r"\\text{\1}", text)
+    text = re.sub(r"(?<=[0-9)\]}])or(?=[ 0-9(\[{\\A-Za-z-])", " or ", text)
+    if groups := _solutions(text, depth):
+        return groups
     for name, *spellings in _JOINTS:
         for spelling in spellings:
             parts = split_top(text, spelling)
@@ -98,6 +110,17 @@ def _joined(text: str, depth: int) -> Form | None:
     if len(parts) == 1:
         parts = [p for p in split_top(text, ";") if p.strip()]
     return Items(_forms(parts, depth), ",") if len(parts) > 1 else None
+
+
+def _solutions(text: str, depth: int) -> Form | None:
+    """`x=1, y=2 or x=2, y=1` (or with a semicolon): a list of systems, each a tuple of what the names are given."""
+    if text.count("=") < 4:
+        return None
+    for separator in (";", r"\text{or}", " or "):
+        systems = [[item for item in split_commas(part) if item.strip()] for part in split_top(text, separator)]
+        if len(systems) > 1 and all(len(s) > 1 and all("=" in item for item in s) for s in systems):
+            return Items(tuple(Tuple("(", _forms(system, depth), ")") for system in systems), "or")
+    return None
 
 
 def _bracketed(text: str, depth: int) -> Form | None:
@@ -113,7 +136,9 @@ def _bracketed(text: str, depth: int) -> Form | None:
     if text.startswith("\\langle") and text.endswith("\\rangle"):
         return Tuple("(", _forms(split_commas(text[7:-7]), depth), ")")
     if text[0] in "([" and text[-1] in ")]" and _spans_any(text):
-        parts = split_commas(text[1:-1], thousands=False)
+        parts = split_top(text[1:-1], ";")
+        if len(parts) == 1:
+            parts = split_commas(text[1:-1], thousands=False)
         if len(parts) > 1:
             return Tuple(text[0], _forms(parts, depth), text[-1])
         if text[0] == "(" and text[-1] == ")" and _has_form(text[1:-1]):
@@ -137,12 +162,16 @@ def _plain(text: str, depth: int) -> Form:
     relation = _relation(text)
     if relation is not None:
         return relation
+    if len(parts := split_top(text, ":")) > 1:
+        return Ratio(_forms(parts, depth))
     if "\\pm" in text or "\\mp" in text:
         return _plus_minus(text, depth)
     return Scalar(text)
 
 
 def _relation(text: str) -> Relation | None:
+    if not any(operator in text for operator in _RELATIONS):
+        return None
     pieces, operators, depth, at, start = [], [], 0, 0, 0
     while at < len(text):
         if depth == 0:
@@ -159,11 +188,9 @@ def _relation(text: str) -> Relation | None:
     if not operators:
         return None
     pieces.append(text[start:].strip())
-    if not pieces[0]:  # `= 5`
-        pieces, operators = pieces[1:], operators[1:]
     if not all(pieces) or len(operators) > 12:
         raise Unreadable("a relation with an empty side")
-    return Relation(tuple(pieces), tuple(operators)) if operators else _relation(pieces[0]) or None
+    return Relation(tuple(pieces), tuple(operators))
 
 
 def _ends_word(text: str, end: int, operator: str) -> bool:
@@ -244,6 +271,8 @@ def is_grouped(text: str) -> bool:
 
 def split_top(text: str, separator: str) -> list[str]:
     """At `separator` outside of all brackets and braces."""
+    if separator not in text:
+        return [text]
     parts, depth, at, start = [], 0, 0, 0
     while at < len(text):
         if depth == 0 and text.startswith(separator, at) and _ends_word(text, at + len(separator), separator):
@@ -289,10 +318,17 @@ _NAME = re.compile(
     re.ASCII,
 )
 
+_QUOTIENT = re.compile(r"\\frac\s*\{([^{}]+)\}\s*\{([^{}]+)\}|([^/{}]+)/([^/{}]+)")
+_ANGLE_FUNCTION = re.compile(r"^\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])\s*")
+
 
 def is_name(text: str) -> bool:
-    """Something that a value is given to: x, x_1, f(x), AB, \\angle ABC, |AB|, (x, y), A:B."""
-    return _NAME.fullmatch(text.strip()) is not None and not re.search(r"\\(?:frac|sqrt|pi|sin|cos|tan|log|ln)", text)
+    """Something that a value is given to: x, x_1, f(x), AB, \\angle ABC, |AB|, (x, y), A:B, \\frac{AB}{CD}, \\tan A."""
+    text = text.strip()
+    if match := _QUOTIENT.fullmatch(text):
+        return is_name(match[1] or match[3]) and is_name(match[2] or match[4])
+    text = _ANGLE_FUNCTION.sub("", text)
+    return _NAME.fullmatch(text) is not None and not re.search(r"\\(?:frac|sqrt|pi|sin|cos|tan|log|ln)", text)
 
 
 def is_equation(relation: Relation) -> bool:
@@ -305,3 +341,10 @@ def last_exact(relation: Relation) -> Form:
     if "\\approx" in relation.operators and relation.operators[0] != "\\approx":
         sides = sides[: relation.operators.index("\\approx") + 1]
     return read_form(sides[-1])
+
+
+def assigned(relation: Relation) -> Form | None:
+    """What a name is given: 5 of `x = 5` and of `5 = x`; None for an equation such as `2x + z = 1`."""
+    if is_name(relation.sides[0]):
+        return last_exact(relation)
+    return read_form(relation.sides[0]) if len(relation.sides) == 2 and is_name(relation.sides[1]) else None

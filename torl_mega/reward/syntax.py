@@ -99,12 +99,14 @@ class _Parser:
                 return node
 
     def _implicit(self, left: Node) -> Node:
-        spaced, kind = self._tokens[self._at].spaced, self._peek_kind()
+        spaced, kind, text = self._tokens[self._at].spaced, self._peek_kind(), self._peek()
+        bracket_before = self._tokens[self._at - 1].text in (")", "]")
         right = self._power()
         if kind in ("num", "repeat"):
-            return self._mixed_by_space(left, right, spaced)
-        if _is_whole(left) and left.name and _is_proper_fraction(right):
-            assert left.value is not None
+            return self._mixed_by_space(left, right, spaced and not bracket_before)
+        if bracket_before or text in ("(", "["):
+            return Node("mul", (left, right))
+        if _is_whole(left) and _is_proper_fraction(right):
             return Node("mixed", (left, right))
         if _is_whole(left) and right.kind == "div" and all(_is_whole(a) for a in right.args):
             raise Unreadable("a whole number next to an improper fraction")

@@ -1,0 +1,262 @@
+"""Units, currency, percent, degrees and number words (million) around a normalised scalar. Text in, text out; linear."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_UNITS = {
+    "percent": "% percent percentage pct",
+    "degree": "degree degrees deg",
+    "dollar": "dollar dollars usd bucks",
+    "cent": "cent cents",
+    "euro": "euro euros eur €",
+    "pound": "pound pounds lb lbs",
+    "yuan": "yuan rmb",
+    "rupee": "rupee rupees rs",
+    "m": "m meter meters metre metres",
+    "cm": "cm centimeter centimeters centimetre centimetres",
+    "mm": "mm millimeter millimeters",
+    "km": "km kilometer kilometers kilometre kilometres",
+    "in": "in inch inches",
+    "ft": "ft foot feet",
+    "yd": "yd yard yards",
+    "mi": "mi mile miles",
+    "s": "s sec secs second seconds",
+    "min": "min mins minute minutes",
+    "h": "h hr hrs hour hours",
+    "day": "day days",
+    "week": "week weeks",
+    "month": "month months",
+    "year": "year years yr yrs",
+    "g": "g gram grams",
+    "kg": "kg kilogram kilograms",
+    "mg": "mg milligram milligrams",
+    "oz": "oz ounce ounces",
+    "l": "l liter liters litre litres",
+    "ml": "ml milliliter milliliters",
+    "gal": "gal gallon gallons",
+    "radian": "radian radians rad",
+}
+_CANONICAL_UNIT = {word: unit for unit, words in _UNITS.items() for word in words.split()} | {
+    "mph": "mi h",
+    **dict.fromkeys(("kmh", "kmph", "kph", "km/h"), "km h"),
+    "m/s": "m s",
+}
+_COUNTED = [
+    "unit",
+    "units",
+    "people",
+    "person",
+    "persons",
+    "student",
+    "students",
+    "way",
+    "ways",
+    "apple",
+    "apples",
+    "ball",
+    "balls",
+    "point",
+    "points",
+    "square",
+    "squares",
+    "sq",
+    "cubic",
+    "integer",
+    "integers",
+    "solution",
+    "solutions",
+    "digit",
+    "digits",
+    "side",
+    "sides",
+    "edge",
+    "edges",
+    "vertex",
+    "vertices",
+    "marble",
+    "marbles",
+    "coin",
+    "coins",
+    "book",
+    "books",
+    "page",
+    "pages",
+    "time",
+    "times",
+    "game",
+    "games",
+    "car",
+    "cars",
+    "triangle",
+    "triangles",
+    "term",
+    "terms",
+    "number",
+    "numbers",
+    "pair",
+    "pairs",
+    "child",
+    "children",
+    "boy",
+    "boys",
+    "girl",
+    "girls",
+    "men",
+    "women",
+    "ticket",
+    "tickets",
+    "step",
+    "steps",
+    "block",
+    "blocks",
+    "tile",
+    "tiles",
+    "arrangement",
+    "arrangements",
+    "value",
+    "values",
+    "per",
+    "a",
+    "an",
+    "the",
+    "of",
+    "each",
+    "outcomes",
+    "possibilities",
+    "combinations",
+    "sets",
+    "set",
+    "sequences",
+    "sequence",
+    "subsets",
+    "subset",
+    "factor",
+    "factors",
+    "divisor",
+    "divisors",
+    "zeros",
+    "zeroes",
+    "cookies",
+    "candies",
+    "pieces",
+    "cards",
+    "card",
+    "handshakes",
+    "paths",
+    "path",
+    "hats",
+    "pencils",
+    "pens",
+    "cookie",
+    "base",
+    "total",
+]
+_BARE = sorted((w for w in {*_CANONICAL_UNIT, *_COUNTED} if len(w) > 1), key=len, reverse=True)
+_ANY_WORD = "|".join(map(re.escape, _BARE))
+_TRAILING_WORDS = re.compile(
+    rf"(?<=[0-9}})\s])\s*((?:{_ANY_WORD})(?:\s+(?:{_ANY_WORD}))*)\s*(\^\s*\{{?[23]\}}?)?$", re.IGNORECASE | re.ASCII
+)
+_TRAILING_TEXT = re.compile(r"\s*\\text\s*\{([^{}]*)\}\s*(?:\(s\))?\s*(\^\s*\{?[23]\}?)?$", re.ASCII)
+_NO_UNIT = re.compile(  # words that change the number before them, or take it back
+    r"\b(?:or|and|not|no|nor|but|wrong|incorrect|false|maybe|except|more|less|most|least|than|over|divided|plus|minus"
+    r"|negative|point|pi|squared|cubed|root|factorial|base|hal(?:f|ves)|thirds?|fourths?|fifths?|tenths?|quarters?"
+    r"|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|dozens?|score|hundreds?|hundredths?)\b"
+    r"|(?<![a-z^])[0-9]|[04-9]",
+    re.ASCII,
+)
+_LETTER_UNIT = re.compile(r"(-?[0-9][0-9.,]*) ([mgshL])(\^\s*\{?[23]\}?)?", re.ASCII)
+_SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_TRAILING_SCALE = re.compile(
+    r"\s*(?:\\text\s*\{\s*)?(thousand|million|billion|trillion)\s*\}?$", re.IGNORECASE | re.ASCII
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Quantity:
+    """A scalar's text, the unit behind (or the currency before) it, and the power of ten that a word put on it."""
+
+    body: str
+    unit: str  # canonical, "" without one
+    known: bool  # whether the unit is one of the table
+    scale: int = 0
+
+
+def split_unit(text: str) -> Quantity:
+    """`15 \\text{ cm}^2` -> 15 and cm^2; `\\dollar 18.90` -> 18.90 and dollar. A text that is all words keeps them."""
+    body, units, scale = text.strip(), [], 0
+    if body.startswith(("\\dollar", "€", "£")):
+        units.append({"\\": "dollar", "€": "euro", "£": "pound"}[body[0]])
+        body = body.removeprefix("\\dollar").lstrip("€£ ")
+    elif body.startswith(("-\\dollar", "- \\dollar")):
+        units.append("dollar")
+        body = "-" + body.split("\\dollar", 1)[1].strip()
+    for _ in range(6):
+        rest, unit = _drop_one_unit(body)
+        if rest is None or not rest:
+            break
+        body = rest
+        if unit in _SCALES:
+            scale += _SCALES[unit]
+        elif unit:
+            units.insert(0, unit)
+    unit = _canonical(units)
+    return Quantity(
+        body.strip(), unit, bool(unit) and all(p in _UNITS for p in re.sub(r"\^[23]", "", unit).split()), scale
+    )
+
+
+def contradict(a: Quantity, g: Quantity) -> bool:
+    """Whether both have a unit and it is not the same: cm and m, a.m. and p.m.; words in common may do (cm, cm long)."""
+    if not a.unit or not g.unit or a.unit == g.unit:
+        return False
+    return (a.known and g.known) or not set(a.unit.split()) & set(g.unit.split())
+
+
+def split_letter_unit(text: str) -> Quantity | None:
+    """`5 m` and `5 m^2`, for where the answer is a number and m no variable; None for `5m` and anything else."""
+    match = _LETTER_UNIT.fullmatch(text.strip())
+    if match is None:
+        return None
+    power = re.sub(r"[^0-9]", "", match[3] or "")
+    unit = _CANONICAL_UNIT[match[2].lower()] + (f"^{power}" if power else "")
+    return Quantity(match[1], unit, known=True)
+
+
+def _drop_one_unit(body: str) -> tuple[str | None, str]:
+    for suffix, unit in (
+        ("\\degree", "degree"),
+        ("%", "percent"),
+        ("\\dollar", "dollar"),
+        ("€", "euro"),
+        ("£", "pound"),
+    ):
+        if body.endswith(suffix):
+            return body[: -len(suffix)].strip(), unit
+    if match := _TRAILING_SCALE.search(body):
+        return body[: match.start()].strip(), match[1].lower()
+    match = _TRAILING_TEXT.search(body) or _TRAILING_WORDS.search(body)
+    if match is None:
+        return None, ""
+    power = re.sub(r"[^0-9]", "", match[2] or "")
+    words = match[1].strip().lower().strip(".()")
+    if _NO_UNIT.search(words):
+        return None, ""
+    if words in _SCALES:
+        return body[: match.start()].strip(), words
+    return body[: match.start()].strip(), words + (f"^{power}" if power else "")
+
+
+def _canonical(units: list[str]) -> str:
+    """`square centimeters` and `cm^2` are both cm^2; words that only count (apples, ways) fall away."""
+    words = " ".join(units).replace("/", " ").split()
+    power = "2" if {"square", "sq"} & set(words) else "3" if "cubic" in words else ""
+    kept = []
+    for word in words:
+        stem, caret, exponent = word.partition("^")
+        stem = stem.strip(".,")
+        if stem in _COUNTED or not stem:
+            continue
+        kept.append(_CANONICAL_UNIT.get(stem, stem) + (f"^{exponent or power}" if caret or power else ""))
+    return " ".join(dict.fromkeys(kept))
