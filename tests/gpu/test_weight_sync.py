@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from live_server import LiveServer, write_config
-
 from tiny_model import make_tiny_model
 
 from torl_mega import process
