@@ -22,7 +22,7 @@ parallelism and a virtual pipeline where they apply; overlap, recomputation and 
 Gradients are those of the token-mean loss: `loss_weights` divides by the trained tokens of the whole mini-batch, and the sums
 over micro-batches, data and context ranks are divided by nothing more; they are compared before clipping. Their limit is
 absolute, so their size counts: advantages are normal numbers times 0.6, which makes the largest gradient {largest}. With a
-factor of 1 gradients and differences grow by 1/0.6, and the worst Qwen3 cases would pass 2e-7.
+factor of 1 gradients and differences are larger in proportion, and a Qwen3 case was above 2e-7.
 
 Models rotate over the layouts. Made by `tests/parallel/make_layouts_doc.py` from the results of `tests/parallel/layout_worker.py`.
 
