@@ -118,7 +118,9 @@ def run_case(layout: Layout, family: str, tied: bool, hf: ref.HfRun | None, mode
     from torl_mega.trainer.megatron_trainer import MegatronTrainer
 
     trainer = MegatronTrainer(config_for(layout, model_path))
-    found = dict.fromkeys(("logits", "logprobs", "entropy", "loss", "grad", "grad_norm", "weights"), 0.0)
+    found: dict[str, float] = dict.fromkeys(
+        ("logits", "logprobs", "entropy", "loss", "grad", "grad_norm", "weights"), 0.0
+    )
     logits = all_logits(trainer, ref.make_samples(0))
     if hf:
         found["logits"] = largest((a[:-1], b[:-1]) for a, b in zip(logits, hf.logits, strict=True))

@@ -22,12 +22,11 @@ from torl_mega.serving.server import launch_command, wait_ready
 from torl_mega.serving.weights import ServerSink, make_transport, make_weight_sink
 from torl_mega.trainer.fp8 import BlockSink, quantize_stream
 
-SIZES = {"hidden_size": 256, "intermediate_size": 384}  # whole blocks of q, k, v (256, 128, 128) and gate, up
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("fp8_model"), **SIZES)
+    """Whole blocks of q, k, v (256, 128, 128 rows) and gate, up (384)."""
+    return make_tiny_model(tmp_path_factory.mktemp("fp8_model"), hidden_size=256, intermediate_size=384)
 
 
 @pytest.fixture(scope="module")
