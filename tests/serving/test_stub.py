@@ -42,7 +42,6 @@ def mangle(**changes: Any) -> Behaviour:
 
 FAULTS = [
     (Behaviour("http", status=500), "server_error"),
-    (Behaviour("http", status=503), "server_busy"),
     (Behaviour("reset"), "server_down"),
     (Behaviour("garbage"), "bad_answer"),
     (mangle(output_ids=[1, 2]), "bad_answer"),
@@ -68,6 +67,16 @@ def test_a_fault_is_retried_and_counted(fault: Behaviour, counter: str) -> None:
             assert bad.bodies[0]["input_ids"] == bad.bodies[1]["input_ids"] == [1, 2, 3]
             assert bad.bodies[0]["sampling_params"]["sampling_seed"] == 5
             assert bad.bodies[0]["rid"] != bad.bodies[1]["rid"]
+
+    asyncio.run(run())
+
+
+def test_a_full_queue_is_waited_for_and_no_fault() -> None:
+    async def run() -> None:
+        async with Stub(script=deque([Behaviour("http", status=503)] * 2)) as full, client_of(full) as client:
+            client.expect_version(0)
+            assert len((await client.generate(ask())).token_ids) == 10
+            assert client.counters == {"server_busy": 2}
 
     asyncio.run(run())
 
