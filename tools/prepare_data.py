@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 
 from torl_mega.data.cleaning import NGRAM, Benchmarks, fingerprint, limr_scores, refusal
 from torl_mega.data.prompts import load_problems
-from torl_mega.data.readers import Row, read_rows, to_problem
+from torl_mega.data.readers import Row, place, read_rows, to_problem
 from torl_mega.errors import DataError, TorlError
 from torl_mega.types import Problem
 
@@ -124,7 +124,7 @@ class Preparation:
             return None, {"file": str(path), "row": number, "reason": reason, "detail": detail}
 
         if isinstance(row, str):
-            return drop("broken", f"{path}: row {number}: {row}")
+            return drop("broken", f"{place(path, number)}: {row}")
         try:
             problem = to_problem(row, path=path, number=number)
         except DataError as exc:
@@ -264,7 +264,7 @@ def chosen_by_curves(path: Path, threshold: float) -> set[str]:
     curves: dict[str, list[float]] = {}
     for number, row in read_rows(path):
         if isinstance(row, str) or not isinstance(row.get("rewards"), list) or "problem_id" not in row:
-            raise DataError(f"{path}: row {number}: expected an object with problem_id and rewards")
+            raise DataError(f"{place(path, number)}: expected an object with problem_id and rewards")
         curves[str(row["problem_id"])] = [float(r) for r in row["rewards"]]
     try:
         return {i for i, score in limr_scores(curves).items() if score > threshold}

@@ -1,6 +1,8 @@
-"""Run by torchrun: a checkpoint saved in any layout resumes in any other, and HF -> Megatron -> HF keeps every bit.
+"""A checkpoint saved in any layout resumes in any other, and HF -> Megatron -> HF keeps every bit.
 
-checkpoint_worker.py RESULTS.jsonl WORK_DIR CASES.json      CASES: [[layout fields, ...] to save in, [...] to load in, model]
+    checkpoint_worker.py RESULTS.jsonl WORK_DIR CASES.json
+
+CASES: [[layout fields, ...] to save in, [...] to load in, [family, tied]]. The ranks are forked anew for every layout.
 """
 
 from __future__ import annotations
@@ -8,18 +10,18 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import hf_reference as ref
+from forked import run_ranks
 from layout_cases import Layout
-from layout_worker import config_for, largest
+from layout_worker import LAYOUT_LIMIT_S, config_for, largest, reference
 
-from torl_mega.trainer import parallel
+from torl_mega.trainer import cpu_backend, parallel
 from torl_mega.trainer.hf_io import HfReader
 from torl_mega.types import TrainSample
 
@@ -34,52 +36,61 @@ def one_step(trainer: Any, n: int) -> None:
     trainer.optim_step()
 
 
-def make_trainer(layout: Layout, model_path: Path) -> Any:
-    config = config_for(layout, model_path)
-    if dist.is_initialized():
-        parallel.set_layout(config.parallel, config.trainer)
-    else:
-        parallel.init_distributed(config.parallel, config.trainer)
+def save(layout: Layout, model_path: Path, path: Path) -> None:
+    """One rank's part: HF's bits are all there, then two steps and a checkpoint."""
     from torl_mega.trainer.megatron_trainer import MegatronTrainer
 
-    return MegatronTrainer(config)
+    config = config_for(layout, model_path)
+    parallel.init_distributed(config.parallel, config.trainer)
+    trainer = MegatronTrainer(config)
+    start = dict(trainer.weights())
+    if parallel.is_rank0():
+        reader = HfReader(model_path, trainer.shape)
+        assert all((t == reader.get(name)).all() for name, t in start.items()), f"{layout.name} changes HF's bits"
+    one_step(trainer, 0)
+    one_step(trainer, 1)
+    trainer.save(path, extra={"steps_done": 2})
+    parallel.barrier()
+    parallel.destroy()
+
+
+def load_all(
+    layout: Layout, model_path: Path, checkpoints: list[tuple[Layout, Path]], hf_run: tuple[Path, str, bool], out: Path
+) -> None:
+    """One rank's part: the third step from each checkpoint, compared with HF's third step."""
+    from torl_mega.trainer.megatron_trainer import MegatronTrainer
+
+    config = config_for(layout, model_path)
+    parallel.init_distributed(config.parallel, config.trainer)
+    hf = reference(*hf_run) if parallel.is_rank0() else None
+    for saved_in, path in checkpoints:
+        trainer = MegatronTrainer(config)
+        assert trainer.load(path) == {"steps_done": 2}
+        one_step(trainer, 2)
+        weights = dict(trainer.weights())
+        if hf:
+            gap = largest((weights[k], hf.weights[k]) for k in weights)
+            with out.open("a") as file:
+                file.write(json.dumps({"saved": saved_in.name, "loaded": layout.name, "weights": gap}) + "\n")
+    parallel.barrier()
+    parallel.destroy()
 
 
 def main(results: Path, work: Path, cases: Path) -> None:
+    cpu_backend.install()
+    import torl_mega.trainer.megatron_trainer  # noqa: F401 - here, so that no rank has to
+
     savers, loaders, (family, tied) = json.loads(cases.read_text())
     model_path = work / f"{family}_{'tied' if tied else 'untied'}"
-    hf: ref.HfRun | None = None
-    checkpoints = []
-    for n, fields in enumerate(savers):
-        layout = Layout(**fields)
-        trainer = make_trainer(layout, model_path)
-        if parallel.is_rank0():
-            hf = hf or ref.HfRun(family, tied)
-        start = dict(trainer.weights())
-        if parallel.is_rank0():
-            reader = HfReader(model_path, trainer.shape)
-            assert all((t == reader.get(name)).all() for name, t in start.items()), f"{layout.name} changes HF's bits"
-        one_step(trainer, 0)
-        one_step(trainer, 1)
-        path = work / f"ck_{n}" / "step_000002"
-        trainer.save(path, extra={"steps_done": 2})
-        checkpoints.append((layout, path))
+    checkpoints = [(Layout(**fields), work / f"ck_{n}" / "step_000002") for n, fields in enumerate(savers)]
+    for layout, path in checkpoints:
+        run_ranks(layout.world_size, partial(save, layout, model_path, path), LAYOUT_LIMIT_S)
     for fields in loaders:
         layout = Layout(**fields)
-        for saved_in, path in checkpoints:
-            trainer = make_trainer(layout, model_path)
-            assert trainer.load(path) == {"steps_done": 2}
-            one_step(trainer, 2)
-            weights = dict(trainer.weights())
-            if hf and parallel.is_rank0():
-                gap = largest((weights[k], hf.weights[k]) for k in weights)
-                with results.open("a") as file:
-                    file.write(json.dumps({"saved": saved_in.name, "loaded": layout.name, "weights": gap}) + "\n")
-    parallel.barrier()
-    if parallel.is_rank0():
-        for _, path in checkpoints:
-            shutil.rmtree(path.parent)
-    parallel.destroy()
+        load = partial(load_all, layout, model_path, checkpoints, (work, family, tied), results)
+        run_ranks(layout.world_size, load, LAYOUT_LIMIT_S)
+    for _, path in checkpoints:
+        shutil.rmtree(path.parent)
 
 
 if __name__ == "__main__":

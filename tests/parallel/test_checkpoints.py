@@ -21,7 +21,7 @@ import torch
 from layout_cases import Layout
 from layout_worker import config_for
 from safetensors.torch import load_file
-from torchrun import ROOT, torchrun
+from torchrun import ROOT, run_python
 
 from torl_mega.errors import CheckpointError, ConfigError
 
@@ -47,7 +47,7 @@ def resharded(work: Path, savers: list[Layout], loaders: list[Layout], timeout_s
     results, cases = work / "pairs.jsonl", work / "pairs.json"
     results.unlink(missing_ok=True)
     cases.write_text(json.dumps([[asdict(x) for x in savers], [asdict(x) for x in loaders], ["qwen2", True]]))
-    torchrun(4, HERE / "checkpoint_worker.py", results, work, cases, timeout_s=timeout_s)
+    run_python(HERE / "checkpoint_worker.py", results, work, cases, timeout_s=timeout_s)
     return [json.loads(line) for line in results.read_text().splitlines()]
 
 

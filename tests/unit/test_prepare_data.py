@@ -122,7 +122,7 @@ def test_counts_reasons_and_manifest(tool, tmp_path, inputs, evaluation, capsys)
     broken = [(Path(d["file"]).name, d["row"]) for d in dropped if d["reason"] == "broken"]
     assert broken == [("numina.jsonl", 3), ("train.jsonl", 1)]
     assert {d["detail"] for d in dropped if d["reason"] == "contaminated"} == {"ngram: aime24/0", "text: aime24/1"}
-    assert "numina.jsonl: row 3: not JSON" in capsys.readouterr().err
+    assert "numina.jsonl:4: not JSON" in capsys.readouterr().err
     assert not (tmp_path / "train.parquet.work").exists()
 
 

@@ -29,8 +29,9 @@ STUBBORN = textwrap.dedent("""
     time.sleep(600)
 """)
 OWNER = textwrap.dedent("""
-    import sys, time, pathlib
+    import signal, sys, time
     from torl_mega import process
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is born ignoring it
     child = process.start([sys.executable, "-c", sys.argv[1], sys.argv[2]], name="tree")
     print(child.pid, flush=True)
     time.sleep(600)
@@ -75,7 +76,7 @@ def test_the_tree_dies_with_its_owner(tmp_path: Path, how: signal.Signals) -> No
     owner.stdout.readline()
     pids = tree(tmp_path)
     owner.send_signal(how)
-    owner.wait()
+    owner.wait(10)
     assert wait_for(lambda: not any(map(alive, pids)), 5.0)
     owner.stdout.close()
 

@@ -174,11 +174,11 @@ def test_overlong_prompts_stop_or_are_dropped_and_counted(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("name", "lines", "message"),
     [
-        ("a.jsonl", ['{"problem": "p", "answer": "1"}', "{broken"], r"a\.jsonl: row 1: not JSON"),
-        ("a.jsonl", ['{"problem": "p", "answer": "1"}', "[1]"], r"row 1: expected a JSON object, found list"),
-        ("a.jsonl", ['{"problem": "p"}'], r"row 0: no answer"),
-        ("a.jsonl", ['{"text": "p", "answer": "1"}'], r"row 0: no problem text; .* found text, answer"),
-        ("a.jsonl", ['{"problem": "  ", "answer": "1"}'], r"row 0: no problem text"),
+        ("a.jsonl", ['{"problem": "p", "answer": "1"}', "{broken"], r"a\.jsonl:2: not JSON"),
+        ("a.jsonl", ['{"problem": "p", "answer": "1"}', "[1]"], r"a\.jsonl:2: expected a JSON object, found list"),
+        ("a.jsonl", ['{"problem": "p"}'], r"a\.jsonl:1: no answer"),
+        ("a.jsonl", ['{"text": "p", "answer": "1"}'], r"a\.jsonl:1: no problem text; .* found text, answer"),
+        ("a.jsonl", ['{"problem": "  ", "answer": "1"}'], r"a\.jsonl:1: no problem text"),
         (
             "a.jsonl",
             ['{"prompt": [{"role": "system", "content": "x"}], "reward_model": {"ground_truth": "1"}}'],

@@ -26,7 +26,7 @@ import numpy as np
 
 from torl_mega.config import DataConfig
 from torl_mega.data import arithmetic
-from torl_mega.data.readers import Row, parse_line, read_rows, to_problem
+from torl_mega.data.readers import Row, parse_line, place, read_rows, to_problem
 from torl_mega.errors import DataError
 from torl_mega.types import Problem, Prompt
 
@@ -315,7 +315,9 @@ class _ParquetFile:
 
 def _checked(row: Row | str, *, path: Path, number: int) -> Problem:
     if isinstance(row, str):
-        raise DataError(f"{path}: row {number}: {row}; `tools/prepare_data.py` leaves broken rows out and reports them")
+        raise DataError(
+            f"{place(path, number)}: {row}; `tools/prepare_data.py` leaves broken rows out and reports them"
+        )
     return to_problem(row, path=path, number=number)
 
 

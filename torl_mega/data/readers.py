@@ -25,6 +25,7 @@ from torl_mega.types import Problem
 
 Row = Mapping[str, Any]
 
+_LINE_ENDINGS = (".jsonl", ".ndjson")
 _PROBLEM_KEYS = ("problem", "question")
 _ANSWER_KEYS = ("answer", "final_answer", "ground_truth", "expected_answer")
 _ID_KEYS = ("id", "unique_id", "uuid", "problem_id")
@@ -41,7 +42,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
         raise DataError(f"{path}: no such data file; data.train and eval.data take .parquet, .jsonl or arithmetic:SEED")
     if path.suffix == ".parquet":
         yield from _parquet_rows(path)
-    elif path.suffix in (".jsonl", ".ndjson"):
+    elif path.suffix in _LINE_ENDINGS:
         yield from _jsonl_rows(path)
     elif path.suffix == ".json":
         yield from _json_rows(path)
@@ -51,6 +52,11 @@ def read_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
         raise DataError(
             f"{path}: ending {path.suffix!r} is not a known data layout; expected .parquet, .jsonl, .json or .arrow"
         )
+
+
+def place(path: Path, number: int) -> str:
+    """Where row `number` (from 0) stands, for messages: `file:line` as editors count it, else `file: row N` from 0."""
+    return f"{path}:{number + 1}" if path.suffix in _LINE_ENDINGS else f"{path}: row {number}"
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
@@ -111,7 +117,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
 
 def to_problem(row: Row, *, path: Path, number: int) -> Problem:
     """The problem in one row of any known layout. Raises DataError with file and row when a part is missing or of a wrong type."""
-    where = f"{path}: row {number}"
+    where = place(path, number)
     row = {str(key).lower(): value for key, value in row.items()}  # AIME's public files write Problem and Answer
     if "reward_model" in row or isinstance(row.get("prompt"), list):
         return _verl_problem(row, where=where, default_source=_default_source(path), number=number)

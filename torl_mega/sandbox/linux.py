@@ -27,6 +27,7 @@ MNT_DETACH = 2
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 1, 4, 22, 38, 47
 PR_CAP_AMBIENT_CLEAR_ALL = 4
 SECCOMP_MODE_FILTER = 2
+_MADV_COLLAPSE = 25
 
 _NUMBERS = {
     "x86_64": {"pivot_root": 155, "capset": 126, "close_range": 436},
@@ -98,6 +99,11 @@ def close_range(first: int, last: int = 0xFFFFFFFF) -> None:
     """close_range(2), or one by one before Linux 5.9."""
     if libc.syscall(_NUMBERS[MACHINE]["close_range"], ctypes.c_uint(first), ctypes.c_uint(last), ctypes.c_uint(0)) < 0:
         os.closerange(first, min(last, 4096))
+
+
+def collapse(address: int, size: int) -> bool:
+    """madvise(MADV_COLLAPSE), Linux 6.1: makes huge pages of private memory, now. False where the kernel will not."""
+    return libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), _MADV_COLLAPSE) == 0
 
 
 def process_cpu_s(pid: int) -> float:

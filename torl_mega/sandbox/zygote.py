@@ -33,6 +33,7 @@ from torl_mega.sandbox.child import become
 
 _SETUP_S = 20.0  # from fork to the first line of foreign code, on a machine at its limit
 _REAP_S = 0.3  # how long an answer waits for a killed child to be gone (freeing 65,000 maps takes a second)
+_HUGE_PAGE = 2 << 20
 _TICK_S = 0.1  # how often a running snippet's scratch folder is measured in tier B
 
 
@@ -403,13 +404,15 @@ def main(control_fd: int, raw_settings: str, project: str) -> None:
         vm = os.open("self/statm", os.O_RDONLY | os.O_CLOEXEC, dir_fd=procfs)
         cage.vm_bytes = int(os.read(vm, 100).split()[0]) * mmap.PAGESIZE
         os.close(vm)
-        os.close(procfs)
         zygote = Zygote(control, cage, namespaces, base)
+        runner.set_environment(base.path if base else confine.BOX)
         _hide_ourselves()
         linecache.clearcache()
         gc.collect()
         gc.freeze()
         gc.disable()
+        _use_huge_pages(procfs)
+        os.close(procfs)
     except BaseException as e:
         control.send(json.dumps({"failed": f"{type(e).__name__}: {e}"}).encode())
         os._exit(1)
@@ -422,6 +425,23 @@ def _hide_ourselves() -> None:
     """Snippets cannot import the zygote's modules. Done here: merely walking over sys.modules in a child copies 3 MB."""
     for name in [m for m in sys.modules if m == "torl_mega" or m.startswith("torl_mega.")]:
         del sys.modules[name]
+
+
+def _use_huge_pages(procfs: int) -> None:
+    """A fork then copies some 30 entries of the page tables instead of 15,000, which is a fifth of a short snippet's cost.
+
+    Best effort: without huge pages everything works as before. A child still copies what it writes in 4 KiB pages.
+    """
+    fd = os.open("self/maps", os.O_RDONLY | os.O_CLOEXEC, dir_fd=procfs)
+    with open(fd, encoding="utf-8", errors="surrogateescape") as file:
+        lines = file.readlines()
+    for line in lines:
+        area, rights, _, _, inode, *name = line.split()
+        if rights != "rw-p" or inode != "0" or (name and name[0] != "[heap]"):
+            continue
+        begin, end = (int(part, 16) for part in area.split("-"))
+        for address in range(-(-begin // _HUGE_PAGE) * _HUGE_PAGE, end - _HUGE_PAGE + 1, _HUGE_PAGE):
+            linux.collapse(address, _HUGE_PAGE)  # an area that was never touched is refused: nothing to gain there
 
 
 def _volunteer_for_oom() -> None:

@@ -57,7 +57,7 @@ def init_distributed(parallel: ParallelConfig, trainer: TrainerConfig) -> None:
         dist.init_process_group(backend, timeout=timeout, store=_HashStore(), rank=0, world_size=1)
     group: Any = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=trainer.share_timeout_s))
     _share_group = group
-    set_layout(parallel, trainer)
+    _build_groups(parallel, trainer)
 
 
 def _threads_per_rank(world_size: int) -> int:
@@ -66,8 +66,8 @@ def _threads_per_rank(world_size: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // local) if world_size > 1 else min(2, len(os.sched_getaffinity(0)))
 
 
-def set_layout(parallel: ParallelConfig, trainer: TrainerConfig) -> None:
-    """Build Megatron's groups on the running process group; groups of an earlier layout are dropped first."""
+def _build_groups(parallel: ParallelConfig, trainer: TrainerConfig) -> None:
+    """Megatron's groups on the running process group."""
     from torl_mega.trainer import cpu_backend
 
     on_cpu = cpu_backend.install()
@@ -77,11 +77,6 @@ def set_layout(parallel: ParallelConfig, trainer: TrainerConfig) -> None:
         from torl_mega.trainer import cpu_adam
 
         cpu_adam.install()
-    if parallel_state.model_parallel_is_initialized():
-        for group in getattr(parallel_state, "_global_process_group_list", None) or []:
-            if group is not None:
-                dist.destroy_process_group(group)
-        parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
