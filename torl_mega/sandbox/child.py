@@ -1,25 +1,47 @@
-"""What happens in a new child between the fork and the first line of foreign code."""
+"""What happens in a new child between the fork and the first line of foreign code.
+
+A child is either forked for a snippet or ahead of one: then it does all that no snippet decides, and waits on a socket.
+"""
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import socket
 import struct
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 from torl_mega.sandbox import confine, linux, payload, runner
 
+_MAX_FDS = 8
+
+
+class Job(NamedTuple):
+    """One snippet, as its child gets it."""
+
+    request: dict
+    fds: list[int]  # payload, stdout, stderr (, fetch)
+    scratch: str | None  # tiers B and C: the folder made for it
+
+
+def hand_over(channel: socket.socket, job: Job) -> None:
+    """To a child that waits in `wait_for_job`. Raises OSError when it is gone."""
+    socket.send_fds(channel, [json.dumps([job.request, job.scratch]).encode()], job.fds)
+
+
+def wait_for_job(channel: socket.socket) -> Job:
+    message, fds, _, _ = socket.recv_fds(channel, 65536, _MAX_FDS)
+    if not message:
+        os._exit(0)  # the zygote ends
+    request, scratch = json.loads(message)
+    return Job(request, fds, scratch)
+
 
 def become(
-    cage: confine.Cage,
-    request: dict,
-    fds: list[int],
-    stamp: int,
-    flags: mmap.mmap,
-    box: str | None,
-    slot: int,
-    parent: int,
+    cage: confine.Cage, get_job: Callable[[], Job], stamp: int, flags: mmap.mmap, slot: int, parent: int
 ) -> None:
     """Everything between fork and foreign code. Does not return."""
     leave = os._exit
@@ -27,8 +49,10 @@ def become(
         confine.die_with_parent(parent)
         os.setsid()
         runner.reset_signals()
+        confine.prepare_box(cage)
+        request, fds, scratch = get_job()
         snippet = payload.read(fds[0])
-        box = confine.make_box(cage, box, slot)
+        box = confine.enter_box(cage, scratch, slot)
         runner.lay_program(snippet.code)
         snippet.lay_files()
         if len(fds) > 3:

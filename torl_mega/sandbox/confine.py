@@ -199,12 +199,17 @@ def die_with_parent(parent: int) -> None:
         os._exit(125)
 
 
-def make_box(cage: Cage, scratch: str | None, slot: int) -> str:
-    """The snippet's own empty folder, which becomes the working folder. Returns its path."""
+def prepare_box(cage: Cage) -> None:
+    """Tier A: the snippet's own empty folder, which nobody else sees."""
+    if cage.settings.tier == "A":
+        linux.unshare(linux.CLONE_NEWNS)
+        mount_box(cage.settings)
+
+
+def enter_box(cage: Cage, scratch: str | None, slot: int) -> str:
+    """The folder becomes the working folder; tier B also becomes the slot's user. Returns its path."""
     settings = cage.settings
     if settings.tier == "A":
-        linux.unshare(linux.CLONE_NEWNS)
-        mount_box(settings)
         os.chdir(BOX)
         return BOX
     assert scratch is not None

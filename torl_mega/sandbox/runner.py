@@ -7,7 +7,7 @@ counts for nothing except one thing: a flag for an uncaught MemoryError, by whic
 
 from __future__ import annotations
 
-import _signal
+import _signal  # pyright: ignore[reportMissingImports]
 import builtins
 import ctypes
 import gc

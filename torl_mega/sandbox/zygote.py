@@ -8,6 +8,7 @@ clocks: wall time from the moment foreign code starts (a stamp on a pipe that th
 process clock. End of file on the control socket, or SIGTERM, kills every child and removes the scratch folder.
 Tier A keeps one tiny init per slot, in a pid namespace of its own: the snippet joins it, so that signals it sends to
 itself behave as anywhere (they would not for pid 1), and nobody else is there to be seen.
+In a lull the next child is forked ahead of its snippet, which then need not wait for the fork and the mounts.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ import socket
 import struct
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torl_mega.sandbox import confine, linux, runner, scratch
-from torl_mega.sandbox.child import become
+from torl_mega.sandbox.child import Job, become, hand_over, wait_for_job
 
 _SETUP_S = 20.0  # from fork to the first line of foreign code, on a machine at its limit
 _REAP_S = 0.3  # how long an answer waits for a killed child to be gone (freeing 65,000 maps takes a second)
+_LULL_MS = 1  # without an event, before a child is forked ahead
 _HUGE_PAGE = 2 << 20
 _TICK_S = 0.1  # how often a running snippet's scratch folder is measured in tier B
 
@@ -54,6 +57,17 @@ class Child:
     killed: str = ""  # "wall", "cpu", "disk", "output", "cancel", "setup"
 
 
+@dataclass
+class Spare:
+    """A child forked ahead: set up as far as no snippet decides, waiting for one."""
+
+    pid: int
+    slot: int
+    stamp_fd: int
+    flags: mmap.mmap
+    channel: socket.socket
+
+
 class Zygote:
     def __init__(
         self, control: socket.socket, cage: confine.Cage, pid_namespaces: list[int], base: scratch.Base | None
@@ -63,6 +77,8 @@ class Zygote:
         self.pid_namespaces = pid_namespaces
         self.free_slots = list(range(cage.settings.slots + confine.SPARE_SLOTS))
         self.children: dict[int, Child] = {}
+        self.spare: Spare | None = None
+        self.lull_ms = _LULL_MS
         self.timers: list[tuple[float, int, int]] = []
         self.boxes: dict[int, str] = {}  # of ended snippets, while the pool reads files out of them
         self.ended = False
@@ -80,19 +96,27 @@ class Zygote:
         poll.register(self.control, select.POLLIN)
         poll.register(wake_r, select.POLLIN)
         while not self.ended:
-            poll.modify(self.control, select.POLLIN if self.free_slots else 0)
+            poll.modify(self.control, select.POLLIN if self._has_room() else 0)
             timeout = max(0.0, self.timers[0][0] - time.monotonic()) * 1000 + 1 if self.timers else None
+            may_fork_ahead = self.spare is None and len(self.free_slots) > 0
+            if may_fork_ahead:
+                timeout = min(timeout or self.lull_ms, self.lull_ms)
             events = dict(poll.poll(timeout))
+            if may_fork_ahead and not events:
+                self._fork_ahead()
             if wake_r in events:
                 _drain(wake_r)
                 self._reap()
             self._expire()
             if self.control.fileno() in events:
-                if self.free_slots:
+                if self._has_room():
                     self._receive()
                 else:
                     self.ended = True  # nothing but a hang-up is reported now
         self._end()
+
+    def _has_room(self) -> bool:
+        return bool(self.free_slots or self.spare)
 
     def _stop(self, *_: object) -> None:
         self.ended = True
@@ -102,6 +126,9 @@ class Zygote:
             self._kill(child, "cancel")
         for pid in list(self.children):
             os.waitpid(pid, 0)
+        if self.spare:
+            os.kill(self.spare.pid, signal.SIGKILL)
+            os.waitpid(self.spare.pid, 0)
         for pid in scratch.removers:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
@@ -109,7 +136,7 @@ class Zygote:
             self.base.remove()
 
     def _receive(self) -> None:
-        while self.free_slots and not self.ended:
+        while self._has_room() and not self.ended:
             try:
                 message, fds, _, _ = socket.recv_fds(self.control, 65536, 8)
             except BlockingIOError:
@@ -151,30 +178,73 @@ class Zygote:
     # -------------------------------------------------------------------------------------------- one snippet
 
     def _spawn(self, request: dict, fds: list[int]) -> None:
-        slot = self.free_slots[-1]
+        slot = self.spare.slot if self.spare else self.free_slots[-1]
         box = self.base.make(self._slot_uid(slot)) if self.base else None
+        job, now = Job(request, fds, box), time.monotonic()
+        try:
+            pid, stamp_fd, flags = self._take_spare(job) or self._fork(slot, lambda: job)
+        except OSError:
+            if self.base and box:
+                self.base.discard(box)
+            raise
+        self.children[pid] = Child(request["id"], pid, slot, request, now, stamp_fd, flags, box, fetch=len(fds) > 3)
+        first = min(request["wall_s"], request["cpu_s"], _TICK_S if self.base else 1e9)
+        heapq.heappush(self.timers, (now + first, pid, request["id"]))
+
+    def _fork(self, slot: int, get_job: Callable[[], Job]) -> tuple[int, int, mmap.mmap]:
+        """A child in `slot`, which is no longer free: (pid, where its stamp is read, its flags)."""
         stamp_r, stamp_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         flags = mmap.mmap(-1, mmap.PAGESIZE)
         try:
             if self.pid_namespaces:
                 linux.setns(self.pid_namespaces[slot], linux.CLONE_NEWPID)
-            now = time.monotonic()
             pid = os.fork()
         except OSError:
             os.close(stamp_r)
-            os.close(stamp_w)
             flags.close()
-            if self.base and box:
-                self.base.discard(box)
             raise
-        if pid == 0:
-            become(self.cage, request, fds, stamp_w, flags, box, slot, self.own_pid)
-        os.close(stamp_w)
+        else:
+            if pid == 0:
+                os.close(self.control.fileno())  # or the pool would take a waiting child for a living zygote
+                become(self.cage, get_job, stamp_w, flags, slot, self.own_pid)
+        finally:
+            os.close(stamp_w)
         flags.madvise(mmap.MADV_DONTFORK)  # no later child may touch it
-        self.free_slots.pop()
-        self.children[pid] = Child(request["id"], pid, slot, request, now, stamp_r, flags, box, fetch=len(fds) > 3)
-        first = min(request["wall_s"], request["cpu_s"], _TICK_S if self.base else 1e9)
-        heapq.heappush(self.timers, (now + first, pid, request["id"]))
+        self.free_slots.remove(slot)
+        return pid, stamp_r, flags
+
+    def _fork_ahead(self) -> None:
+        slot = self.free_slots[-1]
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            pid, stamp_fd, flags = self._fork(slot, lambda: wait_for_job(theirs))
+        except OSError:
+            ours.close()
+            self.lull_ms = 1000  # it is only a help; the next snippet says what is wrong, if it still is
+        else:
+            self.spare = Spare(pid, slot, stamp_fd, flags, ours)
+        theirs.close()
+
+    def _take_spare(self, job: Job) -> tuple[int, int, mmap.mmap] | None:
+        """Gives the job to the child forked ahead. None when there is none, or it has died: its slot is free then."""
+        spare, self.spare = self.spare, None
+        if spare is None:
+            return None
+        try:
+            hand_over(spare.channel, job)
+        except OSError:
+            os.kill(spare.pid, signal.SIGKILL)
+            os.waitpid(spare.pid, 0)
+            self._forget(spare)
+            return None
+        spare.channel.close()
+        return spare.pid, spare.stamp_fd, spare.flags
+
+    def _forget(self, spare: Spare) -> None:
+        spare.channel.close()
+        os.close(spare.stamp_fd)
+        spare.flags.close()
+        self.free_slots.append(spare.slot)
 
     def _slot_uid(self, slot: int) -> int | None:
         """Whom the slot's scratch folder belongs to, where not to the zygote's own user."""
@@ -247,6 +317,10 @@ class Zygote:
             if pid == 0:
                 return
             child = self.children.pop(pid, None)
+            if child is None and self.spare and pid == self.spare.pid:
+                self._forget(self.spare)
+                self.spare = None
+                continue
             if child is None:
                 if pid in scratch.removers:
                     scratch.removers.discard(pid)
