@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torl_mega.algo.correction import mismatch
 from torl_mega.data.samples import split_mini_batches
@@ -19,7 +20,8 @@ from torl_mega.errors import Preempted, ServerLost, StaleServers, WeightSyncErro
 from torl_mega.interfaces import Rollouts, RunLog, Share, Trainer, WeightSink
 from torl_mega.types import StepBatch
 
-COLLECT_TRIES = 3
+SAMPLING_TRIES = 3
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +87,17 @@ class Loop:
         }
 
     def _collect(self, step: int) -> StepBatch:
-        """Rank 0's collection. Servers that came back from a crash hold other weights: they are sent the policy's."""
-        for tries_left in range(COLLECT_TRIES - 1, -1, -1):
+        return self._sampled(step, lambda: self.rollouts.collect(step))
+
+    def _sampled(self, version: int, sample: Callable[[], T]) -> T:
+        """What rank 0 sampled. Servers that came back from a crash hold other weights: they are sent the policy's."""
+        for tries_left in range(SAMPLING_TRIES - 1, -1, -1):
             try:
-                return self.share(lambda: self.rollouts.collect(step))
+                return self.share(sample)
             except StaleServers:
                 if not tries_left:
                     raise
-                self.sync(step)
+                self.sync(version)
         raise AssertionError("unreachable")
 
     def sync(self, version: int) -> Mapping[str, float]:
@@ -109,7 +114,7 @@ class Loop:
         return report
 
     def _evaluate(self, done: int) -> None:
-        self.log.evaluation(done, self.share(lambda: self.rollouts.evaluate(done)))
+        self.log.evaluation(done, self._sampled(done, lambda: self.rollouts.evaluate(done)))
 
 
 def _try_again(failure: WeightSyncError | None, tries_left: int) -> bool:

@@ -29,7 +29,7 @@ from typing import Any
 
 from torl_mega.config import Config
 from torl_mega.data.samples import make_samples
-from torl_mega.errors import Preempted, TorlError
+from torl_mega.errors import Preempted, StaleServers, TorlError
 from torl_mega.rollout.recorder import read_groups, step_path
 from torl_mega.run_folder import RunFolder
 from torl_mega.stop_flag import StopFlag
@@ -78,8 +78,9 @@ class OverlappedRollouts:
         return self._command("evaluate", step)
 
     def state(self) -> Mapping[str, Any]:
-        while self._in_flight and self._pipe.poll():
-            self._take()
+        with contextlib.suppress(StaleServers):  # the next `collect` asks again, and says so
+            while self._in_flight and self._pipe.poll():
+                self._take()
         return {"cursor": self._cursor, "collected": {str(s): dict(b.metrics) for s, b in self._ready.items()}}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -92,9 +93,11 @@ class OverlappedRollouts:
     # ------------------------------------------------------------------------------------------------ the child
 
     def drain(self) -> None:
-        """Waits until nothing is being sampled."""
-        while self._in_flight:
-            self._take()
+        """Waits until nothing is being sampled. What could not be, for servers with other weights, is asked for again
+        later: the sync that comes now gives them the policy's."""
+        with contextlib.suppress(StaleServers):
+            while self._in_flight:
+                self._take()
 
     def close(self) -> None:
         self._send("close", None)

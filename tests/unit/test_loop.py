@@ -131,6 +131,20 @@ def test_servers_back_from_a_crash_get_the_weights_and_the_step_is_collected_aga
     assert fake.calls[:3] == ["sync 0", "sync 0", "collect 0"]
 
 
+def test_an_evaluation_that_meets_stale_servers_is_made_again_after_a_sync():
+    fake = Recorder()
+    evaluate, failures = fake.evaluate, [StaleServers("restarted")]
+
+    def flaky(step):
+        if failures:
+            raise failures.pop()
+        return evaluate(step)
+
+    fake.evaluate = flaky
+    assert loop(fake, num_steps=1).run(0, evaluate_first=True)
+    assert fake.calls[:2] == ["sync 0", "eval 0"]
+
+
 def test_a_server_lost_in_a_sync_is_left_out_and_any_other_sync_error_ends_the_run():
     fake = Recorder()
     update, failures = fake.update, [ServerLost("died")]
