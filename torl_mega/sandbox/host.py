@@ -18,7 +18,7 @@ from torl_mega.sandbox.confine import Settings
 
 PROJECT = str(Path(__file__).resolve().parents[2])
 _BOOT = (
-    "import sys; sys.path.insert(0, sys.argv[3]); from torl_mega.sandbox.zygote import main; "
+    "import sys; sys.path.insert(0, sys.argv[3]); from torl_mega.sandbox.boot import main; "
     "main(int(sys.argv[1]), sys.argv[2], sys.argv[3])"
 )
 _ENV = {
