@@ -44,33 +44,14 @@ async def _process(argv: list[str]) -> str:
 
 
 def _bwrap(code: str) -> list[str]:
-    argv = [
-        "bwrap",
-        "--unshare-all",
-        "--die-with-parent",
-        "--new-session",
-        "--cap-drop",
-        "ALL",
-        "--clearenv",
-        "--dev",
-        "/dev",
-    ]
-    for path in ("/usr", "/lib", "/lib64", "/bin", sys.prefix, sys.base_prefix):
+    flags = (
+        "--unshare-all --die-with-parent --new-session --cap-drop ALL --clearenv --dev /dev --tmpfs /tmp --chdir /tmp"
+    )
+    argv = ["bwrap", *flags.split(), "--setenv", "OPENBLAS_NUM_THREADS", "1"]
+    for path in ("/usr", "/lib", "/lib64", "/bin", sys.prefix, sys.base_prefix):  # after /tmp, where a clone may lie
         if os.path.exists(path):
             argv += ["--ro-bind", path, path]
-    return [
-        *argv,
-        "--tmpfs",
-        "/tmp",
-        "--setenv",
-        "OPENBLAS_NUM_THREADS",
-        "1",
-        "--chdir",
-        "/tmp",
-        sys.executable,
-        "-c",
-        code,
-    ]
+    return [*argv, sys.executable, "-c", code]
 
 
 async def load(call: Call, name: str, concurrency: int, count: int) -> dict[str, Any]:

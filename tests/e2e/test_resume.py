@@ -14,7 +14,7 @@ import subprocess
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from torl_runs import LIMIT_S, TORL, command, processes_of, rows, torl, wait_until
+from torl_runs import LIMIT_S, TORL, command, processes_of, rows, torl, wait_until, wait_until_gone
 
 from torl_mega.data import arithmetic
 from torl_mega.rollout.recorder import read_rows, step_path
@@ -78,7 +78,7 @@ def kill_once(runs_dir, name, rng, *overrides):
         if process.poll() is None:
             process.kill()
             process.wait()
-    wait_until(lambda: not processes_of(marker), limit_s=10, what="orphans gone")
+    wait_until_gone(marker)
 
 
 def timeless(run):

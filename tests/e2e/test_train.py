@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torl_runs import LIMIT_S, TORL, command, processes_of, rows, torl, wait_until
+from torl_runs import LIMIT_S, TORL, command, processes_of, rows, torl, wait_until, wait_until_gone
 
 from torl_mega.rollout.recorder import read_groups, step_path
 
@@ -100,7 +100,7 @@ def test_a_killed_run_leaves_nothing_and_resumes(runs_dir):
     finally:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    wait_until(lambda: not processes_of("name=killed"), limit_s=10, what="orphans gone")
+    wait_until_gone("name=killed")
     before = rows(runs_dir / "killed")
     steps = len(before) + 1
     done = torl("train", runs_dir, "killed", f"num_steps={steps}", "rollout.max_staleness=1")

@@ -55,8 +55,16 @@ def processes_of(marker: str) -> dict[int, str]:
         except OSError:
             continue
         if state != "Z" and (marker in command_line or marker in environment):
-            found[int(entry.name)] = command_line[:120]
+            found[int(entry.name)] = command_line[:400]
     return found
+
+
+def wait_until_gone(marker: str, limit_s: float = 10) -> None:
+    """No process of the run is left; else says which are."""
+    deadline = time.monotonic() + limit_s
+    while left := processes_of(marker):
+        assert time.monotonic() < deadline, f"after {limit_s:g} s these still run: {left}"
+        time.sleep(0.1)
 
 
 def wait_until(condition, *, limit_s: float, what: str):

@@ -35,7 +35,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-_ASIDE_S = 0.25
+_ASIDE_S = 0.02  # fifty times an ordinary answer
+_ASIDE_NICE = 10
 _MAX_ASIDE = 64
 _RECYCLE_AFTER = 20_000  # sympy's caches grow for ever; a fresh fork starts with the warm ones again
 _PR_SET_PDEATHSIG = 1
@@ -98,7 +99,14 @@ class _Pool:
             self._kill(child)
 
     def _wait_s(self) -> float:
-        return 0.05 if any(child.job for child in self.children) else 1.0
+        """Until the next clock that `_watch_clocks` looks at; a second when none runs, for a parent that has gone."""
+        now, next_s = time.monotonic(), 1.0
+        for child in self.children:
+            if child.job is not None:
+                limit_s = self.timeout_s if child.aside else _ASIDE_S
+                left_s = child.started + limit_s - now
+                next_s = min(next_s, left_s if left_s > 0 else 0.05)  # past it: looked at now and then
+        return next_s
 
     def _read_requests(self) -> bool:
         try:
@@ -169,7 +177,7 @@ class _Pool:
             elif running_s > _ASIDE_S and not child.aside and sum(c.aside for c in self.children) < _MAX_ASIDE:
                 child.aside = True
                 with contextlib.suppress(ProcessLookupError):
-                    os.setpriority(os.PRIO_PROCESS, child.pid, 5)
+                    os.setpriority(os.PRIO_PROCESS, child.pid, _ASIDE_NICE)
 
     # ---------------------------------------------------------------- children
 
