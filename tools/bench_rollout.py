@@ -26,11 +26,11 @@ from pathlib import Path
 
 import aiohttp
 import numpy as np
-import uvloop
 from aiohttp import web
 
 from torl_mega import process
 from torl_mega.config_file import load_config
+from torl_mega.rank0 import AsyncRunner
 from torl_mega.rollout.collector import AsyncCollector
 from torl_mega.rollout.episode import Episode, EpisodeSettings
 from torl_mega.serving.client import SGLangClient
@@ -241,7 +241,7 @@ def client_alone(trajectories: int, tokens: int) -> None:
     child.start()
     try:
         url = f"http://127.0.0.1:{ours.recv()}"
-        run = asyncio.Runner(loop_factory=uvloop.new_event_loop).run
+        run = AsyncRunner(None)
         before, begun = time.process_time(), time.monotonic()
         run(drive(url, trajectories, tokens))
         cpu, wall = time.process_time() - before, time.monotonic() - begun

@@ -18,7 +18,6 @@ the recorded trajectories, unfinished ones are collected again; nothing is train
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import logging
 import multiprocessing
@@ -27,6 +26,7 @@ from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from torl_mega import process
 from torl_mega.config import Config
 from torl_mega.data.samples import make_samples
 from torl_mega.errors import Preempted, StaleServers, TorlError
@@ -40,7 +40,6 @@ log = logging.getLogger(__name__)
 POLL_S = 0.2
 CLOSE_S = 10.0
 MAX_RESTARTS = 20  # of the child in one run
-PR_SET_PDEATHSIG = 1
 
 
 class _ChildLost(Exception):
@@ -204,7 +203,10 @@ class OverlappedRollouts:
 
 def _serve(config: Config, folder: RunFolder, pipe: Connection) -> None:
     """The child: one command at a time, in order."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    assert parent.pid is not None
+    process.die_with_parent(parent.pid)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # rank 0 decides when to stop
     with contextlib.ExitStack() as stack:

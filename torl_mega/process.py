@@ -8,8 +8,10 @@ descendants too. A guardian costs about 30 ms to start and 7 MB. Linux only; no 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from typing import IO, Any
 _GUARDIAN = Path(__file__).with_name("guardian.py")
 PORTS, PORT_TRIES = (15000, 32000), 100  # Linux gives outgoing connections 32768..60999 by default
 START_LIMIT_S = 30.0  # from fork to exec of the command; seconds only on a machine that swaps
+_PR_SET_PDEATHSIG = 1
 REAP_LIMIT_S = 15.0  # what the guardian may take past the grace time before it is killed itself
 
 
@@ -106,6 +109,24 @@ def start(
         raise FileNotFoundError(f"{name}: {text or 'the guardian died before the command ran'}")
     ours.settimeout(None)
     return GuardedProcess(name, guardian, ours, int(text))
+
+
+def die_with_parent(parent: int) -> None:
+    """SIGKILL for the calling process when the thread of `parent` that started it ends, or at once if it has ended
+    already. Not inherited by its own forks."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def forks_die_with_parent() -> None:
+    """`die_with_parent` in every fork that this process and its forks make from now on (not in what they execute)."""
+    forking = []
+    os.register_at_fork(
+        before=lambda: forking.append(os.getpid()),
+        after_in_parent=forking.pop,
+        after_in_child=lambda: die_with_parent(forking.pop()),
+    )
 
 
 def tail(log_path: Path, num_lines: int = 30, *, max_bytes: int = 65536) -> str:

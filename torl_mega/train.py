@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from torl_mega import process
 from torl_mega.config import Config
 from torl_mega.config_file import config_hash, load_config
 from torl_mega.errors import TorlError
@@ -39,6 +40,7 @@ T = TypeVar("T")
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
+    process.forks_die_with_parent()  # Megatron writes checkpoints in forks
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     # the engines say at every start which optional kernels they lack; `torl doctor` says it once, in order
     warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers|torl_mega\.trainer\.cpu_backend)")

@@ -86,6 +86,13 @@ def test_broken_files(tmp_path, text, expected):
         load_config(path)
 
 
+def test_stale_samples_are_corrected_unless_the_config_says_otherwise():
+    ahead = "rollout.max_staleness=1"
+    assert load_config(QUICKSTART).algo.correction == "none"
+    assert load_config(QUICKSTART, [ahead]).algo.correction == "tis"
+    assert load_config(QUICKSTART, [ahead, "algo.correction=none"]).algo.correction == "none"
+
+
 def test_hash_covers_the_recipe_and_not_the_name():
     one = config_hash(load_config(QUICKSTART))
     assert one == config_hash(load_config(QUICKSTART, ["name=other"]))

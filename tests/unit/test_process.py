@@ -89,6 +89,20 @@ def test_a_killed_guardian_takes_the_command_along() -> None:
     child.stop()
 
 
+def test_a_fork_dies_with_the_process_that_asked_for_that() -> None:
+    """Megatron forks its writers; a rank whose guardian is killed must not leave one behind."""
+    forks = "import os, sys, time; from torl_mega import process; "
+    forks += "process.forks_die_with_parent(); pid = os.fork(); "
+    forks += "pid and print(pid, flush=True); time.sleep(600)"
+    parent = subprocess.Popen([sys.executable, "-c", forks], stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    fork = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    assert wait_for(lambda: not alive(fork))
+    parent.stdout.close()
+
+
 def test_a_finished_command_leaves_no_background_job(tmp_path: Path) -> None:
     script = f"(setsid sleep 600 & echo $! > {tmp_path}/pid); exit 7"
     child = process.start(["sh", "-c", script], name="sh")

@@ -10,7 +10,8 @@ A child that dies of itself has its answer tried once more in a fresh child. Whe
 memory limit, the answer did it and counts as `timeout`; when something killed it from outside, it is a `fault`.
 
 An answer that runs longer than `_ASIDE_S` is set aside: it keeps running at low priority while a fresh child takes its
-place, so hanging answers wait for their limit side by side and never in a queue.
+place, so hanging answers wait for their limit side by side and never in a queue. Of those that wait the longest text goes
+first: what is likely to take long begins early, and its limit ends early.
 
 The limit is wall-clock time, but no answer times out before it had `timeout_s / 50` seconds of CPU or three times
 the limit, so a crowded machine does not turn ordinary answers into timeouts.
@@ -22,8 +23,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import gc
+import heapq
 import json
 import os
 import resource
@@ -31,15 +32,15 @@ import selectors
 import signal
 import sys
 import time
-from collections import deque
 from dataclasses import dataclass, field
 from typing import NoReturn
+
+from torl_mega import process
 
 _ASIDE_S = 0.02  # fifty times an ordinary answer
 _ASIDE_NICE = 10
 _MAX_ASIDE = 64
 _RECYCLE_AFTER = 20_000  # sympy's caches grow for ever; a fresh fork starts with the warm ones again
-_PR_SET_PDEATHSIG = 1
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -50,6 +51,13 @@ class _Job:
     gold: str
     problem: str
     tries: int = 0
+
+    def __lt__(self, other: _Job) -> bool:
+        """Longer ones first, then in the order of their coming: for the heap of those that wait."""
+        return (-len(self.answer) - len(self.gold), self.identity) < (
+            -len(other.answer) - len(other.gold),
+            other.identity,
+        )
 
 
 @dataclass(slots=True, eq=False)
@@ -71,7 +79,7 @@ class _Pool:
     timeout_s: float
     memory_mb: int
     selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
-    waiting: deque[_Job] = field(default_factory=deque)
+    waiting: list[_Job] = field(default_factory=list)  # a heap
     children: list[_Child] = field(default_factory=list)
     pending: bytes = b""
 
@@ -116,7 +124,8 @@ class _Pool:
         if not data:
             return False
         *lines, self.pending = (self.pending + data).split(b"\n")
-        self.waiting.extend(_Job(*json.loads(line)) for line in lines)
+        for line in lines:
+            heapq.heappush(self.waiting, _Job(*json.loads(line)))
         return True
 
     def _assign(self) -> None:
@@ -126,7 +135,7 @@ class _Pool:
                 if sum(not c.aside for c in self.children) >= self.workers:
                     return
                 child = self._fork()
-            job = self.waiting.popleft()
+            job = heapq.heappop(self.waiting)
             job.tries += 1
             child.job, child.started, child.cpu_at_start = job, time.monotonic(), _cpu_s(child.pid)
             request = json.dumps([job.answer, job.gold, job.problem]).encode() + b"\n"
@@ -159,7 +168,7 @@ class _Pool:
         if job is None:
             return
         if job.tries < 2:
-            self.waiting.appendleft(job)
+            heapq.heappush(self.waiting, job)
         else:
             _reply(job, "fault" if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL else "timeout")
 
@@ -184,8 +193,10 @@ class _Pool:
     def _fork(self) -> _Child:
         request_read, request_write = os.pipe()
         outcome_read, outcome_write = os.pipe()
+        own_pid = os.getpid()
         pid = os.fork()
         if pid == 0:
+            process.die_with_parent(own_pid)
             inherited = [fd for c in self.children for fd in (c.to_child, c.from_child)]
             for fd in (*inherited, request_write, outcome_read):
                 os.close(fd)
@@ -214,7 +225,6 @@ def _child_main(request_fd: int, outcome_fd: int, memory_mb: int) -> NoReturn:
     """Answers requests until the pipe closes. Whatever a check raises means that the answer could not be shown right."""
     from torl_mega.reward.answers import grade
 
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if memory_mb:
         with open("/proc/self/statm") as file:
             used = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")

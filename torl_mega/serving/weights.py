@@ -29,6 +29,7 @@ from torl_mega.serving.transports import Broadcast, Disk, Handles, Member, Trans
 from torl_mega.serving.verify import Expectation, LayoutCache
 
 PROBE_LIMIT_S = 4.0
+NONE_UP_POLL_S = 0.5
 CLEANUP_LIMIT_S = 3.0
 TORN = "torn"
 
@@ -87,7 +88,7 @@ class ServerSink:
         stream = iter(tensors)
         up: list[Member] = []
         try:
-            up = self._members()
+            up = self._members(deadline)
             expected = Expectation(self._layouts)
             urls = [member.url for member in up]
             num_bytes, num_tensors = self._transfer(stream, expected, up, deadline)
@@ -151,11 +152,11 @@ class ServerSink:
             if info.get("weight_version") != str(version):
                 raise WeightSyncError(f"{url} reports version {info.get('weight_version')!r} after a sync of {version}")
 
-    def _members(self) -> list[Member]:
-        """Servers that take part: those that answer now."""
-        up = self._answering(self._urls)
-        if not up:
-            raise WeightSyncError(f"no server answers: {', '.join(self._urls)}; see their logs")
+    def _members(self, deadline: Deadline) -> list[Member]:
+        """Servers that take part: those that answer now. While none does, all may be starting again: then it waits."""
+        while not (up := self._answering(self._urls)):
+            deadline.check(f"no server answers: {', '.join(self._urls)}; see their logs")
+            time.sleep(NONE_UP_POLL_S)
         for url in set(self._urls) - {member.url for member in up}:
             self._layouts.forget(url)  # it may come back as another one
         return up
