@@ -1,6 +1,6 @@
 """How fast a verified weight sync is, against a bare broadcast of the same tensors over the same wire.
 
-    python tools/bench_sync.py [--megabytes 512] [--bucket-mb 64] [--repeat 3] [--json]
+    python tools/bench_sync.py [--megabytes 2048] [--bucket-mb 512] [--repeat 3] [--json]
 
 Makes a random Qwen2 of about the asked size, serves it with the real SGLang on this machine, and times `update` of all
 its weights: hashing, broadcast, loading into the fused parameters, hashing on the server, comparing. The yardstick moves
@@ -129,8 +129,8 @@ def synced(folder: Path, weights: dict[str, torch.Tensor], bucket_mb: int, repea
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, default=512)
-    parser.add_argument("--bucket-mb", type=int, default=64)
+    parser.add_argument("--megabytes", type=int, default=2048)
+    parser.add_argument("--bucket-mb", type=int, default=512)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()

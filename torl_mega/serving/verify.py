@@ -19,6 +19,8 @@ from torl_mega.serving.checksum import checksum
 from torl_mega.serving.weight_audit import AUDIT, LAYOUT, spec_line
 
 EMBEDDING = "embed_tokens.weight"
+Layout = tuple[str, tuple[str, ...]]
+"""(device kind, keys of all pieces that any rank of any of the servers keeps)."""
 
 
 class Expectation:
@@ -30,11 +32,14 @@ class Expectation:
         self._pieces: dict[str, str] = {}
         self._whole: dict[str, str] = {}
 
-    def add(self, bucket: Bucket, urls: Sequence[str], deadline: Deadline) -> None:
-        """Hashes what the servers will keep of these tensors. Tensors may be reused once this has returned."""
-        spec = [spec_line(name, dtype_name(tensor), tensor.shape) for name, tensor in bucket.named]
-        self.spec += spec
-        kind, keys = self._layouts.get(spec, urls, deadline)
+    def layout(self, bucket: Bucket, urls: Sequence[str], deadline: Deadline) -> Layout:
+        """What the servers will keep of these tensors."""
+        return self._layouts.get(_spec(bucket), urls, deadline)
+
+    def add(self, bucket: Bucket, layout: Layout) -> None:
+        """Hashes that. Tensors may be reused once this has returned and they were sent."""
+        kind, keys = layout
+        self.spec += _spec(bucket)
         tensors = dict(bucket.named)
         kept = set()
         for key in keys:
@@ -75,14 +80,17 @@ class Expectation:
                 )
 
 
+def _spec(bucket: Bucket) -> list[str]:
+    return [spec_line(name, dtype_name(tensor), tensor.shape) for name, tensor in bucket.named]
+
+
 class LayoutCache:
     """Which pieces the servers keep, asked once per set of tensors and server."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, str], tuple[str, tuple[str, ...]]] = {}
 
-    def get(self, spec: Sequence[str], urls: Sequence[str], deadline: Deadline) -> tuple[str, tuple[str, ...]]:
-        """(device kind, keys of all pieces that any rank of any of these servers keeps)."""
+    def get(self, spec: Sequence[str], urls: Sequence[str], deadline: Deadline) -> Layout:
         text = "\n".join(spec)
         body = {"action": LAYOUT, "skip_tensor_list": list(spec), "selector": "target"}
         new = [Call(url, "/weights_checker", body, deadline) for url in urls if (url, text) not in self._known]

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torl_mega.serving.checksum import checksum
+from torl_mega.serving.checksum import checksums
 
 LAYOUT, AUDIT = "torl_layout", "torl_audit"
 _traces: dict[tuple[int, str], Trace] = {}
@@ -68,9 +68,9 @@ def handle(original: Callable[..., Any], checker: Any, action: str, *args: Any, 
     answer = {"@device": kind}
     answer |= {f"{name}@ignored": "" for name in trace.ignored}
     answer |= {f"{name}@uncovered": "" for name in trace.uncovered}
-    for copy in trace.copies:
-        held = parameters[copy.parameter].data.as_strided(copy.size, copy.stride, copy.offset)
-        answer[copy.key] = checksum(held, kind) if action == AUDIT else ""
+    held = [parameters[c.parameter].data.as_strided(c.size, c.stride, c.offset) for c in trace.copies]
+    sums = checksums(held, kind) if action == AUDIT else [""] * len(held)
+    answer |= {copy.key: found for copy, found in zip(trace.copies, sums, strict=True)}
     total = hashlib.sha256("".join(f"{k}{answer[k]}" for k in sorted(answer)).encode()).hexdigest()
     info = checker._parallelism_info(role=kwargs["role"]).model_dump()
     return {"checksums": answer, "per_gpu_checksum": total, "parallelism_info": info}

@@ -1,6 +1,6 @@
 """Puts the policy's weights into every server, and proves it.
 
-    trainer.weights() ─► buckets ─► hash what each server will keep ─► transport ─► servers load
+    trainer.weights() ─► buckets ─► transport, and hash what each server will keep ─► servers load
                                                                                       │
           version recorded, servers take requests again ◄─ all equal ◄─ compare ◄─ hash what each rank holds now
 
@@ -121,8 +121,9 @@ class ServerSink:
         self._transport.open(up, deadline)
         num_bytes = num_tensors = 0
         for bucket in make_buckets(stream, self.bucket_bytes):
-            expected.add(bucket, urls, deadline)
+            layout = expected.layout(bucket, urls, deadline)
             self._transport.send(bucket, deadline)
+            expected.add(bucket, layout)  # while it is on its way
             num_bytes += bucket.num_bytes
             num_tensors += len(bucket.named)
         self._transport.finish(deadline)
