@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import hf_reference as ref
+import psutil
 import pytest
 import torch
 from layout_cases import Layout
@@ -184,6 +185,18 @@ def test_damaged_checkpoint_is_refused_in_one_line(trainer: Any, work: Path, how
     assert "\n" not in str(caught.value)
     assert all(torch.equal(t, before[name]) for name, t in trainer.weights())
     assert trainer.load(good) == {"steps_done": 1}
+
+
+def test_a_save_after_megatrons_helper_was_killed(trainer: Any, work: Path) -> None:
+    folder = work / "helper"
+    trainer.save(folder / "step_000001", extra={})
+    helpers = [p for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline())]
+    assert helpers
+    for helper in helpers:
+        helper.kill()
+        helper.wait()
+    trainer.save(folder / "step_000002", extra={"steps_done": 2})
+    assert trainer.load(folder / "step_000002") == {"steps_done": 2}
 
 
 def test_export_loads_in_plain_transformers(trainer: Any, work: Path) -> None:

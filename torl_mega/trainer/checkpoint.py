@@ -147,6 +147,7 @@ def _write(folder: Path, state: dict[str, Any], metadata: dict[str, Any], *, asy
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 
+    _forget_lost_helper()
     return dist_checkpointing.save(
         state,
         str(folder),
@@ -154,6 +155,19 @@ def _write(folder: Path, state: dict[str, Any], metadata: dict[str, Any], *, asy
         async_sharded_save=asynchronous,
         content_metadata={k: v for k, v in metadata.items() if k != "dp_cp_group"},
     )
+
+
+def _forget_lost_helper() -> None:
+    """Megatron's writers hand their results to a helper process that it keeps between saves. One that something has
+    killed is forgotten, so that this save starts another."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    helper = filesystem_async._results_queue
+    if helper is not None:
+        try:
+            helper.qsize()
+        except (EOFError, OSError):
+            filesystem_async._results_queue = None
 
 
 def _read(folder: Path, state: dict[str, Any]) -> Any:
