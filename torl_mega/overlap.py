@@ -53,7 +53,7 @@ class OverlappedRollouts:
         self._config, self._folder, self._stop = config, folder, stop
         self._ready: dict[int, StepBatch] = {}
         self._cursor: Any = None  # after the last batch that came home
-        self._asked = 0  # steps below it were asked for, or came from a checkpoint
+        self._asked = 0  # steps below it need not be asked for
         self._in_flight: list[int] = []
         self._num_restarts = self._restarts_told = 0
         self._start_child()
@@ -66,6 +66,7 @@ class OverlappedRollouts:
 
     def collect(self, step: int) -> StepBatch:
         ahead = min(step + self._config.rollout.max_staleness, self._config.num_steps - 1)
+        self._asked = max(self._asked, step)  # what lies before was trained, by this process or the one it resumes
         self._ask(step)
         while step not in self._ready:
             self._take()

@@ -9,7 +9,7 @@ import threading
 
 import psutil
 import pytest
-from torl_runs import TORL, processes_of, rows
+from torl_runs import TORL, processes_of, rows, start
 
 from torl_mega.rollout.recorder import read_rows, step_path
 
@@ -23,7 +23,7 @@ KINDS = {
     "sandbox": lambda line: "torl_mega.sandbox.serve" in line,
     "zygote": lambda line: "-s -P -B -c" in line,
     "grader": lambda line: "torl_mega.reward.pool" in line,
-    "collector": lambda line: "spawn_main" in line,
+    "collector or checkpoint helper": lambda line: "spawn_main" in line,
 }
 
 
@@ -63,7 +63,7 @@ class Chaos(threading.Thread):
 def test_a_run_full_of_faults_learns_as_well(tmp_path):
     log = (tmp_path / "log").open("w")
     cmd = [TORL, "train", "conf/quickstart.yaml", f"runs_dir={tmp_path}", "name=chaos", "rollout.max_staleness=1"]
-    run = subprocess.Popen([*cmd, "serving.num_servers=2", "guards.max_fault_rate=0.5"], stdout=log, stderr=log)
+    run = start([*cmd, "serving.num_servers=2", "guards.max_fault_rate=0.5"], log)
     chaos = Chaos(run, seed=5)
     try:
         while not rows(tmp_path / "chaos") and run.poll() is None:

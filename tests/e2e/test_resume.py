@@ -14,7 +14,7 @@ import subprocess
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from torl_runs import LIMIT_S, TORL, command, processes_of, rows, torl, wait_until, wait_until_gone
+from torl_runs import LIMIT_S, TORL, command, processes_of, rows, start, torl, wait_until, wait_until_gone
 
 from torl_mega.data import arithmetic
 from torl_mega.rollout.recorder import read_rows, step_path
@@ -62,7 +62,7 @@ def kill_once(runs_dir, name, rng, *overrides):
     run, marker, new_rows = runs_dir / name, f"name={name}", rng.randint(0, 1)
     before, trace = len(rows(run)), trace_of(run)
     cmd = command("train", runs_dir, name, f"num_steps={NUM_STEPS}", *overrides)
-    process = subprocess.Popen(cmd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start(cmd)
     try:
         wait_until(lambda: trace_of(run) != trace or process.poll() is not None, limit_s=LIMIT_S, what="a sign of work")
         wait_until(

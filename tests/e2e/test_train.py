@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torl_runs import LIMIT_S, TORL, command, processes_of, rows, torl, wait_until, wait_until_gone
+from torl_runs import LIMIT_S, TORL, command, processes_of, rows, start, torl, wait_until, wait_until_gone
 
 from torl_mega.rollout.recorder import read_groups, step_path
 
@@ -27,10 +27,6 @@ def trained(runs_dir):
     done = torl("train", runs_dir, "trained")
     assert done.returncode == 0, done.stdout + done.stderr
     return runs_dir / "trained"
-
-
-def start(cmd):
-    return subprocess.Popen(cmd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def test_a_run_leaves_what_the_design_promises(trained):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TextIO
 
 TORL = str(Path(sys.executable).with_name("torl"))
 SMALL = [
@@ -32,6 +33,13 @@ def torl(verb: str, runs_dir: Path, name: str, *overrides: str) -> subprocess.Co
     return subprocess.run(
         command(verb, runs_dir, name, *overrides), capture_output=True, text=True, timeout=LIMIT_S, check=False
     )
+
+
+def start(cmd: list[str], output: TextIO | int = subprocess.DEVNULL) -> subprocess.Popen:
+    """In the background; whatever it starts carries its `name=…` in the environment, for `processes_of`."""
+    name = next(word for word in cmd if word.startswith("name="))
+    env = {**os.environ, "TORL_TEST_RUN": name}
+    return subprocess.Popen(cmd, env=env, stdout=output, stderr=output)
 
 
 def rows(run: Path, kind: str = "train") -> list[dict]:

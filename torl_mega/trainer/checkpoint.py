@@ -12,17 +12,21 @@ first `poll` after it is done. Loading compares model, sizes and checksums with 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import pickle
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from torl_mega import process
 from torl_mega.config import CheckpointConfig
 from torl_mega.errors import CheckpointError
 from torl_mega.trainer import checkpoint_files as files
@@ -147,7 +151,7 @@ def _write(folder: Path, state: dict[str, Any], metadata: dict[str, Any], *, asy
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 
-    _forget_lost_helper()
+    _start_helper()
     return dist_checkpointing.save(
         state,
         str(folder),
@@ -157,17 +161,21 @@ def _write(folder: Path, state: dict[str, Any], metadata: dict[str, Any], *, asy
     )
 
 
-def _forget_lost_helper() -> None:
-    """Megatron's writers hand their results to a helper process that it keeps between saves. One that something has
-    killed is forgotten, so that this save starts another."""
+def _start_helper() -> None:
+    """Megatron's writers hand their results to a helper process that is kept between saves. It is started here, so that it
+    dies with this rank, and once more when something has killed it."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    helper = filesystem_async._results_queue
-    if helper is not None:
+    if filesystem_async._results_queue is not None:
         try:
-            helper.qsize()
+            filesystem_async._results_queue.qsize()
         except (EOFError, OSError):
-            filesystem_async._results_queue = None
+            pass
+        else:
+            return
+    manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+    manager.start(process.die_with_parent, (os.getpid(),))
+    filesystem_async._results_queue = manager.Queue()
 
 
 def _read(folder: Path, state: dict[str, Any]) -> Any:
