@@ -5,8 +5,8 @@
               └─ ranks 0 … N-1        (torl_mega.train)
 
 The launcher imports no engine. Every child dies with its whole tree when the launcher dies, even by SIGKILL (see
-`process.py`). A side-car that a signal ended is started again in its place; one that ends by itself has said why, and the
-run ends with it. On a cluster srun takes this place; the ranks and side-cars are the same programs.
+`process.py`). A side-car that a signal ended is started again in its place, however that one ends. One that ends by itself
+before has said why, and the run ends with it. On a cluster srun takes this place; the ranks and side-cars are the same programs.
 """
 
 from __future__ import annotations
@@ -52,15 +52,16 @@ class SideCar:
         return cls(name, command, log_path, process.start(command, name=name, log_path=log_path))
 
     def keep_up(self) -> None:
-        """Starts it again when a signal ended it. Raises ServerError when it ended by itself, or too often."""
+        """Starts it again when a signal ended it, now or before. Raises ServerError when it ended by itself, or too often."""
         code = self.process.poll()
         if code is None:
             return
-        if code >= 0 or self.num_restarts == MAX_RESTARTS:
+        if (code >= 0 and not self.num_restarts) or self.num_restarts == MAX_RESTARTS:
             last = process.tail(self.log_path, 1) or "no output"
             raise ServerError(f"{self.name} ended with code {code}: {last} (log: {self.log_path})")
         self.num_restarts += 1
-        print(f"torl: {self.name} was killed by {signal.Signals(-code).name}; starting it again", file=sys.stderr)
+        cause = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        print(f"torl: {self.name} {cause}; starting it again", file=sys.stderr)
         self.process = process.start(self.command, name=self.name, log_path=self.log_path)
 
     def stop(self) -> None:

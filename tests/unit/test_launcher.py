@@ -1,0 +1,54 @@
+"""Which end of a side-car ends the run, and which does not."""
+
+import sys
+
+import pytest
+
+from torl_mega.errors import ServerError
+from torl_mega.launcher import MAX_RESTARTS, SideCar
+
+ENDS = """
+import os, pathlib, signal, sys
+starts = pathlib.Path(sys.argv[1])
+number = len(starts.read_text()) if starts.exists() else 0
+starts.write_text("x" * (number + 1))
+end = (sys.argv[2:] + ["stay"])[number]
+if end == "stay":
+    signal.pause()
+if end == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+print("its last word")
+sys.exit(1)
+"""
+
+
+def sidecar(folder, *ends):
+    return SideCar.start("car", [sys.executable, "-c", ENDS, str(folder / "starts"), *ends], folder / "log")
+
+
+def ended(car):
+    car.process.wait(20)
+    return car
+
+
+def test_a_killed_one_is_started_again_however_the_next_one_ends(tmp_path):
+    car = sidecar(tmp_path, "killed", "fails", "killed")
+    for _ in range(3):
+        ended(car).keep_up()
+    car.keep_up()
+    assert car.process.poll() is None
+    assert car.num_restarts == 3
+    car.stop()
+
+
+def test_one_that_ends_by_itself_ends_the_run(tmp_path):
+    with pytest.raises(ServerError, match="car ended with code 1: its last word"):
+        ended(sidecar(tmp_path, "fails")).keep_up()
+
+
+def test_restarts_are_bounded(tmp_path):
+    car = sidecar(tmp_path, "killed", "killed")
+    ended(car).keep_up()
+    car.num_restarts = MAX_RESTARTS
+    with pytest.raises(ServerError, match="car ended with code -9"):
+        ended(car).keep_up()
