@@ -81,6 +81,7 @@ class _Pool:
     selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
     waiting: list[_Job] = field(default_factory=list)  # a heap
     children: list[_Child] = field(default_factory=list)
+    dying: list[int] = field(default_factory=list)  # pids that were killed and must still be reaped
     pending: bytes = b""
 
     # ---------------------------------------------------------------- main loop
@@ -99,16 +100,19 @@ class _Pool:
                 elif key.data in self.children:
                     self._read_outcome(key.data)
             self._watch_clocks()
+            self._reap()
             if os.getppid() != parent:
                 return
 
     def close(self) -> None:
         for child in list(self.children):
             self._kill(child)
+        for pid in self.dying:
+            os.waitpid(pid, 0)
 
     def _wait_s(self) -> float:
         """Until the next clock that `_watch_clocks` looks at; a second when none runs, for a parent that has gone."""
-        now, next_s = time.monotonic(), 1.0
+        now, next_s = time.monotonic(), 0.05 if self.dying else 1.0
         for child in self.children:
             if child.job is not None:
                 limit_s = self.timeout_s if child.aside else _ASIDE_S
@@ -164,7 +168,10 @@ class _Pool:
     def _lost(self, child: _Child) -> None:
         """The child died of itself: its answer gets one more try."""
         job = child.job
-        status = self._kill(child)
+        self._forget(child)
+        with contextlib.suppress(ProcessLookupError):  # it has closed its pipe, so it is ending
+            os.kill(child.pid, signal.SIGKILL)
+        _, status = os.waitpid(child.pid, 0)
         if job is None:
             return
         if job.tries < 2:
@@ -208,17 +215,20 @@ class _Pool:
         self.selector.register(outcome_read, selectors.EVENT_READ, child)
         return child
 
-    def _kill(self, child: _Child) -> int:
-        """Ends the child when it has not ended yet; returns its wait status."""
+    def _kill(self, child: _Child) -> None:
+        """Ends a child. It is reaped later: one of many that compute at low priority takes a while to be gone."""
+        self._forget(child)
+        os.kill(child.pid, signal.SIGKILL)
+        self.dying.append(child.pid)
+
+    def _forget(self, child: _Child) -> None:
         self.selector.unregister(child.from_child)
         self.children.remove(child)
         os.close(child.to_child)
         os.close(child.from_child)
-        pid, status = os.waitpid(child.pid, os.WNOHANG)
-        if pid == 0:
-            os.kill(child.pid, signal.SIGKILL)
-            _, status = os.waitpid(child.pid, 0)
-        return status
+
+    def _reap(self) -> None:
+        self.dying = [pid for pid in self.dying if os.waitpid(pid, os.WNOHANG)[0] == 0]
 
 
 def _child_main(request_fd: int, outcome_fd: int, memory_mb: int) -> NoReturn:
