@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import _signal  # pyright: ignore[reportMissingImports]
 import builtins
+import codecs
 import ctypes
 import gc
 import io
@@ -68,7 +69,7 @@ def fresh_look(box: str, code: bytes, *, deterministic: bool) -> types.ModuleTyp
     sys.path_importer_cache.pop(box, None)
     _seed(blake2b(code, digest_size=16).digest() if deterministic else os.urandom(16))
     if len(code) <= _MAX_SOURCE:
-        text = code.decode("utf-8-sig", "replace")
+        text = code.removeprefix(codecs.BOM_UTF8).decode("utf-8", "replace")
         lines = text.splitlines(keepends=True)
         linecache.cache[NAME] = (len(text), None, lines, NAME)  # None: never checked against the disk
     main = types.ModuleType("__main__")
