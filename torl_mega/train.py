@@ -58,7 +58,7 @@ def train(config: Config) -> int:
 
     started = time.monotonic()
     stop = StopFlag()
-    parallel.init_distributed(config.parallel, config.trainer)
+    parallel.init_distributed(config.parallel, config.trainer, share_cores=config.rollout.max_staleness > 0)
     try:
         with contextlib.ExitStack() as stack:
             folder = parallel.share(lambda: open_run(config))

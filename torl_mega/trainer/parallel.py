@@ -32,8 +32,9 @@ _CHUNK_BYTES = 1 << 28
 _share_group: dist.ProcessGroup | None = None
 
 
-def init_distributed(parallel: ParallelConfig, trainer: TrainerConfig) -> None:
-    """Join the process group and build Megatron's parallel groups. Raises ConfigError when the sizes do not fit."""
+def init_distributed(parallel: ParallelConfig, trainer: TrainerConfig, *, share_cores: bool = False) -> None:
+    """Join the process group and build Megatron's parallel groups. `share_cores`: on a CPU, leave half of the cores to
+    servers that sample at the same time. Raises ConfigError when the sizes do not fit."""
     global _share_group
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size % parallel.model_size or (
@@ -50,7 +51,7 @@ def init_distributed(parallel: ParallelConfig, trainer: TrainerConfig) -> None:
     else:
         backend = "gloo"
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(_threads_per_rank(world_size))
+            torch.set_num_threads(_threads_per_rank(world_size, share_cores))
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
@@ -60,10 +61,12 @@ def init_distributed(parallel: ParallelConfig, trainer: TrainerConfig) -> None:
     _build_groups(parallel, trainer)
 
 
-def _threads_per_rank(world_size: int) -> int:
+def _threads_per_rank(world_size: int, share_cores: bool) -> int:
     """Cores of this machine over the ranks on it; results do not depend on it at a fixed value."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    return max(1, len(os.sched_getaffinity(0)) // local) if world_size > 1 else min(2, len(os.sched_getaffinity(0)))
+    cores = len(os.sched_getaffinity(0)) // (2 if share_cores else 1)
+    if world_size == 1:
+        return max(1, min(2, cores))
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
 
 
 def _build_groups(parallel: ParallelConfig, trainer: TrainerConfig) -> None:
