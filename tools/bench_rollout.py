@@ -215,7 +215,7 @@ def stand_in(pipe: Connection, tokens: int) -> None:
             app.router.add_get(path, info)
         runner = web.AppRunner(app)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
+        site = web.TCPSite(runner, "127.0.0.1", 0, backlog=2048)  # as uvicorn, which SGLang runs on
         await site.start()
         pipe.send(runner.addresses[0][1])
         await asyncio.get_running_loop().run_in_executor(None, pipe.recv)
