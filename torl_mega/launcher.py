@@ -174,7 +174,7 @@ def _sandbox(config: Config, folder: RunFolder, scratch: Path) -> tuple[list[Sid
     if config.sandbox.address is not None:
         return [], config.sandbox.address
     socket_path = scratch / "sandbox.sock"
-    command = [sys.executable, "-m", "torl_mega.sandbox.serve", "--socket", str(socket_path)]
+    command = [sys.executable, "-m", "torl_mega.sandbox.serve", "--socket", str(socket_path), "--own-folder"]
     command += ["--settings", config.sandbox.model_dump_json()]
     return [SideCar.start("sandbox", command, _log(folder, "sandbox"))], f"unix:{socket_path}"
 

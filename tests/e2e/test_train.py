@@ -93,10 +93,14 @@ def test_a_killed_run_leaves_nothing_and_resumes(runs_dir):
     process = start(command("train", runs_dir, "killed", "num_steps=50", "rollout.max_staleness=1"))
     try:
         wait_until(lambda: len(rows(runs_dir / "killed")) >= 2, limit_s=LIMIT_S, what="two steps")
+        sandbox = next(line for line in processes_of("name=killed").values() if "torl_mega.sandbox.serve" in line)
+        scratch = Path(sandbox.split("--socket ")[1].split()[0]).parent
+        assert scratch.is_dir()
     finally:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     wait_until_gone("name=killed")
+    assert not scratch.exists()
     before = rows(runs_dir / "killed")
     steps = len(before) + 1
     done = torl("train", runs_dir, "killed", f"num_steps={steps}", "rollout.max_staleness=1")
