@@ -6,7 +6,8 @@
 
 The launcher imports no engine. Every child dies with its whole tree when the launcher dies, even by SIGKILL (see
 `process.py`). A side-car that a signal ended is started again in its place, however that one ends. One that ends by itself
-before has said why, and the run ends with it. On a cluster srun takes this place; the ranks and side-cars are the same programs.
+before has said why, and the run ends with it. On a cluster srun takes this place; the ranks and side-cars are the same
+programs.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class SideCar:
         return cls(name, command, log_path, process.start(command, name=name, log_path=log_path))
 
     def keep_up(self) -> None:
-        """Starts it again when a signal ended it, now or before. Raises ServerError when it ended by itself, or too often."""
+        """Starts it again when a signal ended it, now or before. Raises ServerError when it ended by itself, or too
+        often."""
         code = self.process.poll()
         if code is None:
             return

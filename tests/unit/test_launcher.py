@@ -22,8 +22,19 @@ sys.exit(1)
 """
 
 
-def sidecar(folder, *ends):
-    return SideCar.start("car", [sys.executable, "-c", ENDS, str(folder / "starts"), *ends], folder / "log")
+@pytest.fixture
+def sidecar(tmp_path):
+    """`sidecar(end, ...)` -> one whose starts end so, one after another, and then stay."""
+    started = []
+
+    def start(*ends):
+        command = [sys.executable, "-c", ENDS, str(tmp_path / "starts"), *ends]
+        started.append(SideCar.start("car", command, tmp_path / "log"))
+        return started[-1]
+
+    yield start
+    for car in started:
+        car.stop()
 
 
 def ended(car):
@@ -31,23 +42,22 @@ def ended(car):
     return car
 
 
-def test_a_killed_one_is_started_again_however_the_next_one_ends(tmp_path):
-    car = sidecar(tmp_path, "killed", "fails", "killed")
+def test_a_killed_one_is_started_again_however_the_next_one_ends(sidecar):
+    car = sidecar("killed", "fails", "killed")
     for _ in range(3):
         ended(car).keep_up()
     car.keep_up()
     assert car.process.poll() is None
     assert car.num_restarts == 3
-    car.stop()
 
 
-def test_one_that_ends_by_itself_ends_the_run(tmp_path):
+def test_one_that_ends_by_itself_ends_the_run(sidecar):
     with pytest.raises(ServerError, match="car ended with code 1: its last word"):
-        ended(sidecar(tmp_path, "fails")).keep_up()
+        ended(sidecar("fails")).keep_up()
 
 
-def test_restarts_are_bounded(tmp_path):
-    car = sidecar(tmp_path, "killed", "killed")
+def test_restarts_are_bounded(sidecar):
+    car = sidecar("killed", "killed")
     ended(car).keep_up()
     car.num_restarts = MAX_RESTARTS
     with pytest.raises(ServerError, match="car ended with code -9"):

@@ -88,7 +88,7 @@ class LayoutCache:
     """Which pieces the servers keep, asked once per set of tensors and server."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[str, str], tuple[str, tuple[str, ...]]] = {}
+        self._known: dict[tuple[str, str], Layout] = {}
 
     def get(self, spec: Sequence[str], urls: Sequence[str], deadline: Deadline) -> Layout:
         text = "\n".join(spec)

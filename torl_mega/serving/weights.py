@@ -1,8 +1,9 @@
 """Puts the policy's weights into every server, and proves it.
 
-    trainer.weights() ─► buckets ─► transport, and hash what each server will keep ─► servers load
-                                                                                      │
-          version recorded, servers take requests again ◄─ all equal ◄─ compare ◄─ hash what each rank holds now
+    trainer.weights() ─► buckets ─┬─► transport ─► servers load ─► hash what each rank holds now ─┐
+                                  └─► hash what each server rank is to hold ───────────────────────┴─► compare
+                                                                                                          │
+                                        version recorded, servers take requests again ◄─ all equal ◄──────┘
 
 A server carries policy version V only after every byte of it was compared: the version is set last. The sync is one
 thing: it succeeds on every server that was up when it began, or raises WeightSyncError within serving.sync_timeout_s.

@@ -11,6 +11,7 @@ first `poll` after it is done. Loading compares model, sizes and checksums with 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -166,12 +167,8 @@ def _start_helper() -> None:
     dies with this rank, and once more when something has killed it."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    if filesystem_async._results_queue is not None:
-        try:
-            filesystem_async._results_queue.qsize()
-        except (EOFError, OSError):
-            pass
-        else:
+    with contextlib.suppress(EOFError, OSError):  # it is gone
+        if filesystem_async._results_queue is not None and filesystem_async._results_queue.qsize() >= 0:
             return
     manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
     manager.start(process.die_with_parent, (os.getpid(),))
