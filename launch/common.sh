@@ -87,7 +87,7 @@ torl_freeze() { # JOB
   if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then reuse=yes; fi
   if [ -z "$reuse" ] || [ ! -e "$link/config.yaml" ]; then
     # shellcheck disable=SC2086
-    out=$(torl_once "$PYTHON" -m torl_mega.planner.role prepare "$TORL_CONF" ${TORL_OVERRIDES:-}) || exit 1
+    out=$(torl_once "$PYTHON" -m torl_mega.launch.task prepare "$TORL_CONF" ${TORL_OVERRIDES:-}) || exit 1
     JOB_DIR=$(sed -n 1p <<<"$out")/jobs/$1
     mkdir -p "$JOB_DIR" "$TORL_HOME/runs/.jobs" || torl_die "cannot write $JOB_DIR"
     rm -rf "$JOB_DIR/torl_mega" "$JOB_DIR/launch" # of a job with the same number on another cluster
@@ -132,8 +132,8 @@ print(p["ranks_per_node"], p["num_rank_nodes"], p["servers_per_node"], p["num_se
 torl_preflight() {
   mkdir -p "$LOGS/preflight"
   torl_step "$SLURM_JOB_NUM_NODES" 1 --gres=gpu:"$GPUS" --output="$LOGS/preflight/%n.log" -- \
-    "$PYTHON" -m torl_mega.doctor "$CONF" --placement "$PLACEMENT" --report "$LOGS/preflight" || true
-  torl_once "$PYTHON" -m torl_mega.doctor --collect "$LOGS/preflight" --placement "$PLACEMENT" || torl_die "preflight found the faults above; nothing was started"
+    "$PYTHON" -m torl_mega.launch.doctor "$CONF" --placement "$PLACEMENT" --report "$LOGS/preflight" || true
+  torl_once "$PYTHON" -m torl_mega.launch.doctor --collect "$LOGS/preflight" --placement "$PLACEMENT" || torl_die "preflight found the faults above; nothing was started"
 }
 
 # ------------------------------------------------------------------------------------------------------ the steps
@@ -149,7 +149,7 @@ torl_step() { # NODES TASKS srun-arguments... -- command...
 }
 
 torl_sidecars() { # sets SIDECARS to the srun pids
-  local role="$PYTHON -m torl_mega.planner.role" last=$SLURM_JOB_NUM_NODES
+  local role="$PYTHON -m torl_mega.launch.task" last=$SLURM_JOB_NUM_NODES
   SIDECARS=()
   [ "$SERVERS" -gt 0 ] || return 0 # a replay of recorded trajectories needs neither
   # shellcheck disable=SC2086
@@ -177,7 +177,7 @@ torl_stop_sidecars() { # their tasks look for the note; what is left after 20 s 
 torl_ranks() { # returns the step's exit code: the highest of all ranks
   local code
   torl_step "$RANK_NODES" "$RANKS" --job-name=ranks --gres=gpu:"$GPUS" --output="$LOGS/%N.rank_%t.log" -- \
-    "$PYTHON" -m torl_mega.planner.role rank "$PLACEMENT" "$CONF" &
+    "$PYTHON" -m torl_mega.launch.task rank "$PLACEMENT" "$CONF" &
   local pid=$!
   while :; do # a trapped signal interrupts wait
     wait "$pid"

@@ -7,5 +7,5 @@ shift || true
 torl_environment "$TORL_CONF"
 # shellcheck disable=SC2206
 overrides=(${TORL_OVERRIDES:-} "$@")
-torl_once "$PYTHON" -m torl_mega.doctor "$TORL_CONF" "${overrides[@]}" || torl_die "the checks above failed; nothing was started"
+torl_once "$PYTHON" -m torl_mega.launch.doctor "$TORL_CONF" "${overrides[@]}" || torl_die "the checks above failed; nothing was started"
 exec "${IN_TASK[@]}" "$PYTHON" -m torl_mega.cli train "$TORL_CONF" "${overrides[@]}"

@@ -15,9 +15,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from live_server import LiveServer, write_config
 from tiny_model import make_tiny_model
 
-from torl_mega import process
 from torl_mega.config import Config
 from torl_mega.config_file import load_config
+from torl_mega.process import start as process
 from torl_mega.serving.server import wait_ready
 
 

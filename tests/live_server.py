@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from torl_mega import process
+from torl_mega.process import start as process
 
 REPO = Path(__file__).parents[1]
 

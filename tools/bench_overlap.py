@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from torl_mega.metrics import read_rows
+from torl_mega.run.metrics import read_rows
 
 PARTS = ("rollout_s", "train_s", "sync_s", "step_s")
 

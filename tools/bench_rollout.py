@@ -28,9 +28,9 @@ import aiohttp
 import numpy as np
 from aiohttp import web
 
-from torl_mega import process
 from torl_mega.config_file import load_config
-from torl_mega.rank0 import AsyncRunner
+from torl_mega.process import start as process
+from torl_mega.rollout.build import AsyncRunner
 from torl_mega.rollout.collector import AsyncCollector
 from torl_mega.rollout.episode import Episode, EpisodeSettings
 from torl_mega.serving.client import SGLangClient

@@ -27,8 +27,8 @@ import torch
 
 from torl_mega.config import Config
 from torl_mega.config_file import load_config
-from torl_mega.data.packing import plan
 from torl_mega.trainer import parallel
+from torl_mega.trainer.packing import plan
 from torl_mega.types import Sample
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from torl_mega.config import ParallelConfig
-from torl_mega.trainer.convert import hf_to_megatron, run
+from torl_mega.trainer.weights.convert import hf_to_megatron, run
 
 
 def main() -> int:

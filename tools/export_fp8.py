@@ -3,7 +3,7 @@
     python tools/export_fp8.py --hf DIR --out DIR                                     block-wise 128 x 128, dynamic activations
     python tools/export_fp8.py --hf DIR --out DIR --method modelopt --trajectories RUN   per tensor, calibrated
 
-`block` is what the weight sync sends too (torl_mega/trainer/fp8.py). `modelopt` calibrates activation scales on the token
+`block` is what the weight sync sends too (torl_mega/serving/fp8.py). `modelopt` calibrates activation scales on the token
 ids of recorded trajectories (RUN/trajectories) and needs nvidia-modelopt.
 """
 
@@ -20,12 +20,12 @@ from typing import Any
 import torch
 
 from torl_mega.errors import ConfigError, DataError, TorlError
+from torl_mega.layout import describe_model, read_hf_config
 from torl_mega.rollout.recorder import read_rows
-from torl_mega.trainer.fp8 import quantize_stream
-from torl_mega.trainer.fp8_format import QUANTIZATION_CONFIG
-from torl_mega.trainer.hf_io import HfReader, write_hf
-from torl_mega.trainer.hf_mapping import all_names
-from torl_mega.trainer.layout import describe_model, read_hf_config
+from torl_mega.serving.fp8 import quantize_stream
+from torl_mega.serving.fp8_format import QUANTIZATION_CONFIG
+from torl_mega.trainer.weights.hf_io import HfReader, write_hf
+from torl_mega.trainer.weights.hf_mapping import all_names
 
 
 def export_block(hf: Path, out: Path) -> None:

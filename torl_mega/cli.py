@@ -11,7 +11,7 @@ import typer
 
 from torl_mega.config import Config
 from torl_mega.errors import TorlError
-from torl_mega.run_folder import RunFolder
+from torl_mega.run.folder import RunFolder
 
 app = typer.Typer(
     name="torl",
@@ -31,8 +31,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON"
 @app.command()
 def train(conf: Conf, overrides: Overrides = None) -> None:
     """Train on this machine: starts sandbox, servers and ranks, or resumes the run of that name."""
-    from torl_mega import launcher
     from torl_mega.config_file import load_config
+    from torl_mega.launch import local as launcher
 
     args = [str(conf), *(overrides or [])]
     raise typer.Exit(launcher.train(load_config(conf, overrides or []), args))
@@ -41,7 +41,7 @@ def train(conf: Conf, overrides: Overrides = None) -> None:
 @app.command("eval")
 def evaluate(conf: Conf, overrides: Overrides = None, json: Json = False) -> None:
     """Score the checkpoint at model.path on eval.data; prints a table beside the paper's."""
-    from torl_mega import standalone
+    from torl_mega.rollout import standalone
 
     _with_servers(conf, overrides, lambda config, folder: standalone.evaluate(config, folder, as_json=json))
 
@@ -49,7 +49,7 @@ def evaluate(conf: Conf, overrides: Overrides = None, json: Json = False) -> Non
 @app.command()
 def rollout(conf: Conf, overrides: Overrides = None, json: Json = False) -> None:
     """Collect trajectories without training; `rollout.replay=RUN` trains on them later."""
-    from torl_mega import standalone
+    from torl_mega.rollout import standalone
 
     _with_servers(conf, overrides, lambda config, folder: standalone.collect(config, folder, as_json=json))
 
@@ -88,7 +88,7 @@ def doctor(
     json: Json = False,
 ) -> None:
     """Say what this machine has and lacks: engines, GPUs, sandbox tier, disk, ports, model and data."""
-    from torl_mega import doctor as checks
+    from torl_mega.launch import doctor as checks
 
     raise typer.Exit(checks.run(conf, overrides or [], json_output=json))
 
@@ -142,8 +142,8 @@ def sandbox_serve(
 
 
 def _with_servers(conf: Path, overrides: list[str] | None, program: Callable[[Config, RunFolder], int]) -> None:
-    from torl_mega import launcher
     from torl_mega.config_file import load_config
+    from torl_mega.launch import local as launcher
 
     args = [str(conf), *(overrides or [])]
     raise typer.Exit(launcher.with_servers(load_config(conf, overrides or []), args, program))

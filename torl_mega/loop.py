@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from torl_mega.algo.correction import mismatch
-from torl_mega.data.samples import split_mini_batches
 from torl_mega.errors import Preempted, ServerLost, StaleServers, WeightSyncError
 from torl_mega.interfaces import Rollouts, RunLog, Share, Trainer, WeightSink
+from torl_mega.rollout.samples import split_mini_batches
 from torl_mega.types import StepBatch
 
 SAMPLING_TRIES = 3

@@ -19,19 +19,19 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from torl_mega import process
 from torl_mega.config import Config
 from torl_mega.config_file import config_hash, load_config
 from torl_mega.errors import TorlError
-from torl_mega.guards import check_guards
 from torl_mega.interfaces import Rollouts, RunLog, Trainer, WeightSink
 from torl_mega.loop import Loop, due
-from torl_mega.metrics import Silent, summarize, write_json
-from torl_mega.probe import check_engines
-from torl_mega.rank0 import Rank0, build_rank0
+from torl_mega.process import start as process
+from torl_mega.process.stop_flag import StopFlag
+from torl_mega.rollout.build import Rank0, build_rank0
 from torl_mega.rollout.replay import NoServers
-from torl_mega.run_folder import RunFolder, open_run
-from torl_mega.stop_flag import StopFlag
+from torl_mega.run.folder import RunFolder, open_run
+from torl_mega.run.limits import check_guards
+from torl_mega.run.metrics import Silent, summarize, write_json
+from torl_mega.serving.probe_agreement import check_engines
 
 EXIT_DONE, EXIT_ERROR, EXIT_REQUEUE = 0, 1, 85
 
@@ -53,8 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(config: Config) -> int:
     """One rank's whole run: build, resume, loop, finish."""
-    from torl_mega.trainer import checkpoint, parallel
+    from torl_mega.trainer import parallel
     from torl_mega.trainer.megatron_trainer import MegatronTrainer
+    from torl_mega.trainer.weights import checkpoint
 
     started = time.monotonic()
     stop = StopFlag()
@@ -86,7 +87,7 @@ def train(config: Config) -> int:
 
 
 def _loop(config: Config, folder: RunFolder, trainer: Trainer, rank0: Rank0 | None, stop: StopFlag) -> Loop:
-    from torl_mega.serving.weights import IdleSink
+    from torl_mega.serving.sync.weights import IdleSink
     from torl_mega.trainer import parallel
 
     rollouts: Rollouts = rank0.rollouts if rank0 else _Elsewhere()

@@ -22,7 +22,7 @@ KINDS = {
     "server side-car": lambda line: "torl_mega.serving.serve" in line,
     "sandbox": lambda line: "torl_mega.sandbox.serve" in line,
     "zygote": lambda line: "-s -P -B -c" in line,
-    "grader": lambda line: "torl_mega.reward.pool" in line,
+    "grader": lambda line: "torl_mega.reward.grader_process" in line,
     "collector or checkpoint helper": lambda line: "spawn_main" in line,
 }
 
@@ -45,12 +45,12 @@ class Chaos(threading.Thread):
                 self.killed.append(kind)
 
     def _tree(self) -> list[psutil.Process]:
-        """Without the guardians, which carry the command line of what they guard."""
+        """Without the reapers, which carry the command line of what they guard."""
         try:
             tree = psutil.Process(self.run_process.pid).children(recursive=True)
         except psutil.NoSuchProcess:
             return []
-        return [p for p in tree if "guardian.py" not in self._line(p)]
+        return [p for p in tree if "reaper.py" not in self._line(p)]
 
     @staticmethod
     def _line(process: psutil.Process) -> str:

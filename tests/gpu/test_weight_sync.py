@@ -12,17 +12,17 @@ import torch
 from live_server import LiveServer, write_config
 from tiny_model import make_tiny_model
 
-from torl_mega import process
 from torl_mega.config import Config
 from torl_mega.config_file import load_config
 from torl_mega.errors import WeightSyncError
-from torl_mega.serving.buckets import Bucket
-from torl_mega.serving.checksum import checksum, word_sum
+from torl_mega.process import start as process
 from torl_mega.serving.colocated import SharedGpus
+from torl_mega.serving.fp8 import BlockSink, dequantize_blocks, is_quantized, quantize_blocks
+from torl_mega.serving.plugin.checksum import checksum, word_sum
 from torl_mega.serving.probe import prompt_logprobs
 from torl_mega.serving.server import wait_ready
-from torl_mega.serving.weights import ServerSink, make_transport, make_weight_sink
-from torl_mega.trainer.fp8 import BlockSink, dequantize_blocks, is_quantized, quantize_blocks
+from torl_mega.serving.sync.buckets import Bucket
+from torl_mega.serving.sync.weights import ServerSink, make_transport, make_weight_sink
 
 pytestmark = pytest.mark.gpu
 PROBE = tuple(range(40, 72))

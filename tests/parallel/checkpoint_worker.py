@@ -21,8 +21,9 @@ from forked import run_ranks
 from layout_cases import Layout
 from layout_worker import LAYOUT_LIMIT_S, config_for, largest, reference
 
-from torl_mega.trainer import cpu_backend, parallel
-from torl_mega.trainer.hf_io import HfReader
+from torl_mega.trainer import parallel
+from torl_mega.trainer.cpu import backend as cpu_backend
+from torl_mega.trainer.weights.hf_io import HfReader
 from torl_mega.types import TrainSample
 
 

@@ -27,7 +27,8 @@ from forked import run_ranks
 from layout_cases import Layout
 
 from torl_mega.config_file import load_config
-from torl_mega.trainer import cpu_backend, parallel
+from torl_mega.trainer import parallel
+from torl_mega.trainer.cpu import backend as cpu_backend
 from torl_mega.types import TrainSample
 
 ROOT = Path(__file__).resolve().parents[2]

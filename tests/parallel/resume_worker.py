@@ -16,7 +16,8 @@ import hf_reference as ref
 from layout_cases import Layout
 from layout_worker import config_for
 
-from torl_mega.trainer import checkpoint, parallel
+from torl_mega.trainer import parallel
+from torl_mega.trainer.weights import checkpoint
 
 
 def main(work: Path, model: Path, num_steps: int, asynchronous: bool) -> None:

@@ -256,8 +256,8 @@ def test_conversion_refuses_in_one_line(work: Path) -> None:
 def test_incomplete_hf_folder_is_refused(work: Path) -> None:
     from safetensors.torch import save_file
 
-    from torl_mega.trainer.hf_io import HfReader
-    from torl_mega.trainer.layout import describe_model, read_hf_config
+    from torl_mega.layout import describe_model, read_hf_config
+    from torl_mega.trainer.weights.hf_io import HfReader
 
     broken = work / "broken"
     shutil.copytree(work / "qwen2_tied", broken)

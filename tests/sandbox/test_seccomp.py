@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from torl_mega.sandbox import seccomp
+from torl_mega.sandbox.jail import seccomp
 
 HEADERS = {
     "x86_64": Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h"),

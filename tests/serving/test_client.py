@@ -18,7 +18,7 @@ from torl_mega.config import Config
 from torl_mega.data.tokenizer import Tokenizer
 from torl_mega.errors import GenerationError
 from torl_mega.serving.client import SGLangClient
-from torl_mega.serving.weights import make_weight_sink
+from torl_mega.serving.sync.weights import make_weight_sink
 from torl_mega.types import FinishReason, Generation, GenerationRequest
 
 PROMPT = (48, 25, 220, 16, 10, 17)

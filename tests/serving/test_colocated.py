@@ -18,7 +18,7 @@ from torl_mega.config import Config
 from torl_mega.errors import WeightSyncError
 from torl_mega.serving.colocated import Phase, SharedGpus
 from torl_mega.serving.probe import prompt_logprobs
-from torl_mega.serving.weights import make_weight_sink
+from torl_mega.serving.sync.weights import make_weight_sink
 
 GB = {"weights": 15, "kv_cache": 30, "cuda_graph": 2}
 TRAINER_STATE_GB, CARD_GB = 45, 80

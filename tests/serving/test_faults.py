@@ -19,12 +19,12 @@ from live_server import LiveServer
 from reference import Reference, random_weights
 from tiny_model import VOCAB_SIZE
 
-from torl_mega import process
 from torl_mega.config import Config
 from torl_mega.errors import ServerLost
+from torl_mega.process import start as process
 from torl_mega.serving.client import SGLangClient
 from torl_mega.serving.server import wait_ready
-from torl_mega.serving.weights import make_weight_sink
+from torl_mega.serving.sync.weights import make_weight_sink
 from torl_mega.types import FinishReason, Generation, GenerationRequest
 
 PROMPT = (48, 25, 220, 16, 10, 17)
@@ -38,9 +38,7 @@ def ask(number: int, max_new_tokens: int = 400) -> GenerationRequest:
 def sglang_of(server: LiveServer) -> psutil.Process:
     """SGLang's HTTP process below the side-car."""
     tree = psutil.Process(server.sidecar.pid).children(recursive=True)
-    return next(
-        p for p in tree if "sglang.launch_server" in " ".join(p.cmdline()) and "guardian" not in str(p.cmdline())
-    )
+    return next(p for p in tree if "sglang.launch_server" in " ".join(p.cmdline()) and "reaper" not in str(p.cmdline()))
 
 
 def scheduler_of(server: LiveServer) -> psutil.Process:

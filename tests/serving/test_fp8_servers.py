@@ -16,11 +16,11 @@ from tiny_model import make_tiny_model
 from torl_mega.config import Config
 from torl_mega.config_file import load_config
 from torl_mega.errors import WeightSyncError
-from torl_mega.serving.admin import Call, Deadline
-from torl_mega.serving.buckets import Bucket
+from torl_mega.serving.fp8 import BlockSink, quantize_stream
 from torl_mega.serving.server import launch_command, wait_ready
-from torl_mega.serving.weights import ServerSink, make_transport, make_weight_sink
-from torl_mega.trainer.fp8 import BlockSink, quantize_stream
+from torl_mega.serving.sync.buckets import Bucket
+from torl_mega.serving.sync.control import Call, Deadline
+from torl_mega.serving.sync.weights import ServerSink, make_transport, make_weight_sink
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from tiny_model import VOCAB_SIZE
 
 from torl_mega.config import Config
 from torl_mega.serving.client import SGLangClient
-from torl_mega.serving.seeded_sampling import murmur_hash32
+from torl_mega.serving.plugin.seeded_sampling import murmur_hash32
 
 
 def sample(url: str, config: Config, seeds: list[int]) -> list[tuple[int, ...]]:

@@ -14,10 +14,10 @@ import psutil
 import pytest
 from live_server import LiveServer, write_config
 
-from torl_mega import process
 from torl_mega.config import Config
 from torl_mega.config_file import load_config
 from torl_mega.errors import ServerError
+from torl_mega.process import start as process
 from torl_mega.serving.server import CONTEXT_SLACK, launch_command, launch_env, wait_ready
 
 
@@ -76,7 +76,7 @@ def test_nothing_survives_the_sidecar(tiny_config_path: Path, tmp_path: Path, ho
     sidecar = subprocess.Popen([*command, "--log", str(tmp_path / "log")], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     tree: list[psutil.Process] = []
-    while len(tree) < 3 and time.monotonic() < deadline:  # guardian, SGLang, its first child
+    while len(tree) < 3 and time.monotonic() < deadline:  # reaper, SGLang, its first child
         tree = psutil.Process(sidecar.pid).children(recursive=True)
         time.sleep(0.05)
     assert len(tree) >= 3

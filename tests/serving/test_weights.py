@@ -19,11 +19,11 @@ from tiny_model import VOCAB_SIZE
 
 from torl_mega.config import Config, ServingConfig
 from torl_mega.errors import WeightSyncError
-from torl_mega.serving.admin import Call, Deadline
-from torl_mega.serving.buckets import Bucket
 from torl_mega.serving.client import SGLangClient
 from torl_mega.serving.probe import prompt_logprobs
-from torl_mega.serving.weights import IdleSink, ServerSink, make_transport, make_weight_sink
+from torl_mega.serving.sync.buckets import Bucket
+from torl_mega.serving.sync.control import Call, Deadline
+from torl_mega.serving.sync.weights import IdleSink, ServerSink, make_transport, make_weight_sink
 
 TRANSPORTS = ("broadcast", "handles", "disk")
 PROBE = (48, 25, 220, 16, 10, 17, 28, 30)

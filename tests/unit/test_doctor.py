@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from torl_mega import doctor
 from torl_mega.config import Config
 from torl_mega.config_file import load_config
-from torl_mega.doctor import Check
+from torl_mega.launch import doctor
+from torl_mega.launch.doctor import Check
 from torl_mega.planner.placement import place
 
 QUICK = Path("conf/quickstart.yaml")

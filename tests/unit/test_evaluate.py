@@ -11,7 +11,7 @@ import pytest
 
 from torl_mega.config import DataConfig, EvalConfig
 from torl_mega.data.prompts import PromptSource
-from torl_mega.evaluate import Evaluation, canonical_name, estimate, evaluate, load_benchmarks, pass_at_k
+from torl_mega.rollout.evaluate import Evaluation, canonical_name, estimate, evaluate, load_benchmarks, pass_at_k
 from torl_mega.types import (
     ExecutionStatus,
     GraderStatus,

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from torl_mega import launcher
 from torl_mega.config_file import load_config
 from torl_mega.errors import ConfigError, ServerError
 from torl_mega.interfaces import NamedTensor
+from torl_mega.launch import local as launcher
+from torl_mega.serving.fp8 import BlockSink, dequantize_blocks, quantize_blocks, quantize_stream
+from torl_mega.serving.fp8_format import check_fp8_serving
 from torl_mega.serving.server import launch_command
-from torl_mega.trainer.fp8 import BlockSink, dequantize_blocks, quantize_blocks, quantize_stream
-from torl_mega.trainer.fp8_format import check_fp8_serving
 
 
 def plain_reference(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

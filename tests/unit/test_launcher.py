@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from torl_mega.errors import ServerError
-from torl_mega.launcher import MAX_RESTARTS, SideCar
+from torl_mega.launch.local import MAX_RESTARTS, SideCar
 
 ENDS = """
 import os, pathlib, signal, sys

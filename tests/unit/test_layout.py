@@ -10,7 +10,7 @@ import pytest
 
 from torl_mega.config import ParallelConfig
 from torl_mega.errors import ConfigError
-from torl_mega.trainer.layout import check_layout, describe_model, layer_owner, read_hf_config
+from torl_mega.layout import check_layout, describe_model, layer_owner, read_hf_config
 
 QWEN_7B: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"], "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
@@ -97,5 +97,5 @@ def test_every_layer_has_one_owner() -> None:
 
 
 def test_layout_imports_no_torch() -> None:
-    code = "import sys, torl_mega.trainer.layout; sys.exit('torch' in sys.modules or 'megatron' in sys.modules)"
+    code = "import sys, torl_mega.layout; sys.exit('torch' in sys.modules or 'megatron' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

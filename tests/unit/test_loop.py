@@ -7,8 +7,8 @@ import pytest
 
 from torl_mega.config import GuardsConfig
 from torl_mega.errors import GuardError, Preempted, ServerLost, StaleServers, WeightSyncError
-from torl_mega.guards import check_guards
 from torl_mega.loop import Loop
+from torl_mega.run.limits import check_guards
 from torl_mega.types import Sample, StepBatch, TrainSample
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from torl_mega.config_file import load_config
 from torl_mega.errors import StaleServers
-from torl_mega.overlap import OverlappedRollouts
-from torl_mega.run_folder import RunFolder
+from torl_mega.rollout.ahead import OverlappedRollouts
+from torl_mega.run.folder import RunFolder
 from torl_mega.types import StepBatch
 
 NUM_STEPS = 9

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torl_mega.data.packing import plan
 from torl_mega.errors import ConfigError
+from torl_mega.trainer.packing import plan
 
 
 def heavy_tailed(count: int, longest: int, seed: int = 0) -> list[int]:

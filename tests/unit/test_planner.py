@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torl_mega.config import Config
 from torl_mega.config_file import load_config
 from torl_mega.errors import ConfigError
+from torl_mega.layout import ModelShape, describe_model
 from torl_mega.planner.analyse import Analysis, Hardware, analyse
 from torl_mega.planner.command import run
 from torl_mega.planner.hardware import GPUS, Assumptions, name_of
@@ -23,7 +24,6 @@ from torl_mega.planner.memory import micro_batches_in_flight, trainer_memory
 from torl_mega.planner.placement import place, read_placement
 from torl_mega.planner.search import search
 from torl_mega.planner.shapes import KNOWN, hf_config, stage_params
-from torl_mega.trainer.layout import ModelShape, describe_model
 
 ASSUME = Assumptions()
 CLUSTERS = sorted(Path("conf/clusters").glob("*.yaml"))

@@ -17,9 +17,9 @@ import pytest
 
 from torl_mega.config import Config
 from torl_mega.config_file import load_config
+from torl_mega.layout import describe_model, read_hf_config
 from torl_mega.planner.hardware import Assumptions
 from torl_mega.planner.memory import trainer_memory
-from torl_mega.trainer.layout import describe_model, read_hf_config
 
 LENGTH = 512
 CASES = {

@@ -51,7 +51,7 @@ def test_report_names_the_optimizer_in_use() -> None:
     found = report()
     assert "default" in found["usable_profiles"]
     if not torch.cuda.is_available():
-        assert found["optimizer"] == "torl_mega.trainer.cpu_adam.FusedAdam"
+        assert found["optimizer"] == "torl_mega.trainer.cpu.adam.FusedAdam"
         assert found["layer_spec"] == "local"
 
 
@@ -60,11 +60,11 @@ def test_transformer_config_for_transformer_engine(profile: str, monkeypatch: py
     """What is handed to Megatron for the TE path; Megatron itself would refuse FP8 without TE, so it is caught on the way."""
     from torl_mega.config import ParallelConfig
     from torl_mega.config_file import load_config
-    from torl_mega.trainer import cpu_backend
+    from torl_mega.trainer.cpu import backend as cpu_backend
 
     cpu_backend.install()
+    from torl_mega.layout import describe_model
     from torl_mega.trainer import model
-    from torl_mega.trainer.layout import describe_model
 
     handed: dict[str, Any] = {}
     monkeypatch.setattr(model, "TransformerConfig", lambda **settings: handed.update(settings))
@@ -97,7 +97,7 @@ def _fields() -> list[str]:
 
 
 def test_spec_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torl_mega.trainer import cpu_backend
+    from torl_mega.trainer.cpu import backend as cpu_backend
 
     cpu_backend.install()
     from torl_mega.trainer import layer_spec

@@ -1,4 +1,4 @@
-"""The guardian: nothing survives, however the tree or its owner ends."""
+"""The reaper: nothing survives, however the tree or its owner ends."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from torl_mega import process
+from torl_mega.process import start as process
 
 STUBBORN = textwrap.dedent("""
     import os, signal, sys, time
@@ -30,7 +30,7 @@ STUBBORN = textwrap.dedent("""
 """)
 OWNER = textwrap.dedent("""
     import signal, sys, time
-    from torl_mega import process
+    from torl_mega.process import start as process
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is born ignoring it
     child = process.start([sys.executable, "-c", sys.argv[1], sys.argv[2]], name="tree")
     print(child.pid, flush=True)
@@ -81,17 +81,17 @@ def test_the_tree_dies_with_its_owner(tmp_path: Path, how: signal.Signals) -> No
     owner.stdout.close()
 
 
-def test_a_killed_guardian_takes_the_command_along() -> None:
+def test_a_killed_reaper_takes_the_command_along() -> None:
     child = process.start(["sleep", "600"], name="sleep")
-    guardian = int(Path(f"/proc/{child.pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
-    os.kill(guardian, signal.SIGKILL)
+    reaper = int(Path(f"/proc/{child.pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    os.kill(reaper, signal.SIGKILL)
     assert wait_for(lambda: not alive(child.pid))
     child.stop()
 
 
 def test_a_fork_dies_with_the_process_that_asked_for_that() -> None:
-    """Megatron forks its writers; a rank whose guardian is killed must not leave one behind."""
-    forks = "import os, sys, time; from torl_mega import process; "
+    """Megatron forks its writers; a rank whose reaper is killed must not leave one behind."""
+    forks = "import os, sys, time; from torl_mega.process import start as process; "
     forks += "process.forks_die_with_parent(); pid = os.fork(); "
     forks += "pid and print(pid, flush=True); time.sleep(600)"
     parent = subprocess.Popen([sys.executable, "-c", forks], stdout=subprocess.PIPE)

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from torl_mega.reward.answers import check, grade, is_finished
-from torl_mega.reward.expression import NUM_POINTS, evaluate, same_everywhere
+from torl_mega.reward.answers.check import check, grade, is_finished
+from torl_mega.reward.answers.expression import NUM_POINTS, evaluate, same_everywhere
+from torl_mega.reward.answers.forms import read_form
+from torl_mega.reward.answers.normalize import normalize
+from torl_mega.reward.answers.syntax import parse
+from torl_mega.reward.answers.tokens import Unreadable
+from torl_mega.reward.answers.units import split_unit
 from torl_mega.reward.extract import extract_answer, last_boxed
-from torl_mega.reward.normalize import normalize
-from torl_mega.reward.structure import read_form
-from torl_mega.reward.syntax import parse
-from torl_mega.reward.tokens import Unreadable
-from torl_mega.reward.units import split_unit
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 
@@ -203,7 +203,7 @@ def test_values_agree_with_sympy() -> None:
     from latex2sympy2_extended import latex2sympy
     from sympy import N, Symbol
 
-    from torl_mega.reward.expression import _sample
+    from torl_mega.reward.answers.expression import _sample
 
     for text in (
         "\\frac{x+2}{7}", "\\sqrt{x^2+1}", "\\sin x \\cos y", "x^{y+1}", "\\frac{\\sqrt{\\sqrt{11}+\\sqrt{194}}}{15+2\\sqrt{33}}",

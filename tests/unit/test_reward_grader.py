@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from torl_mega.reward.answers import grade
+from torl_mega.reward.answers.check import grade
 from torl_mega.reward.grader import Grader, Verdict
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from torl_mega.config_file import load_config
-from torl_mega.data.samples import make_samples, split_mini_batches
 from torl_mega.errors import DataError, GenerationError, StaleServers
 from torl_mega.rollout.collector import AsyncCollector, lost_trajectories
 from torl_mega.rollout.episode import Episode, EpisodeSettings, sampling_seed
 from torl_mega.rollout.recorder import read_groups, read_rows, step_path, write_step
+from torl_mega.rollout.samples import make_samples, split_mini_batches
 from torl_mega.types import (
     ExecutionResult,
     ExecutionStatus,

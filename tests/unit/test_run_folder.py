@@ -7,8 +7,8 @@ import pytest
 
 from torl_mega.config_file import load_config
 from torl_mega.errors import ConfigError
-from torl_mega.metrics import RunMetrics, read_rows, summarize
-from torl_mega.run_folder import is_complete, lock_run, open_run
+from torl_mega.run.folder import is_complete, lock_run, open_run
+from torl_mega.run.metrics import RunMetrics, read_rows, summarize
 
 
 def config(tmp_path, *over):

@@ -25,9 +25,9 @@ from transformers import Qwen2ForCausalLM
 from torl_mega.data.arithmetic import problems
 from torl_mega.data.tokenizer import Tokenizer
 from torl_mega.errors import DataError
-from torl_mega.rollout.audit import audit_files, audit_row
 from torl_mega.rollout.episode import Episode, EpisodeSettings
 from torl_mega.rollout.recorder import read_rows, step_path, write_step
+from torl_mega.rollout.token_audit import audit_files, audit_row
 from torl_mega.types import (
     ExecutionRequest,
     ExecutionResult,

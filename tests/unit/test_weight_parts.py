@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torl_mega.serving.answer import BadAnswer, parse_answer, seam_suffixes
-from torl_mega.serving.buckets import make_buckets
-from torl_mega.serving.checksum import ROW, checksum, word_sum
-from torl_mega.serving.verify import parse_key
-from torl_mega.serving.weight_audit import spec_line
+from torl_mega.serving.generation import BadAnswer, parse_answer, seam_suffixes
+from torl_mega.serving.plugin.checksum import ROW, checksum, word_sum
+from torl_mega.serving.plugin.held_weights import spec_line
+from torl_mega.serving.sync.buckets import make_buckets
+from torl_mega.serving.sync.verify import parse_key
 from torl_mega.types import FinishReason, GenerationRequest
 
 

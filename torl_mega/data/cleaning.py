@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from torl_mega.data.readers import Row
-from torl_mega.reward.answers import MAX_ANSWER_CHARS, check, is_understood
+from torl_mega.reward.answers.check import MAX_ANSWER_CHARS, check, is_understood
 from torl_mega.types import Problem
 
 NGRAM = 13  # words; the length GPT-3 (arXiv 2005.14165, appendix C) and most after it used

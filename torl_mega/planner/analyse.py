@@ -13,6 +13,7 @@ from typing import Any
 
 from torl_mega.config import Config
 from torl_mega.errors import ConfigError
+from torl_mega.layout import ModelShape, check_layout, describe_model
 from torl_mega.planner import memory, steptime
 from torl_mega.planner.hardware import GIB, Assumptions, Gpu
 from torl_mega.planner.hardware import gpu as gpu_row
@@ -20,8 +21,7 @@ from torl_mega.planner.memory import PhaseMemory, ServerMemory, TrainerMemory
 from torl_mega.planner.placement import Placement, place
 from torl_mega.planner.shapes import hf_config
 from torl_mega.planner.steptime import StepTime, Workload
-from torl_mega.trainer.fp8_format import check_fp8_serving
-from torl_mega.trainer.layout import ModelShape, check_layout, describe_model
+from torl_mega.serving.fp8_format import check_fp8_serving
 
 MIN_CONTEXTS = 4  # full-length sequences a server's KV cache must hold; below that decoding crawls
 

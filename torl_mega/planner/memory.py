@@ -17,9 +17,9 @@ import math
 from dataclasses import dataclass, field
 
 from torl_mega.config import Config, ParallelConfig
+from torl_mega.layout import ModelShape, padded_vocab
 from torl_mega.planner import shapes
 from torl_mega.planner.hardware import GIB, Assumptions, Gpu
-from torl_mega.trainer.layout import ModelShape, padded_vocab
 
 GRAD_BYTES = 4  # Megatron accumulates and reduces gradients in fp32
 LOGIT_BYTES = 16  # per logit of the chunk at work: four fp32 tensors at the worst moment of trainer/vocab_parallel.py

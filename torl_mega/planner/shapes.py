@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torl_mega import layout
 from torl_mega.config import ParallelConfig
 from torl_mega.errors import ConfigError
-from torl_mega.trainer import layout
-from torl_mega.trainer.layout import ModelShape, padded_vocab
+from torl_mega.layout import ModelShape, padded_vocab
 
 _QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "rope_theta": 1e6}
 

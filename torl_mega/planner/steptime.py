@@ -13,10 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torl_mega.config import Config
+from torl_mega.layout import ModelShape
 from torl_mega.planner import shapes
 from torl_mega.planner.hardware import Assumptions, Gpu
 from torl_mega.planner.memory import ServerMemory, dtype_bytes, num_micro_batches, server_weight_bytes
-from torl_mega.trainer.layout import ModelShape
 
 _POINTS = 96  # of the integral over response positions
 

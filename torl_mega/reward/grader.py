@@ -112,7 +112,7 @@ class Grader:
     async def _spawn(self) -> asyncio.subprocess.Process:
         root = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
-        command = [sys.executable, "-m", "torl_mega.reward.pool", "--workers", str(self._workers)]
+        command = [sys.executable, "-m", "torl_mega.reward.grader_process", "--workers", str(self._workers)]
         command += ["--timeout-s", str(self._timeout_s), "--memory-mb", str(self._memory_mb)]
         process = await asyncio.create_subprocess_exec(
             *command,

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from torl_mega.config import Config
-from torl_mega.data.samples import make_samples
 from torl_mega.errors import DataError
 from torl_mega.interfaces import NamedTensor
 from torl_mega.rollout.recorder import read_groups, step_path
+from torl_mega.rollout.samples import make_samples
 from torl_mega.rollout.statistics import rollout_metrics
 from torl_mega.types import Rollout, StepBatch
 

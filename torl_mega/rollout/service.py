@@ -13,10 +13,10 @@ import numpy as np
 
 from torl_mega.config import Config
 from torl_mega.data.prompts import PromptSource
-from torl_mega.data.samples import make_samples
 from torl_mega.rollout.collector import AsyncCollector, lost_trajectories
 from torl_mega.rollout.episode import Episode, sampling_seed
 from torl_mega.rollout.recorder import write_step
+from torl_mega.rollout.samples import make_samples
 from torl_mega.rollout.statistics import rollout_metrics
 from torl_mega.types import Prompt, Rollout, StepBatch
 

@@ -9,7 +9,7 @@ import os
 import socket
 import stat
 
-from torl_mega.sandbox.payload import clean_path
+from torl_mega.sandbox.jail.payload import clean_path
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from torl_mega.errors import ServerError
-from torl_mega.sandbox.confine import Settings
+from torl_mega.sandbox.jail.confine import Settings
 
 PROJECT = str(Path(__file__).resolve().parents[2])
 _BOOT = (
-    "import sys; sys.path.insert(0, sys.argv[3]); from torl_mega.sandbox.boot import main; "
+    "import sys; sys.path.insert(0, sys.argv[3]); from torl_mega.sandbox.jail.boot import main; "
     "main(int(sys.argv[1]), sys.argv[2], sys.argv[3])"
 )
 _ENV = {

@@ -23,10 +23,11 @@ from typing import Any, Self
 
 from torl_mega.config import SandboxConfig
 from torl_mega.errors import ServerError
-from torl_mega.sandbox import payload, tiers
+from torl_mega.sandbox import tiers
 from torl_mega.sandbox.capture import Capture
 from torl_mega.sandbox.fetch import read_back
 from torl_mega.sandbox.host import Zygote, ZygoteDied
+from torl_mega.sandbox.jail import payload
 from torl_mega.sandbox.metrics import Metrics
 from torl_mega.types import ExecutionRequest, ExecutionResult, ExecutionStatus
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from torl_mega.config import SandboxConfig
 from torl_mega.errors import ServerError
-from torl_mega.sandbox import landlock, tiers
+from torl_mega.sandbox import tiers
 from torl_mega.sandbox.host import Zygote
+from torl_mega.sandbox.jail import landlock
 
 
 def report(config: SandboxConfig | None = None) -> dict[str, Any]:

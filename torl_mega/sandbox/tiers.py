@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 
 from torl_mega.config import SandboxConfig
 from torl_mega.errors import ServerError
-from torl_mega.sandbox import landlock, linux
-from torl_mega.sandbox.confine import SPARE_SLOTS, Settings
 from torl_mega.sandbox.host import PROJECT, Ready
-from torl_mega.sandbox.scratch import remove_tree
-from torl_mega.sandbox.warm import PRELOAD, WARM
+from torl_mega.sandbox.jail import landlock, linux
+from torl_mega.sandbox.jail.confine import SPARE_SLOTS, Settings
+from torl_mega.sandbox.jail.scratch import remove_tree
+from torl_mega.sandbox.jail.warm import PRELOAD, WARM
 
 _SYSTEM = (
     "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/etc/ld.so.cache", "/etc/localtime",

@@ -27,8 +27,8 @@ import orjson
 
 from torl_mega.config import ServingConfig
 from torl_mega.errors import GenerationError, ServerError
-from torl_mega.serving.answer import BadAnswer, Part, parse_answer, seam_suffixes
 from torl_mega.serving.fleet import Fleet, Server
+from torl_mega.serving.generation import BadAnswer, Part, parse_answer, seam_suffixes
 from torl_mega.types import FinishReason, Generation, GenerationRequest
 
 KEEPALIVE_S = 2.0  # uvicorn closes idle connections after 5 s; writing on one of those is a reset

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from enum import StrEnum
 
 from torl_mega.errors import WeightSyncError
-from torl_mega.serving.admin import Deadline, call_all
+from torl_mega.serving.sync.control import Deadline, call_all
 
 
 class Phase(StrEnum):

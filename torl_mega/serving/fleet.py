@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 import aiohttp
 
 from torl_mega.errors import GenerationError, ServerError, StaleServers
-from torl_mega.serving.answer import UNKNOWN_VERSION
+from torl_mega.serving.generation import UNKNOWN_VERSION
 
 POLL_S = 1.0
 PROBE_TIMEOUT_S = 5.0

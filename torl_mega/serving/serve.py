@@ -24,10 +24,10 @@ from typing import Any
 
 import aiohttp
 
-from torl_mega import process
 from torl_mega.config import Config
 from torl_mega.config_file import load_config
 from torl_mega.errors import ServerError, TorlError
+from torl_mega.process import start as process
 from torl_mega.serving.server import check_port, launch_command, launch_env, wait_ready
 
 STOP_GRACE_S = 0.0  # SGLang has nothing to save, and its own shutdown takes many seconds

@@ -17,8 +17,8 @@ import aiohttp
 
 from torl_mega.config import Config
 from torl_mega.errors import ServerError
-from torl_mega.process import GuardedProcess, port_in_use, tail
-from torl_mega.trainer.fp8_format import QUANTIZATION_CONFIG
+from torl_mega.process.start import GuardedProcess, port_in_use, tail
+from torl_mega.serving.fp8_format import QUANTIZATION_CONFIG
 
 CONTEXT_SLACK = 8
 """SGLang 0.5.23 refuses prompts of context - 6 tokens and clips prompt + answer at context - 2 (tp_worker.py)."""

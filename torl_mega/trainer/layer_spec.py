@@ -57,7 +57,7 @@ def block_spec(config: TransformerConfig, kind: SpecKind, vp_stage: int | None) 
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    from torl_mega.trainer.cpu_attention import SdpaCoreAttention
+    from torl_mega.trainer.cpu.attention import SdpaCoreAttention
 
     spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     layer: Any = spec.submodules

@@ -30,20 +30,22 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from torl_mega.algo.loss import loss_weights, policy_loss
 from torl_mega.config import Config
-from torl_mega.data.packing import Plan, plan
 from torl_mega.errors import ConfigError, GuardError
 from torl_mega.interfaces import NamedTensor
-from torl_mega.trainer import checkpoint, cpu_backend, parallel
-from torl_mega.trainer.hf_io import HfReader, write_hf
+from torl_mega.layout import check_layout, describe_model, read_hf_config
+from torl_mega.trainer import parallel
+from torl_mega.trainer.cpu import backend as cpu_backend
 from torl_mega.trainer.layer_spec import choose_spec
-from torl_mega.trainer.layout import check_layout, describe_model, read_hf_config
 from torl_mega.trainer.micro_batch import MicroBatch, build_micro_batch
 from torl_mega.trainer.model import build_chunks, transformer_config
 from torl_mega.trainer.optimizer import build_optimizer, finalize_without_division, wrap_ddp
+from torl_mega.trainer.packing import Plan, plan
 from torl_mega.trainer.pipeline import schedule_arguments
 from torl_mega.trainer.precision import check_precision, this_machine, token_multiple
-from torl_mega.trainer.reshard import WeightMap
 from torl_mega.trainer.vocab_parallel import token_logprobs
+from torl_mega.trainer.weights import checkpoint
+from torl_mega.trainer.weights.hf_io import HfReader, write_hf
+from torl_mega.trainer.weights.reshard import WeightMap
 from torl_mega.types import Sample, TrainSample
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

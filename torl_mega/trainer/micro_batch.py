@@ -63,7 +63,7 @@ def build_micro_batch(
     target = np.concatenate(targets) if targets else np.zeros(0, np.int64)
     place = np.concatenate(where) if where else np.zeros(0, np.int64)
     if context_size > 1:
-        from torl_mega.trainer.cpu_attention import zigzag
+        from torl_mega.trainer.cpu.attention import zigzag
 
         held = zigzag(bounds.tolist(), context_size, context_rank)
         local = np.full(len(ids), -1, np.int64)
@@ -103,7 +103,7 @@ def _packed_params(
     }
     if not on_cpu:
         return PackedSeqParams(**common)
-    from torl_mega.trainer.cpu_attention import CpuPackedSeqParams, length_groups
+    from torl_mega.trainer.cpu.attention import CpuPackedSeqParams, length_groups
 
     if context_size > 1:
         return CpuPackedSeqParams(**common)

@@ -18,8 +18,8 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from torl_mega.config import ParallelConfig, TrainerConfig
+from torl_mega.layout import ModelShape, padded_vocab
 from torl_mega.trainer.layer_spec import SpecKind, block_spec
-from torl_mega.trainer.layout import ModelShape, padded_vocab
 from torl_mega.trainer.precision import precision_settings
 from torl_mega.trainer.vocab_parallel import defer_projection
 

@@ -71,13 +71,13 @@ def _threads_per_rank(world_size: int, share_cores: bool) -> int:
 
 def _build_groups(parallel: ParallelConfig, trainer: TrainerConfig) -> None:
     """Megatron's groups on the running process group."""
-    from torl_mega.trainer import cpu_backend
+    from torl_mega.trainer.cpu import backend as cpu_backend
 
     on_cpu = cpu_backend.install()
     from megatron.core import parallel_state, tensor_parallel
 
     if on_cpu:
-        from torl_mega.trainer import cpu_adam
+        from torl_mega.trainer.cpu import adam as cpu_adam
 
         cpu_adam.install()
     parallel_state.initialize_model_parallel(

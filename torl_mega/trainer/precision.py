@@ -133,10 +133,10 @@ def report() -> dict[str, Any]:
 
 def active_optimizer() -> str:
     """Module path of the Adam that training uses on this machine."""
-    from torl_mega.trainer import cpu_backend
+    from torl_mega.trainer.cpu import backend as cpu_backend
 
     if cpu_backend.install():
-        from torl_mega.trainer import cpu_adam
+        from torl_mega.trainer.cpu import adam as cpu_adam
 
         cpu_adam.install()
     import megatron.core.optimizer as megatron_optimizer

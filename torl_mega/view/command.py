@@ -15,8 +15,8 @@ from pathlib import Path
 
 from torl_mega.data.tokenizer import Tokenizer
 from torl_mega.errors import DataError
-from torl_mega.rollout.audit import Audit, audit_files
 from torl_mega.rollout.recorder import read_rows, step_path, trajectory_from_json
+from torl_mega.rollout.token_audit import Audit, audit_files
 from torl_mega.view.page import Scored, trajectories_page
 
 

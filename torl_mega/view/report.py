@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from torl_mega.errors import DataError
-from torl_mega.metrics import Row, read_rows
+from torl_mega.run.metrics import Row, read_rows
 from torl_mega.view.page import environment, style
 from torl_mega.view.spans import visible
 

@@ -12,7 +12,7 @@ CASES = [
     Hostile("builtins_gone", "empty the builtins", "import builtins\nfor n in list(vars(builtins)):\n    if n not in ('__build_class__',): delattr(builtins, n)\n", ANY),
     Hostile("print_replaced", "replace print and open", "import builtins\nbuiltins.print = builtins.open = None\n", OK),
     Hostile("sys_modules_gone", "empty sys.modules", "import sys\nsys.modules.clear()\n", ANY),
-    Hostile("poison_torl", "reach the zygote's modules", "import sys\ntry:\n    import torl_mega.sandbox.zygote; print('ESCAPED')\nexcept (ImportError, OSError): print('refused')\n", stdout="refused\n"),
+    Hostile("poison_torl", "reach the zygote's modules", "import sys\ntry:\n    import torl_mega.sandbox.jail.zygote; print('ESCAPED')\nexcept (ImportError, OSError): print('refused')\n", stdout="refused\n"),
     Hostile("poison_module", "shadow a library for the next snippet", "open('sympy.py', 'w').write('raise SystemExit(3)')\nopen('numpy.py', 'w').write('raise SystemExit(3)')\n", OK),
     Hostile("poison_sitecustomize", "leave a sitecustomize", "open('sitecustomize.py', 'w').write('print(1)')\nopen('usercustomize.py', 'w').write('print(1)')\n", OK),
     Hostile("patch_sympy", "change sympy in memory for the next snippet", "import sympy\nsympy.solve = lambda *a: 'poisoned'\nsympy.Integer.__add__ = None\n", OK),

@@ -1,0 +1,237 @@
+"""Evaluates an expression tree at fixed points, exactly where it is rational.
+
+    Node ─evaluate─► exact Fraction where possible, else 60-digit complex number
+
+Two expressions are equal when they agree at every sample point (Schwartz-Zippel, with real points of all sizes and
+signs). That is deterministic, needs no simplification and cannot hang: sizes and exponents are bounded, and what goes
+over a bound or is not defined raises `Unreadable`.
+
+Limits: powers of negative numbers are principal values, except where an odd root is real. Integer powers above 40,000
+bits are not evaluated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+import mpmath
+from mpmath import mp
+from mpmath.libmp.libhyper import NoConvergence
+
+from torl_mega.reward.answers.syntax import Node, symbols
+from torl_mega.reward.answers.tokens import Unreadable
+
+_MAX_BITS = 40_000
+_MAX_EXPONENT = 10**7
+_DIGITS = 60
+_CLOSE = mpmath.mpf(10) ** -45
+
+Value = Fraction | mpmath.mpc
+
+_SCALES = (
+    1,
+    7,
+    Fraction(1, 5),
+    40,
+    1,
+    9,
+    Fraction(1, 3),
+    60,
+)  # samples of all sizes; positive ones, then of mixed sign
+NUM_POINTS = len(_SCALES)
+
+
+def evaluate(node: Node, point: int) -> Value:
+    """The value with each symbol at its number for `point` in range(NUM_POINTS). Raises Unreadable where undefined."""
+    with mp.workdps(_DIGITS):
+        try:
+            return _tidy(_eval(node, point))
+        except (ZeroDivisionError, ValueError, OverflowError, TypeError, NoConvergence):
+            raise Unreadable("not defined") from None
+
+
+def same_everywhere(a: Node, b: Node) -> bool:
+    """Equal at every point where both are defined, at three of them at least. Raises Unreadable when there are fewer."""
+    names = symbols(a) | symbols(b)
+    if not names:
+        return close(evaluate(a, 0), evaluate(b, 0))
+    agreed = 0
+    for point in range(NUM_POINTS):
+        try:
+            x, y = evaluate(a, point), evaluate(b, point)
+        except Unreadable:
+            continue
+        if not close(x, y):
+            return False
+        agreed += 1
+    if agreed < 3:
+        raise Unreadable("defined at too few points")
+    return True
+
+
+def close(a: Value, b: Value) -> bool:
+    """Equal, to 45 digits where one of them is not exact."""
+    if isinstance(a, Fraction) and isinstance(b, Fraction):
+        return a == b
+    with mp.workdps(_DIGITS):
+        x, y = _float(a), _float(b)
+        return abs(x - y) <= _CLOSE * max(abs(x), abs(y))
+
+
+def _eval(node: Node, point: int) -> Value:
+    if node.kind == "num":
+        assert node.value is not None
+        return _bounded(node.value)
+    if node.kind == "sym":
+        return _sample(node.name, point)
+    if node.kind == "const":
+        return mpmath.mpc({"pi": mp.pi, "e": mp.e, "i": mpmath.mpc(0, 1)}[node.name])
+    if node.kind == "fn":
+        return _call(node.name, [_eval(a, point) for a in node.args])
+    args = [_eval(a, point) for a in node.args]
+    if node.kind == "neg":
+        return -args[0]
+    if node.kind == "add":
+        return _sum(args)
+    if node.kind == "mixed":
+        return _sum(args)
+    if node.kind == "mul":
+        return _mul(args[0], args[1])
+    if node.kind == "div":
+        if args[1] == 0:
+            raise ZeroDivisionError
+        return _mul(args[0], 1 / args[1])
+    assert node.kind == "pow"
+    return _pow(args[0], args[1])
+
+
+def _sum(args: list[Value]) -> Value:
+    if all(isinstance(a, Fraction) for a in args):
+        return _bounded(sum(args, Fraction(0)))  # type: ignore[arg-type]
+    floats = [_float(a) for a in args]
+    total = sum(floats, mpmath.mpc(0))
+    if abs(total) < max(abs(x) for x in floats) * mpmath.mpf(10) ** (10 - _DIGITS):
+        return Fraction(0)  # cancelled to rounding noise
+    return total
+
+
+def _mul(a: Value, b: Value) -> Value:
+    if isinstance(a, Fraction) and isinstance(b, Fraction):
+        return _bounded(a * b)
+    return _float(a) * _float(b)
+
+
+def _pow(base: Value, exponent: Value) -> Value:
+    if isinstance(exponent, Fraction) and exponent.denominator == 1 and isinstance(base, Fraction):
+        bits = max(base.numerator.bit_length(), base.denominator.bit_length())
+        if abs(exponent) * bits > _MAX_BITS and abs(base) not in (0, 1):
+            raise Unreadable("power too large")
+        if base == 0 and exponent <= 0:
+            raise ZeroDivisionError
+        return base ** int(exponent)
+    x, y = _float(base), _float(exponent)
+    if abs(y) > _MAX_EXPONENT:
+        raise Unreadable("exponent too large")
+    if x == 0:
+        if y.real > 0:
+            return Fraction(0)
+        raise ZeroDivisionError
+    if x.imag == 0 and x.real < 0 and isinstance(exponent, Fraction) and exponent.denominator % 2:
+        return mpmath.power(-x, y) * (-1) ** (exponent.numerator % 2)  # the real value, as of odd roots
+    return mpmath.power(x, y)
+
+
+def _call(name: str, args: list[Value]) -> Value:
+    x = args[0]
+    if name == "root":
+        return _root(x, args[1])
+    if name == "factorial":
+        return _factorial(x)
+    if name == "binom":
+        return _binomial(x, args[1])
+    if name == "abs":
+        return abs(x) if isinstance(x, Fraction) else mpmath.mpc(abs(_float(x)))
+    if name in ("floor", "ceil"):
+        value = _float(x)
+        if value.imag != 0 or abs(value) > mpmath.mpf(10) ** 40:
+            raise Unreadable("rounding of what is not a real number")
+        return Fraction(int(mpmath.floor(value.real) if name == "floor" else mpmath.ceil(value.real)))
+    z = _float(x)
+    if name in ("log", "ln", "lg"):
+        if z == 0:
+            raise ZeroDivisionError
+        base = _float(args[1]) if len(args) > 1 else None
+        if base is None and name == "lg":
+            base = mpmath.mpc(10)
+        return mpmath.log(z) if base is None else mpmath.log(z) / mpmath.log(base)
+    if abs(z) > 10**6:
+        raise Unreadable("argument too large")
+    result = mpmath.mpc(getattr(mpmath, name)(z))
+    return Fraction(0) if abs(result) < mpmath.mpf(10) ** (10 - _DIGITS) and name != "exp" else result  # sin(pi)
+
+
+def _root(x: Value, exponent: Value) -> Value:
+    if isinstance(x, Fraction) and x >= 0 and isinstance(exponent, Fraction) and exponent.numerator == 1:
+        degree = exponent.denominator
+        exact = _exact_root(x.numerator, degree), _exact_root(x.denominator, degree)
+        if exact[0] is not None and exact[1] is not None:
+            return Fraction(exact[0], exact[1])
+    if isinstance(x, Fraction) and x < 0 and isinstance(exponent, Fraction) and exponent.denominator % 2:
+        return -_root(-x, exponent)  # the real odd root, as everybody writes it
+    return _pow(x, exponent)
+
+
+def _exact_root(n: int, degree: int) -> int | None:
+    if degree > 64:
+        return None
+    guess = int(mpmath.nint(mpmath.root(n, degree)))
+    return guess if guess**degree == n else None
+
+
+def _factorial(x: Value) -> Value:
+    if isinstance(x, Fraction) and x.denominator == 1 and 0 <= x <= 3000:
+        return Fraction(math.factorial(int(x)))
+    if isinstance(x, Fraction):
+        raise Unreadable("factorial out of range")
+    if abs(_float(x)) > 1000:
+        raise Unreadable("factorial out of range")
+    return mpmath.mpc(mpmath.factorial(_float(x)))
+
+
+def _binomial(n: Value, k: Value) -> Value:
+    if isinstance(n, Fraction) and isinstance(k, Fraction) and n.denominator == k.denominator == 1:
+        if not (0 <= k <= 2000 and abs(n) <= 20_000):
+            raise Unreadable("binomial out of range")
+        return Fraction(math.comb(int(n), int(k)) if n >= 0 else (-1) ** int(k) * math.comb(int(k - n) - 1, int(k)))
+    return mpmath.mpc(mpmath.binomial(_float(n), _float(k)))
+
+
+def _bounded(x: Fraction) -> Fraction:
+    if x.numerator.bit_length() > _MAX_BITS or x.denominator.bit_length() > _MAX_BITS:
+        raise Unreadable("number too large")
+    return x
+
+
+def _float(x: Value) -> Any:
+    return mpmath.mpc(mpmath.mpf(x.numerator) / x.denominator) if isinstance(x, Fraction) else mpmath.mpc(x)
+
+
+def _tidy(x: Value) -> Value:
+    if isinstance(x, Fraction):
+        return x
+    if not (mpmath.isfinite(x.real) and mpmath.isfinite(x.imag)):
+        raise Unreadable("not finite")
+    return x
+
+
+@lru_cache(maxsize=4096)
+def _sample(name: str, point: int) -> Fraction:
+    """A fixed fraction for a symbol, of the point's size; positive at the first points, of either sign at the others."""
+    digest = hashlib.blake2b(f"{name}:{point}".encode(), digest_size=8).digest()
+    share = int.from_bytes(digest[:4], "big") / 2**32
+    value = Fraction(501 + int(share * 2497), 997) * _SCALES[point]
+    return -value if point >= NUM_POINTS // 2 and digest[7] % 2 else value

@@ -1,0 +1,350 @@
+"""Reads the outer form of a normalised answer: list, tuple or interval, set, union, matrix, relation, or one scalar.
+
+    "(-\\infty, 2) \\cup (3, \\infty)"  ─►  Union(Tuple("(", …, ")"), Tuple("(", …, ")"))
+
+Only the form is read here; scalars stay text and are left to `expression`. Contract: linear passes over a text of bounded
+length, depth bounded, no evaluation. Raises Unreadable for what has no consistent form.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+from torl_mega.reward.answers.normalize import strip_outer
+from torl_mega.reward.answers.tokens import Unreadable
+
+MAX_ITEMS = 64
+_MAX_DEPTH = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Scalar:
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Items:
+    """Things in a row without brackets; `joint` is how they are joined: `,`, `or` or `and`."""
+
+    items: tuple[Form, ...]
+    joint: str = ","
+
+
+@dataclass(frozen=True, slots=True)
+class Tuple:
+    """In brackets, in order; with two items it may as well be an interval. Angle brackets are round ones."""
+
+    opening: str
+    items: tuple[Form, ...]
+    closing: str
+
+
+@dataclass(frozen=True, slots=True)
+class Set:
+    items: tuple[Form, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Union:
+    parts: tuple[Form, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    left: Form
+    right: Form
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    rows: tuple[tuple[Form, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """`3:4`, and times of day; equal only part by part."""
+
+    parts: tuple[Form, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Relation:
+    """`sides[0] operators[0] sides[1] …`"""
+
+    sides: tuple[str, ...]
+    operators: tuple[str, ...]  # = \\ne < > \\le \\ge \\approx \\equiv
+
+
+Form = Scalar | Items | Tuple | Set | Union | Difference | Matrix | Ratio | Relation
+
+_MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix|smallmatrix|array)\}(?:\{[^{}]*\})?(.*)\\end\{\1\}", re.DOTALL)
+_RELATIONS = ("\\approx", "\\equiv", "\\ne", "\\le", "\\ge", "\\sim", "=", "<", ">")
+_JOINTS = (("or", r"\text{or}", " or "), ("and", r"\text{and}", " and "))
+_MEMBER = re.compile(r"^\(?[A-Za-z\\][A-Za-z0-9_{}\\, ]{0,12}\)?\s*\\in(?![A-Za-z])\s*", re.ASCII)
+
+
+@lru_cache(maxsize=4096)
+def read_form(text: str, depth: int = 0) -> Form:
+    """The form of a normalised answer. Raises Unreadable."""
+    if depth > _MAX_DEPTH:
+        raise Unreadable("nested too deep")
+    text = strip_outer(re.sub(r"^(?:=|\\approx(?![A-Za-z]))", "", _MEMBER.sub("", text)))
+    if not text:
+        raise Unreadable("empty")
+    return _joined(text, depth) or _bracketed(text, depth) or _combined(text, depth) or _plain(text, depth)
+
+
+def _joined(text: str, depth: int) -> Form | None:
+    text = re.sub(r"\\text\s*\{\s*,?\s*(or|and)\s*,?\s*\}", r"\\text{\1}", text)
+    text = re.sub(r"(?<=[0-9)\]}])or(?=[ 0-9(\[{\\A-Za-z-])", " or ", text)
+    if groups := _solutions(text, depth):
+        return groups
+    for name, *spellings in _JOINTS:
+        for spelling in spellings:
+            parts = split_top(text, spelling)
+            if len(parts) > 1:
+                return Items(_forms([p for part in parts for p in split_commas(part.strip().strip(","))], depth), name)
+    parts = split_commas(text)
+    if len(parts) == 1:
+        parts = [p for p in split_top(text, ";") if p.strip()]
+    return Items(_forms(parts, depth), ",") if len(parts) > 1 else None
+
+
+def _solutions(text: str, depth: int) -> Form | None:
+    """`x=1, y=2 or x=2, y=1` (or with a semicolon): a list of systems, each a tuple of what the names are given."""
+    if text.count("=") < 4:
+        return None
+    for separator in (";", r"\text{or}", " or "):
+        systems = [[item for item in split_commas(part) if item.strip()] for part in split_top(text, separator)]
+        if len(systems) > 1 and all(len(s) > 1 and all("=" in item for item in s) for s in systems):
+            return Items(tuple(Tuple("(", _forms(system, depth), ")") for system in systems), "or")
+    return None
+
+
+def _bracketed(text: str, depth: int) -> Form | None:
+    if match := _MATRIX.fullmatch(_unwrap_matrix(text)):
+        return _matrix(match[2], depth)
+    if text in ("\\emptyset", "\\{\\}", "\\{ \\}"):
+        return Set(())
+    if text.startswith("\\{") and _spans(text, "\\{", "\\}"):
+        inside = text[2:-2]
+        if len(split_top(inside, "|")) == 2 or len(split_top(inside, ":")) == 2:
+            return _set_builder(inside, depth)
+        return Set(_forms(split_commas(inside), depth))
+    if text.startswith("\\langle") and text.endswith("\\rangle"):
+        return Tuple("(", _forms(split_commas(text[7:-7]), depth), ")")
+    if text[0] in "([" and text[-1] in ")]" and _spans_any(text):
+        parts = split_top(text[1:-1], ";")
+        if len(parts) == 1:
+            parts = split_commas(text[1:-1], thousands=False)
+        if len(parts) > 1:
+            return Tuple(text[0], _forms(parts, depth), text[-1])
+        if text[0] == "(" and text[-1] == ")" and _has_form(text[1:-1]):
+            return read_form(text[1:-1], depth + 1)
+    return None
+
+
+def _combined(text: str, depth: int) -> Form | None:
+    parts = split_top(text, "\\cup")
+    if len(parts) == 1:
+        parts = split_top(text, " U ")
+    if len(parts) > 1:
+        return Union(_forms(parts, depth))
+    parts = split_top(text, "\\setminus")
+    if len(parts) == 2:
+        return Difference(read_form(parts[0], depth + 1), read_form(parts[1], depth + 1))
+    return None
+
+
+def _plain(text: str, depth: int) -> Form:
+    relation = _relation(text)
+    if relation is not None:
+        return relation
+    if len(parts := split_top(text, ":")) > 1:
+        return Ratio(_forms(parts, depth))
+    if "\\pm" in text or "\\mp" in text:
+        return _plus_minus(text, depth)
+    return Scalar(text)
+
+
+def _relation(text: str) -> Relation | None:
+    if not any(operator in text for operator in _RELATIONS):
+        return None
+    pieces, operators, depth, at, start = [], [], 0, 0, 0
+    while at < len(text):
+        if depth == 0:
+            operator = next(
+                (r for r in _RELATIONS if text.startswith(r, at) and _ends_word(text, at + len(r), r)), None
+            )
+            if operator is not None:
+                pieces.append(text[start:at].strip())
+                operators.append(operator)
+                at = start = at + len(operator)
+                continue
+        depth += _depth_step(text, at)
+        at += 2 if text[at] == "\\" else 1
+    if not operators:
+        return None
+    pieces.append(text[start:].strip())
+    if not all(pieces) or len(operators) > 12:
+        raise Unreadable("a relation with an empty side")
+    return Relation(tuple(pieces), tuple(operators))
+
+
+def _ends_word(text: str, end: int, operator: str) -> bool:
+    return not (operator.startswith("\\") and operator[-1].isalpha()) or not text[end : end + 1].isalpha()
+
+
+def _plus_minus(text: str, depth: int) -> Form:
+    if text.count("\\pm") + text.count("\\mp") > 2:
+        raise Unreadable("more than two signs")
+    upper = text.replace("\\pm", "+").replace("\\mp", "-")
+    lower = text.replace("\\pm", "-").replace("\\mp", "+")
+    both = [strip_outer(t).removeprefix("+").strip() for t in (upper, lower)]
+    return Items(_forms(both, depth), "or")
+
+
+def _set_builder(inside: str, depth: int) -> Form:
+    """`\\{x : x > 2\\}` is the relation, with what stands before the bar taken as its variable."""
+    parts = split_top(inside, "|")
+    condition = (parts if len(parts) == 2 else split_top(inside, ":"))[1]
+    form = read_form(condition, depth + 1)
+    if isinstance(form, Relation | Items):
+        return form
+    raise Unreadable("a set whose condition is not a relation")
+
+
+def _matrix(body: str, depth: int) -> Matrix:
+    rows = [row for row in re.split(r"\\\\|\\cr(?![a-z])", body.replace("\\hline", "")) if row.strip()]
+    if not rows or len(rows) > MAX_ITEMS:
+        raise Unreadable("a matrix without rows")
+    read = tuple(tuple(read_form(cell, depth + 1) for cell in row.split("&")) for row in rows)
+    if len({len(row) for row in read}) != 1:
+        raise Unreadable("rows of unlike length")
+    return Matrix(read)
+
+
+def _unwrap_matrix(text: str) -> str:
+    if text[0] in "([|" and text[-1] in ")]|" and "\\begin{" in text[:12]:
+        return text[1:-1].strip()
+    return text
+
+
+def _forms(parts: list[str], depth: int) -> tuple[Form, ...]:
+    if len(parts) > MAX_ITEMS:
+        raise Unreadable("too many items")
+    flat: list[Form] = []
+    for part in parts:
+        form = read_form(part, depth + 1)
+        if isinstance(form, Items):  # a plus-minus, or a list in a list
+            flat.extend(form.items)
+        else:
+            flat.append(form)
+    return tuple(flat)
+
+
+def _has_form(text: str) -> bool:
+    """Whether brackets around `text` only group: there is more than a scalar inside."""
+    return "," in text or bool(re.search(r"\\cup|\\begin\{|\\setminus|[=<>]|\\le|\\ge|\\pm", text))
+
+
+# ------------------------------------------------------------------------------------------------ splitting
+
+
+def split_commas(text: str, *, thousands: bool = True) -> list[str]:
+    """At top-level commas. A comma inside `1,234` is part of the number where no space follows it and groups are of three."""
+    parts = split_top(text, ", ")
+    if len(parts) == 1 or not thousands:
+        parts = [p for part in parts for p in ([part] if thousands and is_grouped(part) else split_top(part, ","))]
+    else:
+        parts = [p for part in parts for p in ([part] if is_grouped(part) else split_top(part, ","))]
+    return parts
+
+
+def is_grouped(text: str) -> bool:
+    return bool(
+        re.fullmatch(r"\s*[-+]?\s*(?:\\dollar)?\s*[1-9][0-9]{0,2}(,[0-9]{3})+(\.[0-9]+)?\b.*", text, re.ASCII)
+    ) and not (re.search(r",[0-9]{3}[0-9]|,(?![0-9]{3})", text))
+
+
+def split_top(text: str, separator: str) -> list[str]:
+    """At `separator` outside of all brackets and braces."""
+    if separator not in text:
+        return [text]
+    parts, depth, at, start = [], 0, 0, 0
+    while at < len(text):
+        if depth == 0 and text.startswith(separator, at) and _ends_word(text, at + len(separator), separator):
+            parts.append(text[start:at])
+            at = start = at + len(separator)
+            continue
+        depth += _depth_step(text, at)
+        at += 2 if text[at] == "\\" else 1
+    return [*parts, text[start:]]
+
+
+_STEPS = {"{": 1, "(": 1, "[": 1, "}": -1, ")": -1, "]": -1}
+
+
+def _depth_step(text: str, at: int) -> int:
+    if text[at] == "\\":
+        if text.startswith(("\\{", "\\langle", "\\begin"), at):
+            return 1
+        return -1 if text.startswith(("\\}", "\\rangle", "\\end"), at) else 0
+    return _STEPS.get(text[at], 0)
+
+
+def _spans(text: str, opening: str, closing: str) -> bool:
+    return text.endswith(closing) and _spans_any(text)
+
+
+def _spans_any(text: str) -> bool:
+    """Whether the bracket that opens the text is closed by its very last character."""
+    depth, at = 0, 0
+    while at < len(text):
+        depth += _depth_step(text, at)
+        at += 2 if text[at] == "\\" else 1
+        if depth == 0:
+            return at >= len(text)
+    return False
+
+
+# ------------------------------------------------------------------------------------------------ relations
+
+_NAME = re.compile(
+    r"\(?\s*(?:\\(?:angle|triangle|overline|vec|mathbf|text|measuredangle|Delta)?\s*\{?)?[A-Za-z\\|][A-Za-z0-9_{}'|:\\ ]{0,16}"
+    r"(?:\([A-Za-z0-9_+\-, ]{0,12}\))?(?:\s*,\s*[A-Za-z]){0,3}\s*\)?",
+    re.ASCII,
+)
+
+_QUOTIENT = re.compile(r"\\frac\s*\{([^{}]+)\}\s*\{([^{}]+)\}|([^/{}]+)/([^/{}]+)")
+_ANGLE_FUNCTION = re.compile(r"^\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])\s*")
+
+
+def is_name(text: str) -> bool:
+    """Something that a value is given to: x, x_1, f(x), AB, \\angle ABC, |AB|, (x, y), A:B, \\frac{AB}{CD}, \\tan A."""
+    text = text.strip()
+    if match := _QUOTIENT.fullmatch(text):
+        return is_name(match[1] or match[3]) and is_name(match[2] or match[4])
+    text = _ANGLE_FUNCTION.sub("", text)
+    return _NAME.fullmatch(text) is not None and not re.search(r"\\(?:frac|sqrt|pi|sin|cos|tan|log|ln)", text)
+
+
+def is_equation(relation: Relation) -> bool:
+    return set(relation.operators) <= {"=", "\\approx", "\\equiv"}
+
+
+def last_exact(relation: Relation) -> Form:
+    """The last side before an approximation: 1/3 of `x = 5/15 = 1/3 \\approx 0.33`."""
+    sides = relation.sides
+    if "\\approx" in relation.operators and relation.operators[0] != "\\approx":
+        sides = sides[: relation.operators.index("\\approx") + 1]
+    return read_form(sides[-1])
+
+
+def assigned(relation: Relation) -> Form | None:
+    """What a name is given: 5 of `x = 5` and of `5 = x`; None for an equation such as `2x + z = 1`."""
+    if is_name(relation.sides[0]):
+        return last_exact(relation)
+    return read_form(relation.sides[0]) if len(relation.sides) == 2 and is_name(relation.sides[1]) else None

@@ -1,0 +1,302 @@
+"""The grader process: checks answers in forked children that can be killed. Run as `python -m torl_mega.reward.grader_process`.
+
+    Grader (trainer's event loop) ──stdin: one JSON request a line──►  this process  ──pipe──►  child, child, …
+                                 ◄─stdout: one JSON reply a line────   (one thread)  ◄────────  (forked, import nothing)
+
+Requests are `[id, answer, gold, problem]`, replies `[id, outcome]` with outcome `right`, `wrong`, `timeout` or `fault`.
+
+Contract: every request gets exactly one reply. A child that runs past the limit is killed and its answer is a `timeout`.
+A child that dies of itself has its answer tried once more in a fresh child. When that one dies too, of a crash or of its
+memory limit, the answer did it and counts as `timeout`; when something killed it from outside, it is a `fault`.
+
+An answer that runs longer than `_ASIDE_S` is set aside: it keeps running at low priority while a fresh child takes its
+place, so hanging answers wait for their limit side by side and never in a queue. Of those that wait the longest text goes
+first: what is likely to take long begins early, and its limit ends early.
+
+The limit is wall-clock time, but no answer times out before it had `timeout_s / 50` seconds of CPU or three times
+the limit, so a crowded machine does not turn ordinary answers into timeouts.
+
+Limits: Linux (fork, /proc, prctl). The process ends, and its children with it, when its stdin closes or its parent dies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import heapq
+import json
+import os
+import resource
+import selectors
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+from torl_mega.process import start as process
+
+_ASIDE_S = 0.02  # fifty times an ordinary answer
+_ASIDE_NICE = 10
+_MAX_ASIDE = 64
+_RECYCLE_AFTER = 20_000  # sympy's caches grow for ever; a fresh fork starts with the warm ones again
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(slots=True)
+class _Job:
+    identity: int
+    answer: str
+    gold: str
+    problem: str
+    tries: int = 0
+
+    def __lt__(self, other: _Job) -> bool:
+        """Longer ones first, then in the order of their coming: for the heap of those that wait."""
+        return (-len(self.answer) - len(self.gold), self.identity) < (
+            -len(other.answer) - len(other.gold),
+            other.identity,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class _Child:
+    pid: int
+    to_child: int
+    from_child: int
+    job: _Job | None = None
+    started: float = 0.0
+    cpu_at_start: float = 0.0
+    buffer: bytes = b""
+    num_done: int = 0
+    aside: bool = False
+
+
+@dataclass(slots=True)
+class _Pool:
+    workers: int
+    timeout_s: float
+    memory_mb: int
+    selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
+    waiting: list[_Job] = field(default_factory=list)  # a heap
+    children: list[_Child] = field(default_factory=list)
+    dying: list[int] = field(default_factory=list)  # pids that were killed and must still be reaped
+    pending: bytes = b""
+
+    # ---------------------------------------------------------------- main loop
+
+    def serve(self) -> None:
+        """Until stdin closes or the parent is gone."""
+        parent = os.getppid()
+        os.set_blocking(0, False)
+        self.selector.register(0, selectors.EVENT_READ, None)
+        while True:
+            self._assign()
+            for key, _ in self.selector.select(timeout=self._wait_s()):
+                if key.data is None:
+                    if not self._read_requests():
+                        return
+                elif key.data in self.children:
+                    self._read_outcome(key.data)
+            self._watch_clocks()
+            self._reap()
+            if os.getppid() != parent:
+                return
+
+    def close(self) -> None:
+        for child in list(self.children):
+            self._kill(child)
+        for pid in self.dying:
+            os.waitpid(pid, 0)
+
+    def _wait_s(self) -> float:
+        """Until the next clock that `_watch_clocks` looks at; a second when none runs, for a parent that has gone."""
+        now, next_s = time.monotonic(), 0.05 if self.dying else 1.0
+        for child in self.children:
+            if child.job is not None:
+                limit_s = self.timeout_s if child.aside else _ASIDE_S
+                left_s = child.started + limit_s - now
+                next_s = min(next_s, left_s if left_s > 0 else 0.05)  # past it: looked at now and then
+        return next_s
+
+    def _read_requests(self) -> bool:
+        try:
+            data = os.read(0, 1 << 20)
+        except BlockingIOError:
+            return True
+        if not data:
+            return False
+        *lines, self.pending = (self.pending + data).split(b"\n")
+        for line in lines:
+            heapq.heappush(self.waiting, _Job(*json.loads(line)))
+        return True
+
+    def _assign(self) -> None:
+        while self.waiting:
+            child = next((c for c in self.children if c.job is None), None)
+            if child is None:
+                if sum(not c.aside for c in self.children) >= self.workers:
+                    return
+                child = self._fork()
+            job = heapq.heappop(self.waiting)
+            job.tries += 1
+            child.job, child.started, child.cpu_at_start = job, time.monotonic(), _cpu_s(child.pid)
+            request = json.dumps([job.answer, job.gold, job.problem]).encode() + b"\n"
+            try:
+                _write_all(child.to_child, request)
+            except BrokenPipeError:
+                self._lost(child)
+
+    def _read_outcome(self, child: _Child) -> None:
+        data = os.read(child.from_child, 64)
+        if not data:
+            self._lost(child)
+            return
+        child.buffer += data
+        if child.buffer.endswith(b"\n"):
+            outcome, child.buffer = child.buffer.decode().strip(), b""
+            self._done(child, outcome)
+
+    def _done(self, child: _Child, outcome: str) -> None:
+        assert child.job is not None
+        _reply(child.job, outcome)
+        child.job, child.num_done = None, child.num_done + 1
+        if child.aside or child.num_done >= _RECYCLE_AFTER:
+            self._kill(child)
+
+    def _lost(self, child: _Child) -> None:
+        """The child died of itself: its answer gets one more try."""
+        job = child.job
+        self._forget(child)
+        with contextlib.suppress(ProcessLookupError):  # it has closed its pipe, so it is ending
+            os.kill(child.pid, signal.SIGKILL)
+        _, status = os.waitpid(child.pid, 0)
+        if job is None:
+            return
+        if job.tries < 2:
+            heapq.heappush(self.waiting, job)
+        else:
+            _reply(job, "fault" if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL else "timeout")
+
+    def _watch_clocks(self) -> None:
+        now = time.monotonic()
+        for child in [c for c in self.children if c.job is not None]:
+            running_s = now - child.started
+            if running_s > self.timeout_s and (
+                running_s > 3 * self.timeout_s or _cpu_s(child.pid) - child.cpu_at_start >= self.timeout_s / 50
+            ):
+                assert child.job is not None
+                _reply(child.job, "timeout")
+                child.job = None
+                self._kill(child)
+            elif running_s > _ASIDE_S and not child.aside and sum(c.aside for c in self.children) < _MAX_ASIDE:
+                child.aside = True
+                with contextlib.suppress(ProcessLookupError):
+                    os.setpriority(os.PRIO_PROCESS, child.pid, _ASIDE_NICE)
+
+    # ---------------------------------------------------------------- children
+
+    def _fork(self) -> _Child:
+        request_read, request_write = os.pipe()
+        outcome_read, outcome_write = os.pipe()
+        own_pid = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            process.die_with_parent(own_pid)
+            inherited = [fd for c in self.children for fd in (c.to_child, c.from_child)]
+            for fd in (*inherited, request_write, outcome_read):
+                os.close(fd)
+            _child_main(request_read, outcome_write, self.memory_mb)
+        os.close(request_read)
+        os.close(outcome_write)
+        child = _Child(pid, request_write, outcome_read)
+        self.children.append(child)
+        self.selector.register(outcome_read, selectors.EVENT_READ, child)
+        return child
+
+    def _kill(self, child: _Child) -> None:
+        """Ends a child. It is reaped later: one of many that compute at low priority takes a while to be gone."""
+        self._forget(child)
+        os.kill(child.pid, signal.SIGKILL)
+        self.dying.append(child.pid)
+
+    def _forget(self, child: _Child) -> None:
+        self.selector.unregister(child.from_child)
+        self.children.remove(child)
+        os.close(child.to_child)
+        os.close(child.from_child)
+
+    def _reap(self) -> None:
+        self.dying = [pid for pid in self.dying if os.waitpid(pid, os.WNOHANG)[0] == 0]
+
+
+def _child_main(request_fd: int, outcome_fd: int, memory_mb: int) -> NoReturn:
+    """Answers requests until the pipe closes. Whatever a check raises means that the answer could not be shown right."""
+    from torl_mega.reward.answers.check import grade
+
+    if memory_mb:
+        with open("/proc/self/statm") as file:
+            used = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (used + (memory_mb << 20), used + (memory_mb << 20)))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    requests = os.fdopen(request_fd, "rb")
+    for line in requests:
+        try:
+            outcome = "right" if grade(*json.loads(line)) else "wrong"
+        except MemoryError:
+            os._exit(1)  # what is left of this process is not to be trusted
+        except Exception:  # sympy raises everything there is on hostile input
+            outcome = "wrong"
+        _write_all(outcome_fd, outcome.encode() + b"\n")
+    os._exit(0)
+
+
+def _reply(job: _Job, outcome: str) -> None:
+    _write_all(1, json.dumps([job.identity, outcome]).encode() + b"\n")
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+def _cpu_s(pid: int) -> float:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return float("inf")  # it is gone: the pipe says so next
+    return (int(fields[11]) + int(fields[12])) / _TICKS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="the grader process of torl_mega.reward.grader; speaks on stdin/stdout"
+    )
+    parser.add_argument("--workers", type=int, required=True)
+    parser.add_argument("--timeout-s", type=float, required=True)
+    parser.add_argument("--memory-mb", type=int, required=True)
+    args = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the trainer, which closes this process in order
+    from torl_mega.reward.answers.check import warm_up
+
+    warm_up()
+    gc.collect()
+    gc.freeze()  # children share these pages
+    pool = _Pool(workers=args.workers, timeout_s=args.timeout_s, memory_mb=args.memory_mb)
+    try:
+        _write_all(1, b'"ready"\n')
+        pool.serve()
+    except BrokenPipeError:
+        pass  # the trainer is gone
+    finally:
+        pool.close()
+    sys.stdout = None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""What happens in a new child between the fork and the first line of foreign code.
+
+A child is either forked for a snippet or ahead of one: then it does all that no snippet decides, and waits on a socket.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import socket
+import struct
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torl_mega.sandbox.jail import confine, linux, payload, runner
+
+_MAX_FDS = 8
+
+
+class Job(NamedTuple):
+    """One snippet, as its child gets it."""
+
+    request: dict
+    fds: list[int]  # payload, stdout, stderr (, fetch)
+    scratch: str | None  # tiers B and C: the folder made for it
+
+
+def hand_over(channel: socket.socket, job: Job) -> None:
+    """To a child that waits in `wait_for_job`. Raises OSError when it is gone."""
+    socket.send_fds(channel, [json.dumps([job.request, job.scratch]).encode()], job.fds)
+
+
+def wait_for_job(channel: socket.socket) -> Job:
+    message, fds, _, _ = socket.recv_fds(channel, 65536, _MAX_FDS)
+    if not message:
+        os._exit(0)  # the zygote ends
+    request, scratch = json.loads(message)
+    return Job(request, fds, scratch)
+
+
+def become(
+    cage: confine.Cage, get_job: Callable[[], Job], stamp: int, flags: mmap.mmap, slot: int, parent: int
+) -> None:
+    """Everything between fork and foreign code. Does not return."""
+    leave = os._exit
+    try:
+        confine.die_with_parent(parent)
+        os.setsid()
+        runner.reset_signals()
+        confine.prepare_box(cage)
+        request, fds, scratch = get_job()
+        snippet = payload.read(fds[0])
+        box = confine.enter_box(cage, scratch, slot)
+        runner.lay_program(snippet.code)
+        snippet.lay_files()
+        if len(fds) > 3:
+            _hand_out_box(fds[3])
+        os.dup2(snippet.open_stdin(), 0)
+        os.dup2(fds[1], 1)
+        os.dup2(fds[2], 2)
+        os.setpriority(os.PRIO_PROCESS, 0, cage.niceness)
+        main = runner.fresh_look(box, snippet.code, deterministic=cage.settings.deterministic_random)
+        confine.lock(
+            cage, box, memory_mb=request["memory_mb"], cpu_s=request["cpu_s"], nproc=request.get("nproc"), parent=parent
+        )
+        linux.close_range(3, stamp - 1)
+        linux.close_range(stamp + 1)
+        os.write(stamp, b"S" + struct.pack("<d", time.monotonic()))
+        os.close(stamp)
+        stamp = -1
+        runner.run(main, snippet.code, flags)
+    except BaseException as e:
+        if stamp >= 0:
+            os.write(stamp, b"E" + repr(e).encode("utf-8", "replace")[:1000])
+    finally:
+        leave(125)
+
+
+def _hand_out_box(fd: int) -> None:
+    """Gives the pool a handle of the working folder, by which it reads files back after the end."""
+    folder = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    with socket.socket(fileno=os.dup(fd)) as channel:
+        socket.send_fds(channel, [b"box"], [folder])
+    os.close(folder)

@@ -1,0 +1,381 @@
+"""The fork server: one single-threaded process with the maths libraries imported, one confined child per snippet.
+
+    pool ──SEQPACKET: {id, limits} + fds [payload, stdout, stderr (, fetch)]──► zygote ──fork──► child (a slot each)
+    pool ◄─SEQPACKET: {id, wait status, wall, cpu, rss, why killed}──────────── zygote ◄─wait4── child
+
+The zygote is trusted and holds no secret: it never reads a payload, and its environment is made for it. It owns the
+clocks: wall time from the moment foreign code starts (a stamp on a pipe that the child closes first), CPU time from the
+process clock. End of file on the control socket, or SIGTERM, kills every child and removes the scratch folder.
+Tier A keeps one tiny init per slot, in a pid namespace of its own: the snippet joins it, so that signals it sends to
+itself behave as anywhere (they would not for pid 1), and nobody else is there to be seen.
+In a lull the next child is forked ahead of its snippet, which then need not wait for the fork and the mounts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import json
+import mmap
+import os
+import resource
+import select
+import signal
+import socket
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torl_mega.sandbox.jail import confine, linux, runner, scratch
+from torl_mega.sandbox.jail.child import Job, become, hand_over, wait_for_job
+
+_SETUP_S = 20.0  # from fork to the first line of foreign code, on a machine at its limit
+_REAP_S = 0.3  # how long an answer waits for a killed child to be gone (freeing 65,000 maps takes a second)
+_LULL_MS = 1  # without an event, before a child is forked ahead
+_TICK_S = 0.1  # how often a running snippet's scratch folder is measured in tier B
+
+
+@dataclass
+class Child:
+    id: int
+    pid: int
+    slot: int
+    request: dict
+    forked: float
+    stamp_fd: int
+    flags: mmap.mmap
+    box: str | None
+    fetch: bool  # the pool reads files out of the box, and says when it is done
+    started: float | None = None
+    trouble: str = ""
+    answered: bool = False
+    killed: str = ""  # "wall", "cpu", "disk", "output", "cancel", "setup"
+
+
+@dataclass
+class Spare:
+    """A child forked ahead: set up as far as no snippet decides, waiting for one."""
+
+    pid: int
+    slot: int
+    stamp_fd: int
+    flags: mmap.mmap
+    channel: socket.socket
+
+
+class Zygote:
+    def __init__(
+        self, control: socket.socket, cage: confine.Cage, pid_namespaces: list[int], base: scratch.Base | None
+    ) -> None:
+        self.control = control
+        self.cage = cage
+        self.pid_namespaces = pid_namespaces
+        self.free_slots = list(range(cage.settings.slots + confine.SPARE_SLOTS))
+        self.children: dict[int, Child] = {}
+        self.spare: Spare | None = None
+        self.lull_ms = _LULL_MS
+        self.timers: list[tuple[float, int, int]] = []
+        self.boxes: dict[int, str] = {}  # of ended snippets, while the pool reads files out of them
+        self.ended = False
+        self.own_pid = os.getpid()
+        self.base = base
+
+    # -------------------------------------------------------------------------------------------- the loop
+
+    def serve(self) -> None:
+        wake_r, wake_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(wake_w, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGTERM, self._stop)
+        poll = select.poll()
+        poll.register(self.control, select.POLLIN)
+        poll.register(wake_r, select.POLLIN)
+        while not self.ended:
+            poll.modify(self.control, select.POLLIN if self._has_room() else 0)
+            timeout = max(0.0, self.timers[0][0] - time.monotonic()) * 1000 + 1 if self.timers else None
+            may_fork_ahead = self.spare is None and len(self.free_slots) > 0
+            if may_fork_ahead:
+                timeout = min(timeout or self.lull_ms, self.lull_ms)
+            events = dict(poll.poll(timeout))
+            if may_fork_ahead and not events:
+                self._fork_ahead()
+            if wake_r in events:
+                _drain(wake_r)
+                self._reap()
+            self._expire()
+            if self.control.fileno() in events:
+                if self._has_room():
+                    self._receive()
+                else:
+                    self.ended = True  # nothing but a hang-up is reported now
+        self._end()
+
+    def _has_room(self) -> bool:
+        return bool(self.free_slots or self.spare)
+
+    def _stop(self, *_: object) -> None:
+        self.ended = True
+
+    def _end(self) -> None:
+        for child in self.children.values():
+            self._kill(child, "cancel")
+        for pid in list(self.children):
+            os.waitpid(pid, 0)
+        if self.spare:
+            os.kill(self.spare.pid, signal.SIGKILL)
+            os.waitpid(self.spare.pid, 0)
+        for pid in scratch.removers:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        if self.base:
+            self.base.remove()
+
+    def _receive(self) -> None:
+        while self._has_room() and not self.ended:
+            try:
+                message, fds, _, _ = socket.recv_fds(self.control, 65536, 8)
+            except BlockingIOError:
+                return
+            except OSError:
+                message, fds = b"", []
+            if not message:
+                self.ended = True
+                return
+            request = json.loads(message)
+            if "discard" in request:
+                self._discard(request["discard"])
+                continue
+            if "kill" in request:
+                for child in self.children.values():
+                    if child.id == request["kill"]:
+                        self._kill(child, request["why"])
+                continue
+            try:
+                self._spawn(request, fds)
+            except OSError as e:
+                self._send({"id": request["id"], "infra": f"the zygote could not start a snippet: {e}"})
+            finally:
+                for fd in fds:
+                    os.close(fd)
+
+    def _send(self, message: dict) -> None:
+        data = json.dumps(message).encode()
+        while True:
+            try:
+                self.control.send(data)
+                return
+            except BlockingIOError:
+                select.select([], [self.control], [], 1.0)
+            except OSError:
+                self.ended = True
+                return
+
+    # -------------------------------------------------------------------------------------------- one snippet
+
+    def _spawn(self, request: dict, fds: list[int]) -> None:
+        slot = self.spare.slot if self.spare else self.free_slots[-1]
+        box = self.base.make(self._slot_uid(slot)) if self.base else None
+        job, now = Job(request, fds, box), time.monotonic()
+        try:
+            pid, stamp_fd, flags = self._take_spare(job) or self._fork(slot, lambda: job)
+        except OSError:
+            if self.base and box:
+                self.base.discard(box)
+            raise
+        self.children[pid] = Child(request["id"], pid, slot, request, now, stamp_fd, flags, box, fetch=len(fds) > 3)
+        first = min(request["wall_s"], request["cpu_s"], _TICK_S if self.base else 1e9)
+        heapq.heappush(self.timers, (now + first, pid, request["id"]))
+
+    def _fork(self, slot: int, get_job: Callable[[], Job]) -> tuple[int, int, mmap.mmap]:
+        """A child in `slot`, which is no longer free: (pid, where its stamp is read, its flags)."""
+        stamp_r, stamp_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        flags = mmap.mmap(-1, mmap.PAGESIZE)
+        try:
+            if self.pid_namespaces:
+                linux.setns(self.pid_namespaces[slot], linux.CLONE_NEWPID)
+            pid = os.fork()
+        except OSError:
+            os.close(stamp_r)
+            flags.close()
+            raise
+        else:
+            if pid == 0:
+                os.close(self.control.fileno())  # or the pool would take a waiting child for a living zygote
+                become(self.cage, get_job, stamp_w, flags, slot, self.own_pid)
+        finally:
+            os.close(stamp_w)
+        flags.madvise(mmap.MADV_DONTFORK)  # no later child may touch it
+        self.free_slots.remove(slot)
+        return pid, stamp_r, flags
+
+    def _fork_ahead(self) -> None:
+        slot = self.free_slots[-1]
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            pid, stamp_fd, flags = self._fork(slot, lambda: wait_for_job(theirs))
+        except OSError:
+            ours.close()
+            self.lull_ms = 1000  # it is only a help; the next snippet says what is wrong, if it still is
+        else:
+            self.spare = Spare(pid, slot, stamp_fd, flags, ours)
+        theirs.close()
+
+    def _take_spare(self, job: Job) -> tuple[int, int, mmap.mmap] | None:
+        """Gives the job to the child forked ahead. None when there is none, or it has died: its slot is free then."""
+        spare, self.spare = self.spare, None
+        if spare is None:
+            return None
+        try:
+            hand_over(spare.channel, job)
+        except OSError:
+            os.kill(spare.pid, signal.SIGKILL)
+            os.waitpid(spare.pid, 0)
+            self._forget(spare)
+            return None
+        spare.channel.close()
+        return spare.pid, spare.stamp_fd, spare.flags
+
+    def _forget(self, spare: Spare) -> None:
+        spare.channel.close()
+        os.close(spare.stamp_fd)
+        spare.flags.close()
+        self.free_slots.append(spare.slot)
+
+    def _slot_uid(self, slot: int) -> int | None:
+        """Whom the slot's scratch folder belongs to, where not to the zygote's own user."""
+        settings = self.cage.settings
+        return settings.slot_uids[slot] if settings.slot_uids and not settings.keep_euid else None
+
+    def _read_stamp(self, child: Child) -> None:
+        """Start time, written by trusted code and closed before foreign code runs; or what went wrong before."""
+        if child.started is not None or child.trouble:
+            return
+        try:
+            data = os.read(child.stamp_fd, 4096)
+        except BlockingIOError:
+            return
+        if data[:1] == b"S":
+            (child.started,) = struct.unpack("<d", data[1:9])
+        else:
+            child.trouble = data[1:].decode("utf-8", "replace")
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        while self.timers and self.timers[0][0] <= now:
+            _, pid, request_id = heapq.heappop(self.timers)
+            child = self.children.get(pid)
+            if child is None or child.id != request_id:
+                continue
+            if child.killed:
+                if child.killed != "setup" and not child.answered:
+                    self._answer_early(child, now)
+                continue
+            again = self._check(child, now)
+            if again is not None:
+                heapq.heappush(self.timers, (again, pid, request_id))
+
+    def _check(self, child: Child, now: float) -> float | None:
+        """Kills a child that is over a limit; else says when to look again."""
+        self._read_stamp(child)
+        if child.started is None:
+            if now - child.forked > _SETUP_S:
+                self._kill(child, "setup")
+                return None
+            return now + 0.02
+        wall_left = child.started + child.request["wall_s"] - now
+        cpu_left = child.request["cpu_s"] - _cpu_s(child.pid)
+        if wall_left <= 0 or cpu_left <= 0:
+            self._kill(child, "wall" if wall_left <= 0 else "cpu")
+            return None
+        wait = min(wall_left, max(cpu_left / (os.cpu_count() or 1), 0.01))
+        if self.base and child.box:
+            settings = self.cage.settings
+            if scratch.over(child.box, settings.scratch_mb << 20, settings.scratch_inodes):
+                self._kill(child, "disk")
+                return None
+            wait = min(wait, _TICK_S)
+        return now + wait
+
+    def _kill(self, child: Child, why: str) -> None:
+        if not child.killed:
+            child.killed = why
+            heapq.heappush(self.timers, (time.monotonic() + _REAP_S, child.pid, child.id))
+        with contextlib.suppress(ProcessLookupError):  # then the next reap tells how it ended
+            os.kill(child.pid, signal.SIGKILL)
+
+    def _reap(self) -> None:
+        while self.children:
+            try:
+                pid, status, usage = os.wait4(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            child = self.children.pop(pid, None)
+            if child is None and self.spare and pid == self.spare.pid:
+                self._forget(self.spare)
+                self.spare = None
+                continue
+            if child is None:
+                if pid in scratch.removers:
+                    scratch.removers.discard(pid)
+                    continue
+                self.ended = True  # a slot's init died: this zygote can no longer isolate
+                return
+            self._finish(child, status, usage)
+
+    def _finish(self, child: Child, status: int, usage: resource.struct_rusage) -> None:
+        now = time.monotonic()
+        self._read_stamp(child)
+        os.close(child.stamp_fd)
+        memory_flag = child.flags[0] == runner.MEMORY_FLAG
+        child.flags.close()
+        self.free_slots.append(child.slot)
+        if self.base and child.box:
+            self.boxes[child.id] = child.box
+            if not child.fetch:
+                self._discard(child.id)
+        if child.answered:
+            return
+        if child.started is None and child.killed != "cancel":
+            self._send({"id": child.id, "infra": f"a snippet could not be set up: {child.trouble or 'it died'}"})
+            return
+        cpu = usage.ru_utime + usage.ru_stime
+        self._answer(child, os.waitstatus_to_exitcode(status), memory_flag, now, cpu, usage.ru_maxrss)
+
+    def _discard(self, request_id: int) -> None:
+        for child in self.children.values():
+            if child.id == request_id:  # answered early: it goes when the process is gone
+                child.fetch = False
+        box = self.boxes.pop(request_id, None)
+        if self.base and box:
+            self.base.discard(box)
+
+    def _answer_early(self, child: Child, now: float) -> None:
+        """The SIGKILL is on its way and cannot be refused; the caller need not wait until the kernel has tidied up."""
+        child.answered = True
+        self._answer(child, -signal.SIGKILL, False, now, _cpu_s(child.pid), 0)
+
+    def _answer(self, child: Child, code: int, memory: bool, now: float, cpu_s: float, rss_kb: int) -> None:
+        self._send(
+            {
+                "id": child.id, "code": code, "killed": child.killed, "memory": memory,
+                "wall_s": now - (child.started or now), "cpu_s": cpu_s, "rss_kb": rss_kb,
+            }
+        )  # fmt: skip
+
+
+def _cpu_s(pid: int) -> float:
+    try:
+        return linux.process_cpu_s(pid)
+    except OSError:
+        return 0.0  # it has just ended
+
+
+def _drain(fd: int) -> None:
+    try:
+        while os.read(fd, 4096):
+            pass
+    except BlockingIOError:
+        return

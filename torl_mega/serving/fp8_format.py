@@ -1,0 +1,43 @@
+"""What block-wise FP8 weights are called and which models can have them; no torch, so that the launcher can ask."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torl_mega.config import Config
+from torl_mega.layout import ModelShape, describe_model
+
+BLOCK = 128
+
+QUANTIZATION_CONFIG: dict[str, Any] = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [BLOCK, BLOCK],
+    "modules_to_not_convert": ["lm_head", "model.embed_tokens"],
+}
+"""`quantization_config` of a server's model, as in DeepSeek-V3's checkpoints."""
+
+
+def check_fp8_serving(hf_config: Mapping[str, Any], config: Config) -> list[str]:
+    """Every reason why servers of this model cannot hold `serving.weight_dtype`; empty when they can. Raises ConfigError
+    for a model that the trainer does not know."""
+    if config.serving.weight_dtype == "model":
+        return []
+    tensor = config.serving.tensor
+    return [
+        f"serving.weight_dtype = fp8_block needs {what} on each of serving.tensor = {tensor} ranks to be a multiple of "
+        f"{BLOCK}, found {size / tensor:g}; take a smaller serving.tensor or weight_dtype = model"
+        for what, size in _cut_sizes(describe_model(hf_config), tensor).items()
+        if size % (BLOCK * tensor)
+    ]
+
+
+def _cut_sizes(shape: ModelShape, tensor: int) -> dict[str, int]:
+    """Sizes that SGLang fuses or cuts into whole blocks (Fp8LinearMethod.validate_block_quant_shapes, 0.5.23)."""
+    return {
+        "the rows of q_proj": shape.num_heads * shape.head_dim,
+        "the rows of k_proj": max(shape.num_kv_groups, tensor) * shape.head_dim,  # heads repeat above their number
+        "intermediate_size": shape.ffn,
+    }

@@ -1,0 +1,75 @@
+"""Server side of the broadcast transport: weights arrive where the model keeps them, without a copy in between.
+
+SGLang's own receivers take a bucket into memory of its own and let the model's loader copy it into the parameters. The
+map that `weight_audit` traced says where each tensor goes, so one that lies in a single contiguous piece of a parameter
+(all of them on a server with one rank, norms and embeddings' rows elsewhere) is received there; the rest go through the
+loader as ever. That halves what a server does for a sync and spares it the memory of a bucket.
+
+Runs in SGLang's scheduler processes, as an AROUND hook on `WeightUpdater.receive_weights_from_distributed`
+(srt/model_executor/model_runner_components/weight_updater.py); asked for with `load_format` = "torl_in_place", which
+expects one broadcast per tensor, as bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from torl_mega.serving.plugin.held_weights import Copy, spec_line, trace_loader
+
+IN_PLACE = "torl_in_place"
+
+
+def receive(
+    original: Callable[..., Any],
+    updater: Any,
+    *,
+    names: Sequence[str],
+    dtypes: Sequence[str],
+    shapes: Sequence[Sequence[int]],
+    group_name: str,
+    load_format: str | None = None,
+) -> Any:
+    """The hook. Returns the (name, tensor) pairs that the model's loader has still to load."""
+    if load_format != IN_PLACE:
+        return original(
+            updater, names=names, dtypes=dtypes, shapes=shapes, group_name=group_name, load_format=load_format
+        )
+    group = updater._model_update_group[group_name]
+    places = _places(updater.get_model(), names, dtypes, shapes)
+    for_loader, works = [], []
+    for name, dtype, shape in zip(names, dtypes, shapes, strict=True):
+        target = places.get(name)
+        if target is None:
+            target = torch.empty(tuple(shape), dtype=getattr(torch, dtype), device=updater.device)
+            for_loader.append((name, target))
+        works.append(dist.broadcast(target.view(-1).view(torch.uint8), src=0, group=group, async_op=True))
+    for work in works:
+        work.wait()
+    return for_loader
+
+
+def _places(
+    model: torch.nn.Module, names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[Sequence[int]]
+) -> dict[str, torch.Tensor]:
+    """name -> the memory of the parameter that holds exactly this tensor, for those that have one."""
+    lines = [spec_line(*described) for described in zip(names, dtypes, shapes, strict=True)]
+    copies: dict[str, list[Copy]] = {}
+    for copy in trace_loader(model, lines, complete=False).copies:
+        copies.setdefault(copy.source, []).append(copy)
+    parameters = dict(model.named_parameters())
+    places = {}
+    for name, dtype, shape in zip(names, dtypes, shapes, strict=True):
+        if len(copies.get(name, ())) != 1:
+            continue
+        (copy,) = copies[name]
+        place = parameters[copy.parameter].data.as_strided(copy.size, copy.stride, copy.offset)
+        whole = copy.source_offset == 0 and math.prod(copy.size) == math.prod(shape)
+        in_order = copy.source_stride == torch.empty(copy.size, device="meta").stride()
+        if whole and in_order and place.is_contiguous() and place.dtype == getattr(torch, dtype):
+            places[name] = place
+    return places

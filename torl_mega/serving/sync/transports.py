@@ -1,0 +1,255 @@
+"""Three ways for a bucket of weights to reach the servers, behind one small interface.
+
+    broadcast  torch.distributed group of rank 0 and every server rank (gloo on CPUs, NCCL on GPUs), tensor by tensor
+    handles    colocated servers: CUDA IPC handles of a flattened bucket; on a CPU the tensors by value in the request
+    disk       safetensors in a folder that both sides see, loaded at the end
+
+`open` and `send` return as soon as the next bucket can be prepared; `finish` waits until all is loaded. Each raises
+WeightSyncError in time. After a failure `reset` leaves nothing that could block, and the next `open` starts afresh.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import pickle
+import shutil
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
+from torch.distributed import distributed_c10d as c10d
+
+from torl_mega.errors import WeightSyncError
+from torl_mega.serving.plugin.weight_receive import IN_PLACE
+from torl_mega.serving.sync.buckets import Bucket
+from torl_mega.serving.sync.control import POLL_S, Call, Deadline, call_all, run_bounded, watch
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One server process that takes part in a sync."""
+
+    url: str
+    num_ranks: int
+    started: str  # its own start-up record: a server that was started again is another member
+
+
+class Transport(Protocol):
+    in_session: bool  # its updates must lie between begin_weight_update and end_weight_update
+
+    def open(self, members: Sequence[Member], deadline: Deadline) -> None: ...
+
+    def send(self, bucket: Bucket, deadline: Deadline) -> None: ...
+
+    def finish(self, deadline: Deadline) -> None: ...
+
+    def reset(self) -> None: ...
+
+
+class Broadcast:
+    """One group over all servers, kept between syncs as long as the servers are the same processes."""
+
+    in_session = True
+
+    def __init__(self, host: str, device: torch.device) -> None:
+        self._host = host
+        self._device = device
+        self._backend = "nccl" if device.type == "cuda" else "gloo"
+        self._group: Any = None
+        self._store: Any = None
+        self._name = ""
+        self._members: tuple[Member, ...] = ()
+        self._works: list[Any] = []
+        self._in_flight: list[torch.Tensor] = []  # what the works send
+        self._calls: list[Call] = []
+        self._stuck: list[Any] = []  # groups given up with work in flight: freeing one would wait for that work
+
+    def open(self, members: Sequence[Member], deadline: Deadline) -> None:
+        self._calls, self._works = [], []
+        if self._group is not None and self._members == tuple(members):
+            return
+        self.reset()
+        limit = timedelta(seconds=deadline.left_s)
+        self._name, self._members = f"torl_weights_{uuid.uuid4().hex[:12]}", tuple(members)
+        self._store = _listening_store(self._host, limit)
+        world_size = 1 + sum(member.num_ranks for member in members)
+        calls, offset = [], 1
+        for member in members:
+            body = {"master_address": self._host, "master_port": self._store.port, "rank_offset": offset}
+            body |= {"world_size": world_size, "group_name": self._name, "backend": self._backend}
+            calls.append(Call(member.url, "/init_weights_update_group", body, deadline))
+            offset += member.num_ranks
+        what = f"joining the weight group of {len(members)} servers"
+        self._group = run_bounded(lambda: self._join(world_size, limit), what, deadline, calls)
+        for call in calls:
+            call.result()
+
+    def _join(self, world_size: int, limit: timedelta) -> Any:
+        """A group beside the default one. Source: sglang srt/utils/common.py init_custom_process_group, which cannot be
+        imported here without loading all of SGLang into the trainer."""
+        store = c10d.PrefixStore(self._name, self._store)
+        group, _ = c10d._new_process_group_helper(
+            world_size, 0, [], c10d.Backend(self._backend), store, group_name=c10d.GroupName(self._name), timeout=limit
+        )
+        c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(world_size)}
+        return group
+
+    def send(self, bucket: Bucket, deadline: Deadline) -> None:
+        body = {"names": bucket.names, "dtypes": bucket.dtypes, "shapes": bucket.shapes, "group_name": self._name}
+        body |= {"flush_cache": False, "load_format": IN_PLACE, "torch_empty_cache": False}
+        # the servers take up this call when they are done with the last bucket, so it may go out before that one is sent
+        self._calls += [Call(m.url, "/update_weights_from_distributed", body, deadline) for m in self._members]
+        self._wait_until_sent(deadline)
+        self._in_flight = [tensor.to(self._device).view(-1).view(torch.uint8) for _, tensor in bucket.named]
+        self._works = [dist.broadcast(flat, src=0, group=self._group, async_op=True) for flat in self._in_flight]
+
+    def _wait_until_sent(self, deadline: Deadline) -> None:
+        while not all(work.is_completed() for work in self._works):
+            watch("broadcasting weights", deadline, self._calls)
+            time.sleep(POLL_S)
+        try:
+            for work in self._works:
+                work.wait()
+        except RuntimeError as exc:
+            for call in self._calls:  # a server that died says more than gloo does
+                call.check()
+            raise WeightSyncError(f"broadcasting weights: {' '.join(str(exc).split())[:300]}") from exc
+        self._works, self._in_flight = [], []
+
+    def finish(self, deadline: Deadline) -> None:
+        self._wait_until_sent(deadline)
+        for call in self._calls:
+            call.result()
+        self._calls = []
+
+    def reset(self) -> None:
+        if self._group is None:
+            self._store = None
+            return
+        group, self._group = self._group, None
+        deadline = Deadline(5.0)
+        for member in self._members:  # frees servers that wait inside a broadcast that will not come
+            Call(member.url, "/destroy_weights_update_group", {"group_name": self._name}, deadline)
+        self._stuck.append((group, self._store, self._works, self._in_flight))
+        self._store, self._works, self._in_flight, self._calls, self._members = None, [], [], [], ()
+        threading.Thread(target=_abort, args=(group,), daemon=True, name="abort weight group").start()
+        self._stuck = [kept for kept in self._stuck if not all(work.is_completed() for work in kept[2])]
+
+
+def _listening_store(host: str, limit: timedelta) -> TCPStore:
+    """A rendezvous on `host` alone; TCPStore by itself listens on every interface."""
+    listener = socket.create_server((host, 0))
+    port = listener.getsockname()[1]
+    return TCPStore(
+        host, port, is_master=True, wait_for_workers=False, timeout=limit, master_listen_fd=listener.detach()
+    )
+
+
+def _abort(group: Any) -> None:
+    with contextlib.suppress(RuntimeError, AttributeError, ValueError, KeyError, AssertionError):
+        group.abort()
+    with contextlib.suppress(RuntimeError, AttributeError, ValueError, KeyError, AssertionError):
+        dist.destroy_process_group(group)
+
+
+class Handles:
+    """`update_weights_from_tensor`: by value on a CPU, by CUDA IPC handle on GPUs that rank 0 and the servers share."""
+
+    in_session = True
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._members: tuple[Member, ...] = ()
+        self._calls: list[Call] = []
+        self._in_flight: list[torch.Tensor] = []  # a handle is valid only as long as its memory
+
+    def open(self, members: Sequence[Member], deadline: Deadline) -> None:
+        self._members, self._calls = tuple(members), []
+
+    def send(self, bucket: Bucket, deadline: Deadline) -> None:
+        self.finish(deadline)
+        payload, load_format = self._by_value(bucket) if self._device.type == "cpu" else self._by_handle(bucket)
+        for member in self._members:
+            body = {"serialized_named_tensors": [payload] * member.num_ranks, "load_format": load_format}
+            body |= {"flush_cache": False, "torch_empty_cache": False}
+            self._calls.append(Call(member.url, "/update_weights_from_tensor", body, deadline))
+
+    def _by_value(self, bucket: Bucket) -> tuple[str, None]:
+        """SGLang's own serialiser passes file descriptors, which works only between related processes."""
+        named = [(name, tensor.cpu().clone()) for name, tensor in bucket.named]
+        return base64.b64encode(pickle.dumps(named)).decode(), None
+
+    def _by_handle(self, bucket: Bucket) -> tuple[str, str]:
+        from sglang.srt.utils import MultiprocessingSerializer
+        from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
+        from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
+
+        monkey_patch_torch_reductions()  # devices by UUID: the server numbers its GPUs differently
+        flat = bucket.flatten_into(torch.empty(bucket.num_bytes, dtype=torch.uint8, device=self._device))
+        torch.cuda.current_stream().synchronize()
+        self._in_flight = [flat]
+        layout = FlattenedTensorBucket.empty(bucket.names, bucket.dtypes, bucket.shapes, "meta").get_metadata()
+        payload = MultiprocessingSerializer.serialize({"flattened_tensor": flat, "metadata": layout}, output_str=True)
+        return str(payload), "flattened_bucket"
+
+    def finish(self, deadline: Deadline) -> None:
+        for call in self._calls:
+            call.result()
+        self._calls, self._in_flight = [], []
+
+    def reset(self) -> None:
+        self._calls, self._in_flight = [], []
+
+
+class Disk:
+    """One safetensors file per bucket and an index, in a folder of its own that is removed afterwards."""
+
+    in_session = False
+
+    def __init__(self, folder: Path) -> None:
+        self._root = folder
+        self._folder: Path | None = None
+        self._urls: tuple[str, ...] = ()
+        self._index: dict[str, str] = {}
+
+    def open(self, members: Sequence[Member], deadline: Deadline) -> None:
+        self.reset()
+        self._urls, self._index = tuple(member.url for member in members), {}
+        self._folder = self._root / f"weights_{uuid.uuid4().hex[:12]}"
+        try:
+            self._folder.mkdir(parents=True)
+        except OSError as exc:
+            raise WeightSyncError(f"serving.disk_dir = {self._root}: {exc.strerror}; name a writable folder") from None
+
+    def send(self, bucket: Bucket, deadline: Deadline) -> None:
+        from safetensors.torch import save_file
+
+        assert self._folder is not None
+        name = f"model-{len(set(self._index.values())):05d}.safetensors"
+        save_file({name: tensor.cpu() for name, tensor in bucket.named}, self._folder / name, {"format": "pt"})
+        self._index |= dict.fromkeys(bucket.names, name)
+        deadline.check(f"writing {self._folder / name}")
+
+    def finish(self, deadline: Deadline) -> None:
+        assert self._folder is not None
+        index = {"metadata": {}, "weight_map": self._index}
+        (self._folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        body = {"model_path": str(self._folder.resolve()), "load_format": "safetensors", "flush_cache": False}
+        call_all(self._urls, "/update_weights_from_disk", body, deadline)
+        self.reset()
+
+    def reset(self) -> None:
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None

@@ -1,0 +1,189 @@
+"""Puts the policy's weights into every server, and proves it.
+
+    trainer.weights() ─► buckets ─┬─► transport ─► servers load ─► hash what each rank holds now ─┐
+                                  └─► hash what each server rank is to hold ───────────────────────┴─► compare
+                                                                                                          │
+                                        version recorded, servers take requests again ◄─ all equal ◄──────┘
+
+A server carries policy version V only after every byte of it was compared: the version is set last. The sync is one
+thing: it succeeds on every server that was up when it began, or raises WeightSyncError within serving.sync_timeout_s.
+Servers that are down when it begins are left out, counted, and get all weights at the next sync after they are back;
+when one dies in the middle, the error is `ServerLost` and calling `update` again with fresh tensors goes on without it.
+Not covered: speculative (draft) models, pipeline-parallel servers with tied embeddings.
+"""
+
+from __future__ import annotations
+
+import collections
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from torl_mega.config import ServingConfig
+from torl_mega.errors import ServerLost, WeightSyncError
+from torl_mega.interfaces import NamedTensor, WeightSink
+from torl_mega.serving.sync.buckets import make_buckets
+from torl_mega.serving.sync.control import Call, Deadline, call_all
+from torl_mega.serving.sync.transports import Broadcast, Disk, Handles, Member, Transport
+from torl_mega.serving.sync.verify import Expectation, LayoutCache
+
+PROBE_LIMIT_S = 4.0
+NONE_UP_POLL_S = 0.5
+CLEANUP_LIMIT_S = 3.0
+TORN = "torn"
+
+
+def make_weight_sink(
+    config: ServingConfig,
+    urls: Sequence[str],
+    *,
+    rank: int = 0,
+    device: torch.device | str = "cpu",
+    flush_cache: bool = True,
+) -> WeightSink:
+    """The sink of one trainer rank. Rank 0 sends; the others only step through their iterator, whose collectives rank 0
+    takes part in. `device` is where rank 0 keeps the tensors: `cpu` (gloo, by value) or `cuda:N` (NCCL, CUDA IPC)."""
+    if rank != 0:
+        return IdleSink()
+    if not urls:
+        raise WeightSyncError("no server to send weights to; set serving.urls or serving.num_servers")
+    return ServerSink(config, urls, make_transport(config, torch.device(device)), flush_cache=flush_cache)
+
+
+def make_transport(config: ServingConfig, device: torch.device) -> Transport:
+    if config.transport == "broadcast":
+        return Broadcast(config.sync_host, device)
+    if config.transport == "handles":
+        return Handles(device)
+    if config.disk_dir is None:
+        raise WeightSyncError("serving.transport = disk needs serving.disk_dir, a folder that both sides see")
+    return Disk(Path(config.disk_dir))
+
+
+class IdleSink:
+    """Every rank but 0."""
+
+    def update(self, tensors: Iterable[NamedTensor], *, version: int) -> Mapping[str, float]:
+        collections.deque(tensors, maxlen=0)
+        return {}
+
+
+class ServerSink:
+    """Rank 0. `flush_cache` False keeps the servers' cached prefixes: for syncs that running requests sit out paused."""
+
+    def __init__(
+        self, config: ServingConfig, urls: Sequence[str], transport: Transport, *, flush_cache: bool = True
+    ) -> None:
+        self.flush_cache = flush_cache
+        self.bucket_bytes = config.bucket_mb * 2**20
+        self._config = config
+        self._urls = tuple(url.rstrip("/") for url in urls)
+        self._transport = transport
+        self._layouts = LayoutCache()
+
+    def update(self, tensors: Iterable[NamedTensor], *, version: int) -> Mapping[str, float]:
+        """Sends, verifies, records `version`. Returns seconds, bytes and counts. Raises WeightSyncError."""
+        begun, deadline = time.monotonic(), Deadline(self._config.sync_timeout_s)
+        stream = iter(tensors)
+        up: list[Member] = []
+        try:
+            up = self._members(deadline)
+            expected = Expectation(self._layouts)
+            urls = [member.url for member in up]
+            num_bytes, num_tensors = self._transfer(stream, expected, up, deadline)
+            verified = time.monotonic()
+            expected.compare(urls, deadline)
+            verify_s = time.monotonic() - verified
+            self._publish(version, urls, deadline)
+        except WeightSyncError as exc:
+            self._clean_up(up)
+            collections.deque(stream, maxlen=0)  # the other ranks wait in collectives behind these tensors
+            lost = sorted({member.url for member in set(up) - set(self._answering([m.url for m in up]))})
+            if lost and len(lost) < len(self._urls):
+                raise ServerLost(f"{exc} (lost in the sync: {', '.join(lost)}; sync again to go on without)") from exc
+            raise
+        except BaseException:
+            self._clean_up(up)
+            raise
+        sync_s = time.monotonic() - begun
+        return {
+            "sync_s": sync_s, "bytes": num_bytes, "num_tensors": num_tensors, "num_servers": len(up),
+            "num_servers_down": len(self._urls) - len(up), "verify_s": verify_s,
+        }  # fmt: skip
+
+    def _transfer(
+        self, stream: Iterable[NamedTensor], expected: Expectation, up: Sequence[Member], deadline: Deadline
+    ) -> tuple[int, int]:
+        urls = [member.url for member in up]
+        if self._transport.in_session:
+            self._begin(urls, deadline)
+        self._transport.open(up, deadline)
+        num_bytes = num_tensors = 0
+        for bucket in make_buckets(stream, self.bucket_bytes):
+            layout = expected.layout(bucket, urls, deadline)
+            self._transport.send(bucket, deadline)
+            expected.add(bucket, layout)  # while it is on its way
+            num_bytes += bucket.num_bytes
+            num_tensors += len(bucket.named)
+        self._transport.finish(deadline)
+        if num_tensors == 0:
+            raise WeightSyncError("the trainer gave rank 0 no tensors to send")
+        return num_bytes, num_tensors
+
+    def _begin(self, urls: Sequence[str], deadline: Deadline) -> None:
+        """Opens the session; one that a dead trainer left open is closed first."""
+        for call in [Call(url, "/begin_weight_update", {"selector": "target"}, deadline) for url in urls]:
+            try:
+                call.result()
+            except WeightSyncError as exc:
+                if "already open" not in str(exc):
+                    raise
+                Call(call.url, "/end_weight_update", {}, deadline).result()
+                Call(call.url, "/begin_weight_update", {"selector": "target"}, deadline).result()
+
+    def _publish(self, version: int, urls: Sequence[str], deadline: Deadline) -> None:
+        """Verified: close the session, forget what the old weights computed, and only then carry the new version."""
+        if self._transport.in_session:
+            call_all(urls, "/end_weight_update", {}, deadline)
+        if self.flush_cache:
+            call_all(urls, "/flush_cache", {}, deadline)
+        call_all(urls, "/update_weight_version", {"new_version": str(version), "abort_all_requests": False}, deadline)
+        for url, info in zip(urls, call_all(urls, "/model_info", None, deadline), strict=True):
+            if info.get("weight_version") != str(version):
+                raise WeightSyncError(f"{url} reports version {info.get('weight_version')!r} after a sync of {version}")
+
+    def _members(self, deadline: Deadline) -> list[Member]:
+        """Servers that take part: those that answer now. While none does, all may be starting again: then it waits."""
+        while not (up := self._answering(self._urls)):
+            deadline.check(f"no server answers: {', '.join(self._urls)}; see their logs")
+            time.sleep(NONE_UP_POLL_S)
+        for url in set(self._urls) - {member.url for member in up}:
+            self._layouts.forget(url)  # it may come back as another one
+        return up
+
+    def _answering(self, urls: Sequence[str]) -> list[Member]:
+        deadline = Deadline(PROBE_LIMIT_S)
+        up = []
+        for call in [Call(url, "/server_info", None, deadline) for url in urls]:
+            try:
+                info = call.result()
+                up.append(Member(call.url, int(info["tp_size"]), str(info["startup_time"])))
+            except WeightSyncError:
+                continue
+        return up
+
+    def _clean_up(self, up: Sequence[Member]) -> None:
+        """As far as they listen, servers are left out of any session, with a version that no client takes for a policy's:
+        their weights may be a mixture."""
+        self._transport.reset()
+        deadline, torn = Deadline(CLEANUP_LIMIT_S), {"new_version": TORN, "abort_all_requests": False}
+        calls = [Call(member.url, "/update_weight_version", torn, deadline) for member in up]
+        if self._transport.in_session:
+            calls += [Call(member.url, "/end_weight_update", {}, deadline) for member in up]
+        for call in calls:
+            try:
+                call.result()
+            except WeightSyncError:
+                continue

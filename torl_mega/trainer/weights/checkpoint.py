@@ -1,0 +1,257 @@
+"""Megatron's distributed checkpoints: any layout in, any layout out.
+
+    <run>/checkpoints/step_000010/      torch_dist files (weights, optimizer, schedule, RNG), fully reshardable
+                     .../extra.json     what the loop keeps (steps done, prompt cursor, ...)
+                     .../manifest.json  see checkpoint_files.py
+
+Contract: every method is a collective. A run resumed from a checkpoint in the same layout goes on bit for bit; in another
+layout, to rounding. With `async_save` a forked process writes while training goes on, and the checkpoint appears at the
+first `poll` after it is done. Loading compares model, sizes and checksums with the manifest before it changes anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import pickle
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.managers import SyncManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from torl_mega.config import CheckpointConfig
+from torl_mega.errors import CheckpointError
+from torl_mega.layout import ModelShape
+from torl_mega.process import start as process
+from torl_mega.trainer import parallel
+from torl_mega.trainer.weights import checkpoint_files as files
+from torl_mega.trainer.weights.checkpoint_files import complete, latest
+
+__all__ = ["Checkpoints", "complete", "latest", "load_weights", "save_weights"]
+
+_LOAD_ERRORS = (RuntimeError, KeyError, ValueError, AssertionError, pickle.UnpicklingError, OSError)
+
+
+@dataclass(frozen=True, slots=True)
+class _Save:
+    temporary: Path
+    path: Path
+    extra: str  # JSON
+
+
+class Checkpoints:
+    """Saves and loads what one trainer rank holds."""
+
+    def __init__(self, config: CheckpointConfig, shape: ModelShape, hf_config: Mapping[str, Any]) -> None:
+        self.config = config
+        self.shape = shape
+        self._record = files.record_of(shape, hf_config, "training")
+        self._queue: Any = None
+        self._pending: list[_Save] = []  # under way, oldest first
+
+    def save(self, path: Path, model: Sequence[Any], optimizer: Any, schedule: Any, extra: Mapping[str, Any]) -> None:
+        """Write a checkpoint to `path`; with async_save return as soon as the state is copied."""
+        self.poll(wait=True)
+        temporary = files.temporary_for(path)
+        text = parallel.share(lambda: files.prepare(temporary, extra))
+        metadata = _metadata()
+        state = _training_state(model, optimizer, schedule, metadata, loading=False)
+        request = _write(temporary, state, metadata, asynchronous=self.config.async_save)
+        self._pending.append(_Save(temporary, path, text))
+        if self.config.async_save:
+            self._async_queue().schedule_async_request(request)
+        else:
+            self._publish()
+
+    def poll(self, *, wait: bool = False) -> None:
+        """Publish a checkpoint whose writing has ended; with `wait`, end it."""
+        if self._queue is None or not self._pending:
+            return
+        self._queue.maybe_finalize_async_calls(blocking=wait)
+        if self._queue.get_num_unfinalized_calls() == 0:
+            self._publish()
+
+    def load(self, path: Path, model: Sequence[Any], optimizer: Any, schedule: Any) -> Mapping[str, Any]:
+        """Fill model, optimizer, schedule and RNG; returns `extra`. Raises CheckpointError before anything is changed
+        when the checkpoint is missing, damaged, of another model or without a training state."""
+        manifest = _checked_manifest(path, self.shape)
+        if manifest["content"] != "training":
+            raise CheckpointError(f"{path} holds weights only; convert it to HF and name that folder in model.path")
+        with _one_line_errors(path):
+            metadata = {**_metadata(), **_content_metadata(path)}
+            loaded = _read(path, _training_state(model, optimizer, schedule, metadata, loading=True))
+            _fill_weights([chunk.module for chunk in model], loaded)
+            with torch.no_grad():  # fp32 parameters are views that must not be copied into under autograd
+                optimizer.load_state_dict(loaded["optimizer"])
+            schedule.load_state_dict(loaded["schedule"])
+            _restore_rng(loaded["rng"])
+        return json.loads((path / files.EXTRA).read_text())
+
+    def _async_queue(self) -> Any:
+        if self._queue is None:
+            from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
+            # persistent workers divide by the number of CUDA devices; a forked one works everywhere
+            self._queue = AsyncCallsQueue(persistent=False)
+        return self._queue
+
+    def _publish(self) -> None:
+        save = self._pending.pop(0)
+        files.publish(save.temporary, save.path, save.extra, self._record, self.config.keep_last)
+
+
+def save_weights(path: Path, chunks: Sequence[Any], shape: ModelShape, hf_config: Mapping[str, Any]) -> None:
+    """Weights alone of bare model chunks, for conversion."""
+    temporary = files.temporary_for(path)
+    text = parallel.share(lambda: files.prepare(temporary, {}))
+    metadata = _metadata()
+    _write(temporary, _weights_state(chunks, metadata), metadata, asynchronous=False)
+    files.publish(temporary, path, text, files.record_of(shape, hf_config, "weights"), None)
+
+
+def load_weights(path: Path, chunks: Sequence[Any], shape: ModelShape) -> None:
+    """Weights alone out of any checkpoint into bare model chunks of any layout."""
+    _checked_manifest(path, shape)
+    with _one_line_errors(path):
+        loaded = _read(path, _weights_state(chunks, {**_metadata(), **_content_metadata(path)}))
+        _fill_weights(chunks, loaded)
+
+
+def _checked_manifest(path: Path, shape: ModelShape) -> dict[str, Any]:
+    def read() -> dict[str, Any]:
+        manifest = files.read_manifest(path)
+        files.check_model(path, manifest, shape)
+        return manifest
+
+    manifest = parallel.share(read)
+    files.check_files(path, manifest)
+    return manifest
+
+
+@contextmanager
+def _one_line_errors(path: Path) -> Iterator[None]:
+    """What Megatron raises while loading, as one CheckpointError on every rank."""
+    error: BaseException | None = None
+    try:
+        yield
+    except _LOAD_ERRORS as exc:
+        text = " ".join(f"{type(exc).__name__}: {exc}".split())[:300]
+        error = CheckpointError(f"{path}: cannot be loaded: {text}")
+    parallel.raise_together(error)
+
+
+def _write(folder: Path, state: dict[str, Any], metadata: dict[str, Any], *, asynchronous: bool) -> Any:
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+
+    _start_helper()
+    return dist_checkpointing.save(
+        state,
+        str(folder),
+        get_default_save_sharded_strategy("torch_dist"),
+        async_sharded_save=asynchronous,
+        content_metadata={k: v for k, v in metadata.items() if k != "dp_cp_group"},
+    )
+
+
+def _start_helper() -> None:
+    """Megatron's writers hand their results to a helper process that is kept between saves. It is started here, so that it
+    dies with this rank, and once more when something has killed it."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    with contextlib.suppress(EOFError, OSError):  # it is gone
+        if filesystem_async._results_queue is not None and filesystem_async._results_queue.qsize() >= 0:
+            return
+    manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+    manager.start(process.die_with_parent, (os.getpid(),))
+    filesystem_async._results_queue = manager.Queue()
+
+
+def _read(folder: Path, state: dict[str, Any]) -> Any:
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+
+    return dist_checkpointing.load(state, str(folder), get_default_load_sharded_strategy(str(folder)))
+
+
+def _content_metadata(folder: Path) -> dict[str, Any]:
+    from megatron.core import dist_checkpointing
+
+    return dist_checkpointing.load_content_metadata(str(folder)) or {}
+
+
+def _fill_weights(chunks: Sequence[Any], loaded: Mapping[str, Any]) -> None:
+    for n, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded[_chunk_name(n, len(chunks))], strict=True)
+
+
+def _metadata() -> dict[str, Any]:
+    from megatron.core import parallel_state
+
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def _chunk_name(n: int, chunks: int) -> str:
+    return "model" if chunks == 1 else f"model{n}"
+
+
+def _weights_state(chunks: Sequence[Any], metadata: dict[str, Any]) -> dict[str, Any]:
+    return {_chunk_name(n, len(chunks)): c.sharded_state_dict(metadata=metadata) for n, c in enumerate(chunks)}
+
+
+def _training_state(
+    model: Sequence[Any], optimizer: Any, schedule: Any, metadata: dict[str, Any], *, loading: bool
+) -> dict[str, Any]:
+    weights = _weights_state([chunk.module for chunk in model], metadata)
+    state: dict[str, Any] = dict(weights)
+    with _unpadded_indices(optimizer):
+        state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata)
+    state["schedule"] = schedule.state_dict()
+    state["rng"] = parallel.share(_rng_state)  # rank 0's: the trainer itself draws nothing, and common state must agree
+    return state
+
+
+@contextmanager
+def _unpadded_indices(optimizer: Any) -> Iterator[None]:
+    """Megatron (0.16.1 and 0.19.2) gathers the optimizer state with the padding between buckets cut out, then slices it
+    with offsets that count the padding: with several buckets of which an early one is padded (tied embeddings over
+    pipeline stages, or overlap on data-parallel sizes that do not divide a bucket) it saves shifted states and logs
+    "can lead to data corruption". Give it offsets without padding while it saves."""
+    kept = []
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for buffer in getattr(part, "buffers", []):
+            starts = np.cumsum([0, *(b.numel_unpadded for b in buffer.buckets)])
+            shift = [b.offset - int(start) for b, start in zip(buffer.buckets, starts, strict=False)]
+            kept.append((buffer, buffer.param_index_map))
+            buffer.param_index_map = {
+                p: (start - shift[b], end - shift[b], b) for p, (start, end, b) in buffer.param_index_map.items()
+            }
+    try:
+        yield
+    finally:
+        for buffer, original in kept:
+            buffer.param_index_map = original
+
+
+def _rng_state() -> dict[str, Any]:
+    return {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
+
+
+def _restore_rng(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    np.random.set_state(state["numpy"])
+    random.setstate(state["python"])

@@ -1,0 +1,130 @@
+"""Moves weights between HF tensors and this rank's shards, a tensor at a time, whatever the layout.
+
+Contract: `load` fills every parameter of this rank from an HF folder; `gather` is a collective over the ranks of
+data-parallel and context-parallel rank 0 that yields HF-named, unpadded tensors on global rank 0, in the order of the
+table. They may be views of parameters: copy what must outlive an update. Both work on the type the parameters have.
+Extra memory on tensor rank 0: the shards of one parameter and one tensor made of them (tests/parallel/test_reshard.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from torl_mega.interfaces import NamedTensor
+from torl_mega.layout import ModelShape, layer_owner, padded_vocab
+from torl_mega.trainer.weights.hf_io import HfReader
+from torl_mega.trainer.weights.hf_mapping import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    Rule,
+    from_shards,
+    hf_shape,
+    layer_rules,
+    to_shard,
+)
+
+
+def _uses_te(names: Sequence[str]) -> bool:
+    return any(name.endswith("linear_qkv.layer_norm_weight") for name in names)
+
+
+class WeightMap:
+    """Which parameter of which chunk of which pipeline stage each rule of the table stands for."""
+
+    def __init__(self, chunks: Sequence[Any], shape: ModelShape) -> None:
+        self.shape = shape
+        self.parameters = [dict(chunk.named_parameters()) for chunk in chunks]
+        self.tp_rank = parallel_state.get_tensor_model_parallel_rank()
+        self.tp_size = parallel_state.get_tensor_model_parallel_world_size()
+        self.pp_rank = parallel_state.get_pipeline_model_parallel_rank()
+        self.pp_size = parallel_state.get_pipeline_model_parallel_world_size()
+        self.num_chunks = len(chunks)
+        self.padded_rows = padded_vocab(shape.vocab, self.tp_size)
+        # every stage holds layers, so each can tell for itself
+        self.te = _uses_te([name for names in self.parameters for name in names])
+
+    def entries(self) -> Iterator[tuple[Rule, str, int, torch.nn.Parameter | None]]:
+        """(rule, HF prefix, owning stage, this rank's parameter or None) for every tensor of the model, in order."""
+        yield EMBEDDING, "", 0, self.parameters[0].get(EMBEDDING.megatron)
+        for layer in range(self.shape.num_layers):
+            stage, chunk, index = layer_owner(layer, self.shape.num_layers, self.pp_size, self.num_chunks)
+            for rule in layer_rules(self.shape):
+                mine = None
+                if stage == self.pp_rank:
+                    mine = self.parameters[chunk][f"decoder.layers.{index}.{rule.name(self.te)}"]
+                yield rule, f"model.layers.{layer}.", stage, mine
+        last = self.pp_size - 1
+        yield FINAL_NORM, "", last, self.parameters[-1].get(FINAL_NORM.megatron)
+        if not self.shape.tied:
+            yield HEAD, "", last, self.parameters[-1].get(HEAD.megatron)
+
+    @torch.no_grad()
+    def load(self, reader: HfReader) -> None:
+        """Fill every parameter of this rank. Asserts that none is left out."""
+        done: set[int] = set()
+        for rule, prefix, _, parameter in self.entries():
+            if parameter is not None:
+                self._fill(parameter, rule, [reader.get(prefix + name) for name in rule.hf])
+                done.add(id(parameter))
+        tied_copy = self.parameters[-1].get(HEAD.megatron)
+        if self.shape.tied and tied_copy is not None:  # tied with several stages: the last one has its own copy
+            self._fill(tied_copy, HEAD, [reader.get(EMBEDDING.hf[0])])
+            done.add(id(tied_copy))
+        left = [n for names in self.parameters for n, p in names.items() if id(p) not in done]
+        assert not left, f"parameters without a rule: {left}"
+
+    def _fill(self, parameter: torch.nn.Parameter, rule: Rule, tensors: list[torch.Tensor]) -> None:
+        shard = to_shard(rule, tensors, self.shape, self.tp_rank, self.tp_size, self.padded_rows)
+        assert shard.shape == parameter.shape, (rule.megatron, tuple(shard.shape), tuple(parameter.shape))
+        parameter.copy_(shard)
+
+    def gather(self) -> Iterator[NamedTensor]:
+        """Collective; every rank iterates it to the end. Yields on global rank 0 only.
+
+        Not under `no_grad`, whose wrapper of generators keeps each tensor until the next one is there.
+        """
+        if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
+            return
+        for rule, prefix, stage, parameter in self.entries():
+            shards = None if parameter is None else self._gather_tensor_group(rule, parameter.detach())
+            if self.tp_rank != 0:
+                continue
+            named = self._to_rank0(prefix, rule, stage, shards)
+            del shards  # only the generator holds them, and only while they are needed
+            yield from named
+
+    def _gather_tensor_group(self, rule: Rule, shard: torch.Tensor) -> torch.Tensor | None:
+        """[tensor ranks, *shard] on tensor rank 0; None elsewhere."""
+        if self.tp_size == 1 or rule.kind == "whole":
+            return shard[None]
+        group: Any = parallel_state.get_tensor_model_parallel_group()
+        shards = shard.new_empty(self.tp_size, *shard.shape) if self.tp_rank == 0 else None
+        parts = None if shards is None else list(shards.unbind())
+        dist.gather(shard.contiguous(), parts, dst=dist.get_global_rank(group, 0), group=group)
+        return shards
+
+    def _to_rank0(self, prefix: str, rule: Rule, stage: int, shards: torch.Tensor | None) -> Iterator[NamedTensor]:
+        """Assemble on the owning stage's tensor rank 0 and send to stage 0. Yields on global rank 0 only."""
+        group: Any = parallel_state.get_pipeline_model_parallel_group()
+        if shards is not None:
+            named = from_shards(rule, shards, self.shape)
+            del shards
+            for name, tensor in named:
+                if stage == 0:
+                    yield prefix + name, tensor
+                else:
+                    dist.send(tensor.contiguous(), dst=dist.get_global_rank(group, 0), group=group)
+                del tensor
+        elif self.pp_rank == 0:
+            like = next(iter(self.parameters[0].values()))
+            for name in rule.hf:
+                tensor = torch.empty(hf_shape(name, self.shape), dtype=like.dtype, device=like.device)
+                dist.recv(tensor, src=dist.get_global_rank(group, stage), group=group)
+                yield prefix + name, tensor
+                del tensor
