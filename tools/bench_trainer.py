@@ -28,7 +28,7 @@ import torch
 from torl_mega.config import Config
 from torl_mega.config_file import load_config
 from torl_mega.trainer import parallel
-from torl_mega.trainer.packing import plan
+from torl_mega.trainer.packing import plan_micro_batches
 from torl_mega.types import Sample
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,7 +114,7 @@ def packing_table(quadratic_at: float) -> None:
     print("ranks  micro-batches  non-padding  imbalance | pad-to-longest: non-padding  imbalance")
     for ranks in (1, 2, 4, 8, 16):
         for align in (1, 4):
-            cut = plan(lengths, max_tokens=16384, num_ranks=ranks, quadratic_at=quadratic_at, align=align)
+            cut = plan_micro_batches(lengths, max_tokens=16384, num_ranks=ranks, quadratic_at=quadratic_at, align=align)
             padded = sum(-(-n // align) * align for n in lengths)
             naive = np.array_split(np.array(lengths), ranks)
             rows = 16384 // max(lengths)

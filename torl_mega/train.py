@@ -31,7 +31,7 @@ from torl_mega.rollout.replay import NoServers
 from torl_mega.run.folder import RunFolder, open_run
 from torl_mega.run.limits import check_guards
 from torl_mega.run.metrics import Silent, summarize, write_json
-from torl_mega.serving.probe_agreement import check_engines
+from torl_mega.serving.probe import check_engines
 
 EXIT_DONE, EXIT_ERROR, EXIT_REQUEUE = 0, 1, 85
 

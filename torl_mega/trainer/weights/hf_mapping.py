@@ -75,7 +75,7 @@ def all_names(shape: ModelShape) -> list[str]:
 
 def hf_shape(name: str, shape: ModelShape) -> tuple[int, ...]:
     """The full, unpadded shape of an HF tensor."""
-    q, kv = shape.num_heads * shape.head_dim, shape.num_kv_groups * shape.head_dim
+    q, kv = shape.q_width, shape.kv_width
     module, _, leaf = name.rpartition(".")
     part = module.rpartition(".")[2]
     rows = {"q_proj": q, "k_proj": kv, "v_proj": kv, "gate_proj": shape.ffn, "up_proj": shape.ffn}
