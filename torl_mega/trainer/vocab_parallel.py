@@ -1,4 +1,4 @@
-"""Log-probability of chosen tokens and entropy from hidden states, over a TP-sharded vocabulary, in chunks of tokens.
+"""Log-probs of chosen tokens and entropies from hidden states, over a vocabulary sharded by tensor rank, in token chunks.
 
 Contract: logits exist for `chunk` tokens at a time, `[chunk, V / tp]` in fp32; the backward pass computes them again
 instead of keeping them (unless everything fits one chunk). Padded vocabulary rows get probability zero.
@@ -23,7 +23,7 @@ from megatron.core.tensor_parallel.mappings import (
 
 
 class _DeferredOutputLayer(ColumnParallelLinear):
-    """Leaves the projection to the loss: the model returns hidden states, this layer remembers the weight."""
+    """Output layer that returns hidden states and remembers the weight: the loss projects, only the rows it needs."""
 
     def forward(self, input_: torch.Tensor, weight: Any = None, runtime_gather_output: Any = None) -> Any:
         # in a tuple: a Parameter as attribute would register, and then be saved under a second name
@@ -32,7 +32,7 @@ class _DeferredOutputLayer(ColumnParallelLinear):
 
 
 def defer_projection(model: Any) -> None:
-    """Make a GPTModel's last stage return hidden states instead of logits."""
+    """Makes a GPTModel's last stage return hidden states instead of logits, so that the loss can project a chunk at a time."""
     if model.post_process:
         model.output_layer.__class__ = _DeferredOutputLayer
 
