@@ -61,9 +61,8 @@ def test_the_server_holds_the_bytes_of_values_and_scales(
         assert fp8_server.version() == str(number)
         assert stats["num_tensors"] == len(sent)
         assert stats["bytes"] == sum(t.nbytes for t in sent.values())
-    assert stats["bytes"] < 0.7 * sum(
-        w.nbytes for w in weights.values()
-    )  # the embeddings of so small a model weigh a lot
+    unquantised = sum(w.nbytes for w in weights.values())
+    assert stats["bytes"] < 0.7 * unquantised  # not half: the embeddings of so small a model weigh a lot
 
 
 @pytest.mark.parametrize(

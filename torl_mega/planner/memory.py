@@ -1,4 +1,4 @@
-"""Memory of one GPU (or one rank's process on a CPU) in every phase of a step.
+"""Predicts the memory of one GPU (or of one process on a CPU) in every phase of a step.
 
 Contract: `trainer_memory` and `server_memory` are closed forms over the model's shape, `parallel`, `trainer` and
 `serving`; `phases` adds them up per phase the way the processes really overlap: a colocated server keeps its weights
@@ -26,7 +26,7 @@ LOGIT_BYTES = 16  # per logit of the chunk at work: four fp32 tensors at the wor
 
 @dataclass(frozen=True, slots=True)
 class TrainerMemory:
-    """Of the most loaded rank. Persistent parts first, then what one phase adds at its peak."""
+    """Bytes of the most loaded trainer rank. Persistent parts first, then what one phase adds at its peak."""
 
     weights: float
     gradients: float
@@ -45,11 +45,11 @@ class TrainerMemory:
 
 @dataclass(frozen=True, slots=True)
 class ServerMemory:
-    """Of one server rank."""
+    """Bytes of one server rank."""
 
     weights: float
     kv_pool: float
-    kv_tokens: float  # that fit into the pool
+    kv_tokens: float  # tokens, not bytes: how many fit into the pool
     fixed: float
 
     @property
@@ -59,7 +59,7 @@ class ServerMemory:
 
 @dataclass(frozen=True, slots=True)
 class PhaseMemory:
-    """One phase on the fullest GPU of a kind: named parts, their sum and what is there."""
+    """Bytes of one phase on the fullest GPU of a kind: named parts, their sum and what the GPU has."""
 
     phase: str
     where: str  # "trainer", "server" or "shared"
@@ -76,6 +76,7 @@ class PhaseMemory:
 
 
 def dtype_bytes(config: Config) -> int:
+    """Bytes per element of the model's weights."""
     return 4 if config.model.dtype == "float32" else 2
 
 
@@ -114,7 +115,7 @@ def micro_batches_in_flight(parallel: ParallelConfig, num_micro_batches: int) ->
 
 
 def num_micro_batches(config: Config, data: int, mean_tokens: float) -> int:
-    """Per data-parallel rank and optimizer step."""
+    """Micro-batches per data-parallel rank and optimizer step."""
     tokens = config.trainer.mini_batch_samples * mean_tokens / data
     return max(1, math.ceil(tokens / config.trainer.micro_batch_tokens))
 
@@ -158,7 +159,7 @@ def trainer_memory(
 
 
 def server_weight_bytes(shape: ModelShape, config: Config) -> float:
-    """Of one server, over all its ranks: a byte per element of the linear layers with fp8_block."""
+    """Bytes of the weights of one server, over all its ranks; fp8_block takes one byte per element of the linear layers."""
     width = dtype_bytes(config)
     linear = shape.num_layers * shape.layer_matrices
     saved = linear * (width - 1) if config.serving.weight_dtype == "fp8_block" else 0
@@ -181,7 +182,7 @@ def server_memory(shape: ModelShape, config: Config, gpu: Gpu, assume: Assumptio
 
 
 def phases(trainer: TrainerMemory, server: ServerMemory, gpu: Gpu, colocated: bool) -> list[PhaseMemory]:
-    """Every phase of a step, on a GPU of each kind that takes part in it."""
+    """The memory of every phase of a step, on a GPU of each kind that takes part in it."""
     keep = {
         "weights": trainer.weights, "gradients": trainer.gradients, "optimizer": trainer.optimizer,
         "batch": trainer.batch, "context + NCCL": trainer.fixed,

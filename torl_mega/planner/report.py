@@ -1,4 +1,4 @@
-"""A plan as a table for people and as JSON for scripts."""
+"""Prints an analysis as tables for people, or turns it into JSON for scripts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torl_mega.planner.search import Candidate
 
 
 def as_json(config: Config, analysis: Analysis, assume: Assumptions, found: Sequence[Candidate]) -> dict[str, Any]:
-    """Sizes in bytes, times in seconds."""
+    """The tree that `torl plan --json` prints. Sizes in bytes, times in seconds."""
     tree: dict[str, Any] = {
         "name": config.name,
         "fits": analysis.fits,
@@ -65,6 +65,7 @@ def print_plan(
     *,
     searched: bool,
 ) -> None:
+    """Tables of placement, memory and times, then notes, reasons against it and the verdict."""
     hw = analysis.hardware
     console.print(f"[bold]{config.name}[/]: {config.model.path} on {hw.nodes} x {hw.gpus} {hw.gpu}", highlight=False)
     if analysis.placement is not None:
