@@ -79,7 +79,6 @@ class MegatronTrainer:
         )
         self.checkpoints = checkpoint.Checkpoints(config.checkpoint, self.shape, self.hf_config)
         self._metric_names: tuple[str, ...] = ()
-        self._num_micro_batches = 0
 
     def _load_start(self) -> None:
         """Fills the weights from `model.path`; a file that one rank cannot read is an error on all."""
@@ -302,7 +301,7 @@ class MegatronTrainer:
     def _reduce_metrics(self, outputs: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, float]:
         """Sums (for names that end in `_max`: maxima) over micro-batches and ranks; the same on every rank."""
         last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-        if not self._metric_names:
+        if not self._metric_names:  # only the last stage computes metrics; it names them once
             source = parallel_state.get_pipeline_model_parallel_last_rank()
             names: list[Any] = [tuple(sorted(outputs[0])) if last else ()]
             group: Any = parallel_state.get_pipeline_model_parallel_group()

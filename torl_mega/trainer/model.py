@@ -125,7 +125,7 @@ def build_chunks(
             rotary_base=int(shape.rope_theta),
             vp_stage=vp_stage,
         )
-        model.rotary_pos_emb.inv_freq = rope_frequencies(shape)
+        model.rotary_pos_emb.inv_freq = rope_frequencies(shape)  # in place of those of rotary_base
         defer_projection(model)
         if torch.cuda.is_available():
             model.cuda(torch.cuda.current_device())

@@ -31,6 +31,7 @@ def wrap_ddp(chunks: Sequence[Any], config: Any, trainer: TrainerConfig) -> list
         grad_reduce_in_fp32=True,
         bucket_size=trainer.gradient_bucket_parameters if trainer.overlap else None,
     )
+    # later chunks in one bucket each: their communication overlaps with compute anyway (as in Megatron's own get_model)
     wrapped = [
         DistributedDataParallel(config, settings, chunk, disable_bucketing=n > 0) for n, chunk in enumerate(chunks)
     ]

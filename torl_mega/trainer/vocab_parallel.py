@@ -61,7 +61,7 @@ class _LogProbEntropy(torch.autograd.Function):
             entropies.append(entropy)
             log_totals.append(log_total)
             means.append(mean)
-            keep = z if hidden.size(0) <= chunk else None
+            keep = z if hidden.size(0) <= chunk else None  # one chunk: the backward pass need not project again
         ctx.set_materialize_grads(False)
         ctx.head, ctx.chunk = head, chunk
         ctx.save_for_backward(hidden, weight, targets, torch.cat(log_totals), torch.cat(means), keep)
@@ -125,6 +125,7 @@ class _Head:
         chosen = torch.where(mine, z.gather(-1, index[:, None]).squeeze(-1) - top, torch.zeros_like(top))
         shifted = z - top[:, None]
         p = shifted.exp()
+        # the clamp keeps padded rows, where p is 0 and log p -inf, from adding NaN
         weighted = p * shifted if self.padded_from is None else p * shifted.clamp(min=-1e30)
         sums = torch.stack([chosen, p.sum(-1), weighted.sum(-1)])
         if parallel:

@@ -114,7 +114,7 @@ def _write_files(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_
     pending: dict[str, torch.Tensor] = {}
     size = total = 0
 
-    def flush() -> None:
+    def flush() -> None:  # final names hold the number of files, which is known at the end
         save_file(pending, folder / f"part-{len(parts):05d}", metadata={"format": "pt"})
         parts.append(list(pending))
         pending.clear()
