@@ -6,8 +6,8 @@ learn. So a probe text must survive encoding and decoding on both sides, and mus
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Protocol
 
 import aiohttp
 import numpy as np
@@ -19,7 +19,6 @@ from torl_mega.interfaces import Share, Trainer
 from torl_mega.types import Sample
 
 TIMEOUT_S = 120.0
-T = TypeVar("T")
 
 
 class TextCodec(Protocol):
@@ -28,14 +27,8 @@ class TextCodec(Protocol):
     def decode(self, token_ids: Sequence[int]) -> str: ...
 
 
-class Run(Protocol):
-    """Runs an awaitable to its end on the event loop of rank 0's clients."""
-
-    def __call__(self, work: Awaitable[T]) -> T: ...
-
-
 class ServerSide(Protocol):
-    """What rank 0 has to ask servers with. No URLs: recorded trajectories are replayed, there is nothing to compare."""
+    """What rank 0 asks the servers with. No URLs: recorded trajectories are replayed, so there is nothing to compare."""
 
     @property
     def tokenizer(self) -> TextCodec: ...
@@ -44,7 +37,7 @@ class ServerSide(Protocol):
     def server_urls(self) -> Sequence[str]: ...
 
     @property
-    def run(self) -> Run: ...
+    def run(self) -> Callable[[Awaitable[Any]], Any]: ...  # to its end, on the event loop of rank 0's clients
 
 
 def check_engines(trainer: Trainer, rank0: ServerSide | None, config: Config, share: Share) -> None:
