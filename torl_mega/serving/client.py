@@ -54,7 +54,7 @@ class SGLangClient:
         self.counters: Counter[str] = Counter()
         self._config = config
         self._vocab_size = vocab_size
-        self._fleet = Fleet(urls, self.counters, hang_timeout_s=config.hang_timeout_s)
+        self._fleet = Fleet(urls, self.counters, self._accepts, hang_timeout_s=config.hang_timeout_s)
         self._session: aiohttp.ClientSession | None = None
         self._oldest: int | None = None
         self._newest: int | None = None
@@ -85,7 +85,6 @@ class SGLangClient:
     def expect_version(self, version: int | None, *, oldest: int | None = None) -> None:
         """Tokens must come from versions oldest..version (`oldest` None: that version alone); None accepts any."""
         self._newest, self._oldest = version, version if oldest is None else oldest
-        self._fleet.accepts = self._accepts
 
     # -------------------------------------------------------------------------------------------- generation
 

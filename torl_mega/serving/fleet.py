@@ -57,14 +57,16 @@ class Server:
 
 
 class Fleet:
-    """See the module's docstring. `accepts` says which policy versions may be used; the client sets it."""
+    """See the module's docstring. `accepts` says which policy versions may be used at the moment."""
 
-    def __init__(self, urls: Sequence[str], counters: Counter[str], *, hang_timeout_s: float) -> None:
+    def __init__(
+        self, urls: Sequence[str], counters: Counter[str], accepts: Callable[[int], bool], *, hang_timeout_s: float
+    ) -> None:
         if not urls:
             raise ServerError("no generation server is known; set serving.urls or serving.num_servers")
-        self.accepts: Callable[[int], bool] = lambda _version: True
         self._servers = [Server(url.rstrip("/")) for url in urls]
         self._counters = counters
+        self._accepts = accepts
         self._hang_timeout_s = hang_timeout_s
         self._routes: OrderedDict[str, Server] = OrderedDict()
         self._changed = asyncio.Event()
@@ -146,7 +148,7 @@ class Fleet:
         if info is None or await self._get(server, "/server_info") is None:
             return False
         version = str(info.get("weight_version", ""))
-        if self.accepts(int(version) if version.isdecimal() else UNKNOWN_VERSION):
+        if self._accepts(int(version) if version.isdecimal() else UNKNOWN_VERSION):
             return True
         if server.suspended is not None:
             server.suspended = STALE
