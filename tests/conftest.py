@@ -18,7 +18,7 @@ from tiny_model import make_tiny_model
 from torl_mega.config import Config
 from torl_mega.config_file import load_config
 from torl_mega.process import start as process
-from torl_mega.serving.server import wait_ready
+from torl_mega.serving.sglang_server import wait_ready
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
+from torl_mega.errors import WeightSyncError
 from torl_mega.process import start as process
+from torl_mega.serving.sync.control import Call, Deadline
 
 REPO = Path(__file__).parents[1]
 
@@ -19,6 +22,13 @@ class LiveServer:
     url: str
     sidecar: process.GuardedProcess
     log: Path
+
+    def version(self) -> str | None:
+        """The version that its weights carry; None unless the server answers, its scheduler too."""
+        with contextlib.suppress(WeightSyncError):
+            Call(self.url, "/server_info", None, Deadline(10)).result()
+            return Call(self.url, "/model_info", None, Deadline(10)).result()["weight_version"]
+        return None
 
 
 def write_config(folder: Path, model: Path, *, context: int = 1024) -> Path:

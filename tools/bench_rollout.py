@@ -34,7 +34,7 @@ from torl_mega.rollout.build import AsyncRunner
 from torl_mega.rollout.collector import AsyncCollector
 from torl_mega.rollout.episode import Episode, EpisodeSettings
 from torl_mega.serving.client import SGLangClient
-from torl_mega.serving.server import wait_ready
+from torl_mega.serving.sglang_server import wait_ready
 from torl_mega.types import (
     ExecutionRequest,
     ExecutionResult,

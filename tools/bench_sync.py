@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from torl_mega.config_file import load_config
 from torl_mega.process import start as process
-from torl_mega.serving.server import launch_command, launch_env, wait_ready
+from torl_mega.serving.sglang_server import launch_command, launch_env, wait_ready
 from torl_mega.serving.sync.weights import make_weight_sink
 
 REPO = Path(__file__).parents[1]

@@ -28,7 +28,7 @@ import torch
 from torl_mega.config import Config
 from torl_mega.config_file import load_config
 from torl_mega.trainer import parallel
-from torl_mega.trainer.packing import plan
+from torl_mega.trainer.packing import plan_micro_batches
 from torl_mega.types import Sample
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,7 +69,7 @@ def bare_step(trainer: Any, samples: list[Sample]) -> None:
     for chunk in trainer.model:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
-    _, micros = trainer._micro_batches(samples)
+    _, micros = trainer.pack(samples)
     many = len(trainer.model) > 1
     get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -114,14 +114,16 @@ def packing_table(quadratic_at: float) -> None:
     print("ranks  micro-batches  non-padding  imbalance | pad-to-longest: non-padding  imbalance")
     for ranks in (1, 2, 4, 8, 16):
         for align in (1, 4):
-            cut = plan(lengths, max_tokens=16384, num_ranks=ranks, quadratic_at=quadratic_at, align=align)
+            plan = plan_micro_batches(
+                lengths, max_tokens=16384, num_ranks=ranks, quadratic_at=quadratic_at, align=align
+            )
             padded = sum(-(-n // align) * align for n in lengths)
             naive = np.array_split(np.array(lengths), ranks)
             rows = 16384 // max(lengths)
             area = sum(len(b) * b.max() for part in naive for b in np.array_split(part, -(-len(part) // rows)))
             cost = [float((p + p**2 / quadratic_at).sum()) for p in naive]
             print(
-                f"{ranks:5d}  {cut.num_micro_batches:13d}  {sum(lengths) / padded:11.4f}  {cut.imbalance:9.4f} | "
+                f"{ranks:5d}  {plan.num_micro_batches:13d}  {sum(lengths) / padded:11.4f}  {plan.imbalance:9.4f} | "
                 f"{sum(lengths) / area:27.4f}  {max(cost) / np.mean(cost) - 1:9.4f}   (align {align})"
             )
 

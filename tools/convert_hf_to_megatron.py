@@ -21,8 +21,8 @@ def main() -> int:
     parser.add_argument("--pp", type=int, default=1, help="pipeline stages to write with")
     parser.add_argument("--vpp", type=int, default=1, help="model chunks per stage")
     args = parser.parse_args()
-    cut = ParallelConfig(tensor=args.tp, pipeline=args.pp, virtual_pipeline=args.vpp)
-    return run(cut, lambda: hf_to_megatron(args.hf, args.out, cut))
+    parallel = ParallelConfig(tensor=args.tp, pipeline=args.pp, virtual_pipeline=args.vpp)
+    return run(parallel, lambda: hf_to_megatron(args.hf, args.out, parallel))
 
 
 if __name__ == "__main__":

@@ -68,17 +68,8 @@ def plan(
     """Predict placement, memory per phase and step time of a run, without a GPU. Exit code 1 when it does not fit."""
     from torl_mega.planner import command
 
-    code = command.run(
-        conf,
-        overrides or [],
-        nodes=nodes,
-        gpus=gpus,
-        gpu=gpu,
-        search=search,
-        mean_response=mean_response,
-        json_output=json,
-    )
-    raise typer.Exit(code)
+    options = command.PlanOptions(nodes, gpus, gpu, search=search, json_output=json, mean_response=mean_response)
+    raise typer.Exit(command.run(conf, overrides or [], options))
 
 
 @app.command()

@@ -1,8 +1,14 @@
-"""What a model is and whether it can be cut as asked: from HF's config.json and `parallel` alone.
+"""What a model is, from HF's config.json, and which parallel layouts it can be trained in. Adding a model starts here.
 
-Contract: no torch, no Megatron, so `torl plan` and the launcher can refuse a layout before a node is allocated.
-`describe_model` raises ConfigError for what the trainer cannot run; `check_layout` returns every complaint at once.
+    config.json ─► describe_model ─► ModelShape ─► trainer, planner, servers, doctor: sizes, parameters, FLOPs, KV bytes
+
+Contract: the one place for formulas over a model's sizes. No torch, no Megatron, so `torl plan` and the launcher can
+refuse a layout before a node is allocated. `describe_model` raises ConfigError for what the trainer cannot run;
+`check_layout` returns every complaint at once.
 Limits: dense decoder models only; layers are spread evenly over pipeline stages.
+
+A new architecture: its name and what sets it apart here, its tensors in trainer/weights/hf_mapping.py, and what Megatron
+must do differently in trainer/model.py and trainer/layer_spec.py.
 """
 
 from __future__ import annotations
@@ -22,7 +28,7 @@ SUPPORTED_ROPE = ("default", "linear", "llama3", "yarn")
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """A dense decoder, as far as the trainer cares."""
+    """A dense decoder: its sizes in elements, and what follows from them."""
 
     architecture: str
     num_layers: int
@@ -41,18 +47,62 @@ class ModelShape:
     rope: Mapping[str, Any]  # HF's rope_scaling / rope_parameters, {"rope_type": "default"} when absent
 
     @property
+    def q_width(self) -> int:
+        """Of all query heads together: the rows of q_proj and the columns of o_proj."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Of all key (or value) heads together: the rows of k_proj and of v_proj."""
+        return self.num_kv_groups * self.head_dim
+
+    @property
+    def layer_matrices(self) -> int:
+        """Parameters of one layer's matrices: q, k, v, o and gate, up, down."""
+        return self.hidden * (2 * self.q_width + 2 * self.kv_width) + 3 * self.hidden * self.ffn
+
+    @property
+    def layer_biases(self) -> int:
+        """Parameters of one layer's q, k, v biases; tensor parallelism cuts them with their matrix."""
+        return (self.q_width + 2 * self.kv_width) * self.qkv_bias
+
+    @property
+    def layer_norms(self) -> int:
+        """Parameters of one layer's norms; every tensor rank holds them whole."""
+        return 2 * self.hidden + 2 * self.head_dim * self.qk_norm
+
+    @property
     def num_parameters(self) -> int:
         """Stored parameters (a tied head counts once)."""
-        q, kv = self.num_heads * self.head_dim, self.num_kv_groups * self.head_dim
-        attention = self.hidden * (2 * q + 2 * kv) + (q + 2 * kv) * self.qkv_bias + 2 * self.head_dim * self.qk_norm
-        layer = attention + 3 * self.hidden * self.ffn + 2 * self.hidden
+        layer = self.layer_matrices + self.layer_biases + self.layer_norms
         return self.num_layers * layer + self.vocab * self.hidden * (1 if self.tied else 2) + self.hidden
+
+    def stage_parameters(self, parallel: ParallelConfig) -> list[int]:
+        """Parameters that one tensor rank of each pipeline stage holds. The embedding is on the first stage, the head on
+        the last; a tied head is the same storage on one stage and a second copy on several."""
+        tp, pp = parallel.tensor, parallel.pipeline
+        layers = self.num_layers // pp * ((self.layer_matrices + self.layer_biases) // tp + self.layer_norms)
+        embedding = padded_vocab(self.vocab, tp) * self.hidden // tp
+        held = [layers] * pp
+        held[0] += embedding
+        held[-1] += self.hidden + (0 if self.tied and pp == 1 else embedding)
+        return held
 
     @property
     def quadratic_at(self) -> float:
-        """Sequence length at which causal attention costs as much as the matrices of a layer."""
-        q, kv = self.num_heads * self.head_dim, self.num_kv_groups * self.head_dim
-        return (self.hidden * (2 * q + 2 * kv) + 3 * self.hidden * self.ffn) / q
+        """Sequence length in tokens at which causal attention costs as much as the matrices of a layer."""
+        return self.layer_matrices / self.q_width
+
+    def forward_flops(self, tokens: float, mean_length: float) -> float:
+        """FLOPs of a forward pass over `tokens` in sequences of `mean_length` tokens: two per token and parameter of the
+        layers and the head (the embedding is a lookup); causal attention is half of the square."""
+        matmul_params = self.num_layers * self.layer_matrices + self.vocab * self.hidden
+        attention = 2 * self.num_layers * self.q_width * mean_length
+        return tokens * (2 * matmul_params + attention)
+
+    def kv_bytes_per_token(self, dtype_bytes: int) -> int:
+        """Bytes that the KV cache of all layers takes per token of context."""
+        return 2 * self.num_layers * self.kv_width * dtype_bytes
 
 
 def read_hf_config(path: str | Path) -> dict[str, Any]:
@@ -128,7 +178,7 @@ def _refuse_variants(hf: Mapping[str, Any], name: str) -> None:
 
 
 def check_layout(hf_config: Mapping[str, Any], parallel: ParallelConfig, world_size: int) -> list[str]:
-    """Every reason why this model cannot be cut this way over `world_size` trainer ranks; empty when it can."""
+    """Every reason why this model cannot be trained in this layout on `world_size` ranks; empty when it can."""
     try:
         shape = describe_model(hf_config)
     except ConfigError as exc:
@@ -161,7 +211,7 @@ def check_layout(hf_config: Mapping[str, Any], parallel: ParallelConfig, world_s
 
 
 def padded_vocab(vocab: int, tensor: int) -> int:
-    """Rows of the embedding: the next multiple of the tensor size (none are added for Qwen and Llama on 1, 2, 4, 8)."""
+    """Rows of the embedding: `vocab` up to the next multiple of the tensor size (Qwen's and Llama's are one of 1, 2, 4, 8)."""
     return -(-vocab // tensor) * tensor
 
 

@@ -31,7 +31,7 @@ from torl_mega.rollout.replay import NoServers
 from torl_mega.run.folder import RunFolder, open_run
 from torl_mega.run.limits import check_guards
 from torl_mega.run.metrics import Silent, summarize, write_json
-from torl_mega.serving.probe_agreement import check_engines
+from torl_mega.serving.probe import check_engines
 
 EXIT_DONE, EXIT_ERROR, EXIT_REQUEUE = 0, 1, 85
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     process.forks_die_with_parent()  # Megatron writes checkpoints in forks
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     # the engines say at every start which optional kernels they lack; `torl doctor` says it once, in order
-    warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers|torl_mega\.trainer\.cpu_backend)")
+    warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers|torl_mega\.trainer\.cpu)")
     try:
         return train(load_config(args[0], args[1:]))
     except TorlError as exc:

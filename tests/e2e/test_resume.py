@@ -18,7 +18,7 @@ from torl_runs import LIMIT_S, TORL, command, processes_of, rows, start, torl, w
 
 from torl_mega.data import arithmetic
 from torl_mega.rollout.recorder import read_rows, step_path
-from torl_mega.serving.server import wait_ready
+from torl_mega.serving.sglang_server import wait_ready
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

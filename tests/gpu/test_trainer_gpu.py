@@ -75,10 +75,10 @@ def test_offloaded_optimizer_takes_the_same_step(model: Path, bf16: dict[str, An
     assert found["moved_weights"] == found["num_weights"]
 
 
-@pytest.mark.parametrize("cut", ["parallel.tensor=2", "parallel.pipeline=2", "parallel.context=2"])
-def test_nccl_layouts_agree(model: Path, bf16: dict[str, Any], cut: str) -> None:
+@pytest.mark.parametrize("override", ["parallel.tensor=2", "parallel.pipeline=2", "parallel.context=2"])
+def test_nccl_layouts_agree(model: Path, bf16: dict[str, Any], override: str) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
-    found = run(model, 2, cut)
+    found = run(model, 2, override)
     assert found["loss"] == pytest.approx(bf16["loss"], abs=1e-2)
     assert found["grad_norm"] == pytest.approx(bf16["grad_norm"], rel=0.01)

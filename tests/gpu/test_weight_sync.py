@@ -1,4 +1,4 @@
-"""What a CPU cannot run: NCCL, CUDA IPC, the memory saver, and the GPU's checksum. Needs one or two CUDA devices."""
+"""What a CPU cannot run: NCCL, CUDA IPC, FP8 servers, and the GPU's checksum. Needs one or two CUDA devices."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fp8_reference import dequantize_blocks
 from live_server import LiveServer, write_config
 from tiny_model import make_tiny_model
 
@@ -16,11 +17,10 @@ from torl_mega.config import Config
 from torl_mega.config_file import load_config
 from torl_mega.errors import WeightSyncError
 from torl_mega.process import start as process
-from torl_mega.serving.colocated import SharedGpus
-from torl_mega.serving.fp8 import BlockSink, dequantize_blocks, is_quantized, quantize_blocks
+from torl_mega.serving.fp8 import is_quantized, quantize_blocks
 from torl_mega.serving.plugin.checksum import checksum, word_sum
 from torl_mega.serving.probe import prompt_logprobs
-from torl_mega.serving.server import wait_ready
+from torl_mega.serving.sglang_server import wait_ready
 from torl_mega.serving.sync.buckets import Bucket
 from torl_mega.serving.sync.weights import ServerSink, make_transport, make_weight_sink
 
@@ -105,7 +105,7 @@ def test_fp8_servers_compute_with_what_the_policy_rounds_to(
     fp8 = ("model.dtype=bfloat16", "serving.weight_dtype=fp8_block", "serving.transport=handles")
     server = gpu_server(0, f"model.path={model}", *fp8, "serving.mem_fraction=0.2")
     config = load_config(server.log.parent / "tiny.yaml", [f"model.path={model}", *fp8])
-    sink = BlockSink(make_weight_sink(config.serving, [server.url], device="cuda:0"))
+    sink = make_weight_sink(config.serving, [server.url], device="cuda:0")
     for version in (1, 2):
         weights = {name: w.bfloat16() for name, w in weights_on("cuda:0", model, version).items()}
         sink.update(iter(weights.items()), version=version)
@@ -113,23 +113,6 @@ def test_fp8_servers_compute_with_what_the_policy_rounds_to(
         there = torch.from_numpy(asyncio.run(prompt_logprobs(server.url, PROBE)))[1:]
         gap = (there - expected_logprobs(model, {n: w.float() for n, w in rounded.items()})).abs()
         assert float(gap.mean()) < 0.1  # activations are rounded to FP8 too
-
-
-def test_the_memory_saver_gives_memory_back(gpu_server: Callable[..., LiveServer], tiny_model: Path) -> None:
-    server = gpu_server(0, "serving.mem_fraction=0.3", "serving.extra_args=[--enable-memory-saver]")
-    config = load_config(server.log.parent / "tiny.yaml", ["serving.transport=handles"])
-    gpus = SharedGpus([server.url], offload=lambda: None, restore=lambda: None, timeout_s=60)
-    sink = make_weight_sink(config.serving, [server.url], device="cuda:0")
-    held, _ = torch.cuda.mem_get_info(0)
-    gpus.sleep()
-    freed, total = torch.cuda.mem_get_info(0)
-    assert freed - held > 0.2 * total
-    gpus.wake_weights()
-    weights = weights_on("cuda:0", tiny_model, 3)
-    sink.update(iter(weights.items()), version=3)
-    gpus.wake_cache()
-    there = torch.from_numpy(asyncio.run(prompt_logprobs(server.url, PROBE)))[1:]
-    assert float((there - expected_logprobs(tiny_model, weights)).abs().max()) < 1e-2
 
 
 @pytest.mark.parametrize("numel", [1, 16383, 16384, 5_000_001])

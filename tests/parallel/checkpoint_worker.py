@@ -17,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import hf_reference as ref
+import torch.distributed as dist
 from forked import run_ranks
 from layout_cases import Layout
 from layout_worker import LAYOUT_LIMIT_S, config_for, largest, reference
@@ -51,7 +52,7 @@ def save(layout: Layout, model_path: Path, path: Path) -> None:
     one_step(trainer, 0)
     one_step(trainer, 1)
     trainer.save(path, extra={"steps_done": 2})
-    parallel.barrier()
+    dist.barrier()
     parallel.destroy()
 
 
@@ -73,7 +74,7 @@ def load_all(
             gap = largest((weights[k], hf.weights[k]) for k in weights)
             with out.open("a") as file:
                 file.write(json.dumps({"saved": saved_in.name, "loaded": layout.name, "weights": gap}) + "\n")
-    parallel.barrier()
+    dist.barrier()
     parallel.destroy()
 
 

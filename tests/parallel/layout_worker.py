@@ -67,7 +67,7 @@ def all_logits(trainer: Any, samples: list[Any]) -> list[torch.Tensor]:
     flat = torch.zeros(int(offsets[-1]), trainer.shape.vocab, device=DEVICE)
     every = [replace(s, loss_mask=np.arange(len(s.token_ids)) > 0) for s in samples]
 
-    def token_logprobs(model: Any, micro: Any, output: torch.Tensor) -> Any:
+    def full_head(model: Any, micro: Any, output: torch.Tensor) -> Any:
         hidden, layer = output[0], model.output_layer
         if layer.sequence_parallel:
             from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
@@ -82,11 +82,9 @@ def all_logits(trainer: Any, samples: list[Any]) -> list[torch.Tensor]:
             flat[torch.from_numpy(micro.where - 1)] = full[micro.rows]
         return output.sum(), output.sum()
 
-    original, trainer._token_logprobs = trainer._token_logprobs, token_logprobs
-    _, micros = trainer._micro_batches(every)
+    _, micros = trainer.pack(every)
     with torch.no_grad():
-        trainer._run(micros, lambda micro, a, b: (a, {}), forward_only=True)
-    trainer._token_logprobs = original
+        trainer.run_schedule(micros, lambda micro, a, b: (a, {}), forward_only=True, head=full_head)
     dist.all_reduce(flat)
     return [flat[a:b] for a, b in pairwise(offsets)]
 
@@ -177,7 +175,7 @@ def run_layout(layout: Layout, families: list[tuple[str, bool]], version: str, r
             line = {"megatron": version, "layout": layout.name, "model": family, "tied": tied, **found}
             with results.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-    parallel.barrier()
+    dist.barrier()
     parallel.destroy()
 
 

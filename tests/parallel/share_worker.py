@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 
 from torl_mega.config_file import load_config
 from torl_mega.errors import DataError
@@ -48,10 +49,10 @@ def main(out: Path) -> None:
     config = load_config(ROOT / "conf/quickstart.yaml", [])
     parallel.init_distributed(config.parallel.model_copy(update={"data": "auto"}), config.trainer)
     rollout = make_rollout(2048, 2000) if parallel.is_rank0() else None
-    parallel.barrier()
+    dist.barrier()
     start = time.perf_counter()
     got = parallel.share(lambda: rollout)
-    parallel.barrier()
+    dist.barrier()
     seconds = time.perf_counter() - start
     assert got == make_rollout(2048, 2000)
     assert type(got.groups[0].trajectories[0].turns[0].token_ids[0]) is int

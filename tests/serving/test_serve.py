@@ -18,7 +18,7 @@ from torl_mega.config import Config
 from torl_mega.config_file import load_config
 from torl_mega.errors import ServerError
 from torl_mega.process import start as process
-from torl_mega.serving.server import CONTEXT_SLACK, launch_command, launch_env, wait_ready
+from torl_mega.serving.sglang_server import CONTEXT_SLACK, launch_command, launch_env, wait_ready
 
 
 def serve(*args: str) -> subprocess.CompletedProcess[str]:

@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fp8_reference import dequantize_blocks
 
 from torl_mega.config_file import load_config
 from torl_mega.errors import ConfigError, ServerError
 from torl_mega.interfaces import NamedTensor
 from torl_mega.launch import local as launcher
-from torl_mega.serving.fp8 import BlockSink, dequantize_blocks, quantize_blocks, quantize_stream
+from torl_mega.serving.fp8 import Fp8Sink, quantize_blocks, quantize_stream
 from torl_mega.serving.fp8_format import check_fp8_serving
-from torl_mega.serving.server import launch_command
+from torl_mega.serving.sglang_server import launch_command
 
 
 def plain_reference(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -154,7 +155,7 @@ def test_sink_sends_what_the_policy_rounds_to() -> None:
             sent.update(tensors)
             return {"version": version}
 
-    assert BlockSink(Inner()).update(iter(weights.items()), version=5) == {"version": 5}
+    assert Fp8Sink(Inner()).update(iter(weights.items()), version=5) == {"version": 5}
     name = "model.layers.0.mlp.up_proj.weight"
     values, scales = plain_reference(weights[name])
     assert list(sent) == ["model.embed_tokens.weight", name, f"{name}_scale_inv"]

@@ -29,7 +29,7 @@ def test_parameter_counts_are_those_of_the_published_models() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cut", "world", "complaint"),
+    ("parallel", "world", "complaint"),
     [
         ({"tensor": 4, "pipeline": 2}, 8, None),
         ({"tensor": 2}, 3, "3 trainer ranks cannot be cut"),
@@ -40,8 +40,8 @@ def test_parameter_counts_are_those_of_the_published_models() -> None:
         ({"tensor": 7}, 7, "no multiple of the 4 key/value heads"),
     ],
 )
-def test_layouts(cut: dict[str, Any], world: int, complaint: str | None) -> None:
-    found = check_layout(QWEN_7B, ParallelConfig(**cut), world)
+def test_layouts(parallel: dict[str, Any], world: int, complaint: str | None) -> None:
+    found = check_layout(QWEN_7B, ParallelConfig(**parallel), world)
     if complaint is None:
         assert found == []
     else:

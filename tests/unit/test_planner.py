@@ -20,10 +20,10 @@ from torl_mega.layout import ModelShape, describe_model
 from torl_mega.planner.analyse import Analysis, Hardware, analyse
 from torl_mega.planner.command import run
 from torl_mega.planner.hardware import GPUS, Assumptions, name_of
+from torl_mega.planner.known_models import KNOWN, hf_config
 from torl_mega.planner.memory import micro_batches_in_flight, trainer_memory
 from torl_mega.planner.placement import place, read_placement
 from torl_mega.planner.search import search
-from torl_mega.planner.shapes import KNOWN, hf_config, stage_params
 
 ASSUME = Assumptions()
 CLUSTERS = sorted(Path("conf/clusters").glob("*.yaml"))
@@ -62,7 +62,7 @@ def test_stages_add_up_to_the_model(name: str, tensor: int, pipeline: int) -> No
     """Every parameter once, but norms on every tensor rank and a tied head twice when it is on another stage."""
     model = shape(name)
     parallel = config(f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}", "parallel.sequence=false").parallel
-    held = tensor * sum(stage.total for stage in stage_params(model, parallel))
+    held = tensor * sum(model.stage_parameters(parallel))
     norms = (2 * model.num_layers + 1) * model.hidden
     second_head = model.vocab * model.hidden if model.tied and pipeline > 1 else 0
     assert held == model.num_parameters + (tensor - 1) * norms + second_head
@@ -100,7 +100,7 @@ def test_agrees_with_megatrons_own_report(
     assert memory.activations == pytest.approx(activations, rel=0.25)
 
 
-def test_more_of_a_cut_never_needs_more_memory() -> None:
+def test_more_tensor_ranks_never_needs_more_memory() -> None:
     needs = []
     for tensor in (1, 2, 4):
         sequence = str(tensor > 1).lower()
@@ -121,8 +121,8 @@ def test_recomputation_and_offload_take_their_parts_away() -> None:
 
 def test_micro_batches_in_flight() -> None:
     def flight(pipeline: int, virtual: int, micro: int) -> float:
-        cut = config(f"parallel.pipeline={pipeline}", f"parallel.virtual_pipeline={virtual}").parallel
-        return micro_batches_in_flight(cut, micro)
+        parallel = config(f"parallel.pipeline={pipeline}", f"parallel.virtual_pipeline={virtual}").parallel
+        return micro_batches_in_flight(parallel, micro)
 
     assert flight(1, 1, 16) == 1
     assert flight(4, 1, 16) == 4

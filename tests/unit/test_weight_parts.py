@@ -95,7 +95,7 @@ def test_buckets_hold_every_tensor_once_aligned_and_bounded(
     assert sorted(seen) == sorted(name for name, _ in named)
 
 
-def test_layout_keys_read_back() -> None:
+def test_slice_keys_read_back() -> None:
     assert parse_key("model.a@b.weight@12:3,4:8,1:bfloat16") == ("model.a@b.weight", 12, (3, 4), (8, 1), "bfloat16")
     assert spec_line("w", "float32", torch.Size([2, 3])) == "w float32 2,3"
     assert spec_line("scale", "float32", ()) == "scale float32"

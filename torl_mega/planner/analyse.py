@@ -1,6 +1,6 @@
-"""One plan: layout complaints, placement, memory per phase and predicted times, for a config on given hardware.
+"""Analyses a config on given hardware: placement, memory per phase, predicted times, and what cannot work.
 
-Contract: pure function of its arguments (plus config.json of the model, where it is there); nothing is started.
+Contract: a pure function of its arguments (and of the model's config.json, where there is one); nothing is started.
 `Analysis.problems` names every reason why the run cannot work; empty means it can be queued.
 """
 
@@ -17,10 +17,10 @@ from torl_mega.layout import ModelShape, check_layout, describe_model
 from torl_mega.planner import memory, steptime
 from torl_mega.planner.hardware import GIB, Assumptions, Gpu
 from torl_mega.planner.hardware import gpu as gpu_row
+from torl_mega.planner.known_models import hf_config
 from torl_mega.planner.memory import PhaseMemory, ServerMemory, TrainerMemory
 from torl_mega.planner.placement import Placement, place
-from torl_mega.planner.shapes import hf_config
-from torl_mega.planner.steptime import StepTime, Workload
+from torl_mega.planner.steptime import Setup, StepTime, Workload
 from torl_mega.serving.fp8_format import check_fp8_serving
 
 MIN_CONTEXTS = 4  # full-length sequences a server's KV cache must hold; below that decoding crawls
@@ -28,13 +28,13 @@ MIN_CONTEXTS = 4  # full-length sequences a server's KV cache must hold; below t
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """What is asked about. `hosts` and `cores` come from the allocation, once there is one."""
+    """What the run is planned for. `hosts` and `cores` come from the allocation, once there is one."""
 
     nodes: int
-    gpus: int
-    gpu: str
+    gpus: int  # per node
+    gpu: str  # a name of planner/hardware.py's table
     hosts: tuple[str, ...] = ()
-    cores: int = 0
+    cores: int = 0  # per node; 0 = the usual for that GPU
     base_port: int = 20000
 
 
@@ -61,7 +61,7 @@ class Analysis:
 
 
 def analyse(config: Config, hardware: Hardware, assume: Assumptions, mean_response: int | None = None) -> Analysis:
-    """The whole plan. Raises ConfigError only for an unknown GPU; everything else is a problem in the result."""
+    """Everything `torl plan` says. Raises ConfigError only for an unknown GPU; everything else is a problem in the result."""
     gpu = gpu_row(hardware.gpu)
     problems: list[str] = []
     placement, complaints = place(
@@ -87,10 +87,8 @@ def analyse(config: Config, hardware: Hardware, assume: Assumptions, mean_respon
     server = memory.server_memory(shape, config, gpu, assume)
     found = tuple(memory.phases(trainer, server, gpu, placement.colocated))
     problems += _memory_problems(config, found, server, on_cpu)
-    time = steptime.predict(
-        shape, config, gpu, server, ranks=world, servers=max(1, placement.num_servers), nodes=hardware.nodes, work=work,
-        assume=assume,
-    )  # fmt: skip
+    servers = max(1, placement.num_servers)
+    time = steptime.predict(Setup(shape, config, gpu, assume, world, servers, hardware.nodes), server, work)
     warnings = _warnings(config, placement, server, work, time)
     return Analysis(hardware, tuple(problems), tuple(warnings), shape, placement, trainer, server, found, work, time)
 
@@ -189,11 +187,11 @@ def _warnings(config: Config, placement: Placement, server: ServerMemory, work: 
         found.append(
             f"parallel.tensor = {config.parallel.tensor} crosses nodes ({placement.gpus_per_node} GPUs each): slow"
         )
-    share = abs(time.rollout_s - (time.train_s + time.logprob_s)) / time.step_s
+    imbalance = abs(time.rollout_s - (time.train_s + time.logprob_s)) / time.step_s
     if config.cluster.placement == "disaggregated" and config.rollout.max_staleness == 0:
         found.append(
             "disaggregated and exactly on-policy: servers and trainers wait for each other; see rollout.max_staleness"
         )
-    elif config.cluster.placement == "disaggregated" and share > 0.4:
+    elif config.cluster.placement == "disaggregated" and imbalance > 0.4:
         found.append("rollouts and training take very different times: move nodes with cluster.server_nodes")
     return found

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -22,57 +23,55 @@ from torl_mega.planner.search import search as search_layouts
 WIDTH = 170  # of the tables where stdout is a file
 
 
-def run(
-    conf: Path,
-    overrides: Sequence[str] = (),
-    *,
-    nodes: int | None = None,
-    gpus: int | None = None,
-    gpu: str = "auto",
-    search: bool = False,
-    json_output: bool = False,
-    mean_response: int | None = None,
-    hosts: str = "",
-    cores: int = 0,
-    base_port: int = 20000,
-    out: Path | None = None,
-) -> int:
-    """Prints the plan of CONF; returns 0 when it can run and 1 when it cannot. Raises ConfigError.
+@dataclass(frozen=True, slots=True)
+class PlanOptions:
+    """The options of `torl plan` and of the launch scripts."""
 
-    nodes, gpus: the allocation, None takes `cluster.nodes` and `cluster.gpus_per_node`; gpu: a name of the table or
-    `auto` (this machine's, else `cluster.gpu`); mean_response: tokens; hosts: comma-separated node names; cores: per
-    node, 0 takes the usual for that GPU; out: where the placement is written for the launch scripts (only if it fits).
-    """
+    nodes: int | None = None  # of the allocation; None = cluster.nodes
+    gpus: int | None = None  # per node; None = cluster.gpus_per_node
+    gpu: str = "auto"  # a name of planner/hardware.py's table; auto = this machine's, else cluster.gpu
+    search: bool = False
+    json_output: bool = False
+    mean_response: int | None = None  # tokens of an average response; None assumes a fraction of the limit
+    hosts: str = ""  # comma-separated node names
+    cores: int = 0  # per node; 0 = the usual for that GPU
+    base_port: int = 20000
+    out: Path | None = None  # where the placement is written for the launch scripts, if the run fits
+
+
+def run(conf: Path, overrides: Sequence[str] = (), options: PlanOptions = PlanOptions()) -> int:
+    """Prints the plan of CONF; returns 0 when it can run and 1 when it cannot. Raises ConfigError."""
     config = load_config(conf, overrides)
+    mean_response = options.mean_response
     if mean_response is not None and not 0 < mean_response <= config.rollout.max_response_tokens:
         raise ConfigError(
             f"--mean-response {mean_response}: must lie between 1 and rollout.max_response_tokens = "
             f"{config.rollout.max_response_tokens}"
         )
     hardware = Hardware(
-        nodes=config.cluster.nodes if nodes is None else nodes,
-        gpus=config.cluster.gpus_per_node if gpus is None else gpus,
-        gpu=_which_gpu(gpu, config.cluster.gpu),
-        hosts=tuple(name for name in hosts.split(",") if name),
-        cores=cores,
-        base_port=base_port,
+        nodes=config.cluster.nodes if options.nodes is None else options.nodes,
+        gpus=config.cluster.gpus_per_node if options.gpus is None else options.gpus,
+        gpu=_which_gpu(options.gpu, config.cluster.gpu),
+        hosts=tuple(name for name in options.hosts.split(",") if name),
+        cores=options.cores,
+        base_port=options.base_port,
     )
     assume = Assumptions()
     analysis = analyse(config, hardware, assume, mean_response)
-    wanted = (search or not analysis.fits) and hardware.gpu != "cpu" and analysis.shape is not None
-    found = search_layouts(config, hardware, assume, mean_response, nearest=not search) if wanted else []
-    if json_output:
+    wanted = (options.search or not analysis.fits) and hardware.gpu != "cpu" and analysis.shape is not None
+    found = search_layouts(config, hardware, assume, mean_response, nearest=not options.search) if wanted else []
+    if options.json_output:
         print(json.dumps(report.as_json(config, analysis, assume, found), indent=1))
     else:
         width = None if sys.stdout.isatty() else WIDTH
-        report.print_plan(Console(width=width), config, analysis, assume, found, searched=search)
-    if analysis.fits and out is not None and analysis.placement is not None:
-        out.write_text(analysis.placement.to_json())
+        report.print_plan(Console(width=width), config, analysis, assume, found, searched=options.search)
+    if analysis.fits and options.out is not None and analysis.placement is not None:
+        options.out.write_text(analysis.placement.to_json())
     return 0 if analysis.fits else 1
 
 
 def _which_gpu(asked: str, configured: str) -> str:
-    """`auto` on a CPU config stays `cpu`: the config says that the engines run there."""
+    """The GPU that `--gpu` means. `auto` on a CPU config stays `cpu`: the config says that the engines run there."""
     if asked != "auto":
         return asked
     if configured == "cpu" or shutil.which("nvidia-smi") is None:
@@ -108,7 +107,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where the placement is written, if the run fits")
     args = vars(parser.parse_intermixed_args())
     try:
-        code = run(args.pop("conf"), args.pop("overrides"), **args)
+        code = run(args.pop("conf"), args.pop("overrides"), PlanOptions(**args))
     except TorlError as exc:
         print(f"torl: error: {exc}", file=sys.stderr)
         code = 1

@@ -7,13 +7,10 @@ Peaks are the vendor's dense figures. Efficiencies are *assumptions*, set from p
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torl_mega.errors import ConfigError
 
 GIB = 1024**3
-
-GpuName = Literal["a100", "h100", "h200", "b200", "cpu"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +23,7 @@ class Gpu:
     fp8: float | None  # dense; None = the chip has no FP8
     hbm: float  # memory bandwidth
     nvlink: float  # to the other GPUs of its node
-    network: float  # its share of the node's NICs
+    network: float  # its part of the node's NICs
     cores: int  # CPU cores per GPU in the usual 8-GPU server
 
 
@@ -45,22 +42,20 @@ GPUS: dict[str, Gpu] = {
 
 @dataclass(frozen=True, slots=True)
 class Assumptions:
-    """Efficiencies behind predicted times, as shares of the peaks above, and fixed costs."""
+    """Efficiencies behind predicted times, as fractions of the peaks above, and fixed costs."""
 
-    train_mfu: float = (
-        0.40  # packed BF16 training of a 7B at TP <= 2 on H100-class: 35-45 % is what good systems report
-    )
+    train_mfu: float = 0.40  # packed BF16 training of a 7B at TP <= 2 on H100-class; good systems report 35-45 %
     forward_mfu: float = 0.45  # log-prob pass: no backward, no communication of gradients
     fp8_gain: float = 1.3  # FP8 over BF16 end to end in training; published gains run from 1.15 to 1.45
     tp_loss: float = 0.06  # lost per doubling of the tensor-parallel size (inside NVLink)
-    decode_bandwidth: float = 0.65  # share of memory bandwidth that decoding reaches with CUDA graphs
+    decode_bandwidth: float = 0.65  # fraction of memory bandwidth that decoding reaches with CUDA graphs
     decode_overhead_s: float = 0.004  # scheduler and launches per decode step, whatever the batch
     prefill_mfu: float = 0.40
-    collective: float = 0.70  # share of link bandwidth that large collectives reach
+    collective: float = 0.70  # fraction of link bandwidth that large collectives reach
     sync_fixed_s: float = 1.0  # pause, flush and checksums of one weight sync
     tool_call_s: float = 0.6  # one snippet, with its queue, on an unloaded pool
-    mean_share: float = 0.35  # mean response length over its limit; the longest of a batch always reaches the limit
-    host_per_sample_s: float = 0.002  # rewards, packing, recording: rank 0's share per trajectory
+    mean_fraction: float = 0.35  # mean response length over its limit; the longest of a batch always reaches the limit
+    host_per_sample_s: float = 0.002  # rewards, packing, recording: rank 0's part per trajectory
     context_gib: float = 0.6  # CUDA context and libraries, per process
     nccl_gib: float = 1.0  # NCCL buffers of a trainer rank (TP, PP, DP and sync groups)
     server_gib: float = 2.0  # CUDA graphs and workspace of a server rank

@@ -1,4 +1,4 @@
-"""Memory of one GPU (or one rank's process on a CPU) in every phase of a step.
+"""Predicts the memory of one GPU (or of one process on a CPU) in every phase of a step.
 
 Contract: `trainer_memory` and `server_memory` are closed forms over the model's shape, `parallel`, `trainer` and
 `serving`; `phases` adds them up per phase the way the processes really overlap: a colocated server keeps its weights
@@ -8,7 +8,7 @@ state all the time. Everything is in bytes.
 Source of the transformer terms: Korthikanti et al. 2205.05198 section 4, redone for what is trained here: SwiGLU,
 grouped queries, flash attention, no dropout, packed sequences, a chunked output head. Megatron's own report
 (`megatron/training/theoretical_memory_usage.py`) is compared in docs/cluster.md.
-Limits: dense models; evenly cut stages; allocator behaviour is one percentage.
+Limits: dense models; stages of equally many layers; allocator behaviour is one percentage.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 
 from torl_mega.config import Config, ParallelConfig
 from torl_mega.layout import ModelShape, padded_vocab
-from torl_mega.planner import shapes
 from torl_mega.planner.hardware import GIB, Assumptions, Gpu
 
 GRAD_BYTES = 4  # Megatron accumulates and reduces gradients in fp32
@@ -27,7 +26,7 @@ LOGIT_BYTES = 16  # per logit of the chunk at work: four fp32 tensors at the wor
 
 @dataclass(frozen=True, slots=True)
 class TrainerMemory:
-    """Of the most loaded rank. Persistent parts first, then what one phase adds at its peak."""
+    """Bytes of the most loaded trainer rank. Persistent parts first, then what one phase adds at its peak."""
 
     weights: float
     gradients: float
@@ -46,11 +45,11 @@ class TrainerMemory:
 
 @dataclass(frozen=True, slots=True)
 class ServerMemory:
-    """Of one server rank."""
+    """Bytes of one server rank."""
 
     weights: float
     kv_pool: float
-    kv_tokens: float  # that fit into the pool
+    kv_tokens: float  # tokens, not bytes: how many fit into the pool
     fixed: float
 
     @property
@@ -60,7 +59,7 @@ class ServerMemory:
 
 @dataclass(frozen=True, slots=True)
 class PhaseMemory:
-    """One phase on the fullest GPU of a kind: named parts, their sum and what is there."""
+    """Bytes of one phase on the fullest GPU of a kind: named parts, their sum and what the GPU has."""
 
     phase: str
     where: str  # "trainer", "server" or "shared"
@@ -77,27 +76,32 @@ class PhaseMemory:
 
 
 def dtype_bytes(config: Config) -> int:
+    """Bytes per element of the model's weights."""
     return 4 if config.model.dtype == "float32" else 2
 
 
 def layer_activation_bytes(shape: ModelShape, parallel: ParallelConfig, width: int, on_cpu: bool) -> float:
     """Bytes per token that one layer keeps for its backward pass, `width` bytes per element.
 
-    Kept whole on each tensor rank without sequence parallelism, cut with it: the inputs of both norms and their outputs.
-    Always cut: fused q/k/v, rotated q and k, attention output; gate and up, and their product.
+    Whole on each tensor rank, or sharded under sequence parallelism: the inputs of both norms and their outputs.
+    Always sharded: fused q/k/v, rotated q and k, attention output; gate and up, and their product.
     The local (CPU) layers fuse nothing: norms also keep the normalised input, rotary its cosines and sines, attention its
     own copies of q, k and v, and SwiGLU five tensors of width f (counted with torch's saved_tensors_hooks).
     """
-    h, f = shape.hidden, shape.ffn
-    q, kv = shape.num_heads * shape.head_dim, shape.num_kv_groups * shape.head_dim
+    h, f, q, kv = shape.hidden, shape.ffn, shape.q_width, shape.kv_width
     if on_cpu:
         whole = 6 * h + 4 * shape.head_dim
-        cut = 3 * q + 2 * kv + 5 * f
+        sharded = 3 * q + 2 * kv + 5 * f
     else:
         whole = 4 * h
-        cut = (q + 2 * kv) + (q + kv) + q + 3 * f
-    whole_share = parallel.tensor if parallel.sequence else 1
-    return width * (whole / whole_share + cut / parallel.tensor) + 4 * shape.num_heads / parallel.tensor
+        sharded = (q + 2 * kv) + (q + kv) + q + 3 * f
+    softmax = 4 * shape.num_heads / parallel.tensor  # flash attention keeps one fp32 sum per head and token
+    return width * (whole / _sequence_ranks(parallel) + sharded / parallel.tensor) + softmax
+
+
+def _sequence_ranks(parallel: ParallelConfig) -> int:
+    """Ranks that share the activations between the tensor-parallel parts of a layer."""
+    return parallel.tensor if parallel.sequence else 1
 
 
 def micro_batches_in_flight(parallel: ParallelConfig, num_micro_batches: int) -> float:
@@ -111,7 +115,7 @@ def micro_batches_in_flight(parallel: ParallelConfig, num_micro_batches: int) ->
 
 
 def num_micro_batches(config: Config, data: int, mean_tokens: float) -> int:
-    """Per data-parallel rank and optimizer step."""
+    """Micro-batches per data-parallel rank and optimizer step."""
     tokens = config.trainer.mini_batch_samples * mean_tokens / data
     return max(1, math.ceil(tokens / config.trainer.micro_batch_tokens))
 
@@ -124,15 +128,14 @@ def trainer_memory(
     data: data-parallel size; mean_tokens: prompt plus response of an average trajectory.
     """
     parallel, trainer, width = config.parallel, config.trainer, dtype_bytes(config)
-    params = max(stage.total for stage in shapes.stage_params(shape, parallel))
+    params = max(shape.stage_parameters(parallel))
     shard = data * parallel.context if trainer.distributed_optimizer else 1
     master = 0 if width == 4 else 4  # fp32 weights are their own masters
     tokens = trainer.micro_batch_tokens / parallel.context
     layers = shape.num_layers / parallel.pipeline
     flight = micro_batches_in_flight(parallel, num_micro_batches(config, data, mean_tokens))
-    cut = parallel.tensor if parallel.sequence else 1
     layer = layer_activation_bytes(shape, parallel, width, on_cpu)
-    hidden = width * shape.hidden / cut
+    hidden = width * shape.hidden / _sequence_ranks(parallel)
     # `selective` recomputes the attention core, of which flash attention keeps nothing
     full = trainer.recompute == "full"
     kept = tokens * layers * flight * (hidden if full else layer)
@@ -156,9 +159,9 @@ def trainer_memory(
 
 
 def server_weight_bytes(shape: ModelShape, config: Config) -> float:
-    """Of one server, over all its ranks: a byte per element of the linear layers with fp8_block."""
+    """Bytes of the weights of one server, over all its ranks; fp8_block takes one byte per element of the linear layers."""
     width = dtype_bytes(config)
-    linear = shape.num_layers * (shapes.attention_params(shape) + shapes.mlp_params(shape))
+    linear = shape.num_layers * shape.layer_matrices
     saved = linear * (width - 1) if config.serving.weight_dtype == "fp8_block" else 0
     return shape.num_parameters * width - saved
 
@@ -167,7 +170,7 @@ def server_memory(shape: ModelShape, config: Config, gpu: Gpu, assume: Assumptio
     """Memory of one server rank. SGLang takes `mem_fraction` of the GPU for weights and KV pool together."""
     serving, width = config.serving, dtype_bytes(config)
     weights = server_weight_bytes(shape, config) / serving.tensor
-    per_token = shapes.kv_bytes_per_token(shape, width) / min(serving.tensor, shape.num_kv_groups)
+    per_token = shape.kv_bytes_per_token(width) / min(serving.tensor, shape.num_kv_groups)
     if math.isinf(gpu.memory):
         pool = (serving.max_total_tokens or 8 * config.max_context_tokens) * per_token
     else:
@@ -179,7 +182,7 @@ def server_memory(shape: ModelShape, config: Config, gpu: Gpu, assume: Assumptio
 
 
 def phases(trainer: TrainerMemory, server: ServerMemory, gpu: Gpu, colocated: bool) -> list[PhaseMemory]:
-    """Every phase of a step, on a GPU of each kind that takes part in it."""
+    """The memory of every phase of a step, on a GPU of each kind that takes part in it."""
     keep = {
         "weights": trainer.weights, "gradients": trainer.gradients, "optimizer": trainer.optimizer,
         "batch": trainer.batch, "context + NCCL": trainer.fixed,

@@ -1,4 +1,4 @@
-"""A plan as a table for people and as JSON for scripts."""
+"""Prints an analysis as tables for people, or turns it into JSON for scripts."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from rich.table import Table
 from torl_mega.config import Config
 from torl_mega.planner.analyse import Analysis
 from torl_mega.planner.hardware import GIB, Assumptions
+from torl_mega.planner.memory import dtype_bytes
 from torl_mega.planner.search import Candidate
-from torl_mega.planner.shapes import kv_bytes_per_token
 
 
 def as_json(config: Config, analysis: Analysis, assume: Assumptions, found: Sequence[Candidate]) -> dict[str, Any]:
-    """Sizes in bytes, times in seconds."""
+    """The tree that `torl plan --json` prints. Sizes in bytes, times in seconds."""
     tree: dict[str, Any] = {
         "name": config.name,
         "fits": analysis.fits,
@@ -65,6 +65,7 @@ def print_plan(
     *,
     searched: bool,
 ) -> None:
+    """Tables of placement, memory and times, then notes, reasons against it and the verdict."""
     hw = analysis.hardware
     console.print(f"[bold]{config.name}[/]: {config.model.path} on {hw.nodes} x {hw.gpus} {hw.gpu}", highlight=False)
     if analysis.placement is not None:
@@ -105,10 +106,10 @@ def _placement(config: Config, analysis: Analysis) -> list[str]:
         f"  sandbox: one pool per node ({last - first} cores)",
     ]
     if analysis.server is not None and analysis.shape is not None:
-        width = 4 if config.model.dtype == "float32" else 2
+        per_token = analysis.shape.kv_bytes_per_token(dtype_bytes(config))
         lines.append(
             f"  KV cache: {analysis.server.kv_tokens:,.0f} tokens per server, "
-            f"{kv_bytes_per_token(analysis.shape, width) / 1024:.1f} KiB per token over its ranks"
+            f"{per_token / 1024:.1f} KiB per token over its ranks"
         )
     return lines
 

@@ -36,8 +36,8 @@ def search(
     nearest: bool = False,
     keep: int = 5,
 ) -> list[Candidate]:
-    """The `keep` fastest layouts that fit, fastest first and at equal times nearest to the config first; with
-    `nearest`, those that change least, and among them the fastest."""
+    """The `keep` fastest layouts that fit, fastest first; of equal ones the nearest to the config first. With `nearest`:
+    those that change the fewest settings, and among them the fastest."""
     found = []
     for overrides in _candidates(config, hardware):
         changed = _changed(config, overrides)
@@ -85,7 +85,7 @@ def _candidates(config: Config, hardware: Hardware) -> Iterator[Overrides]:
 
 
 def _changed(config: Config, overrides: Overrides) -> Config:
-    """A copy with other values. Validation is done once by the caller's config; each value here is valid by itself."""
+    """A copy of the config with other values. Not validated again: each value here is valid by itself."""
     sections: dict[str, dict[str, object]] = {}
     for dotted, value in overrides.items():
         section, field = dotted.split(".")

@@ -2,8 +2,8 @@
 
 These are estimates: no figure was measured by this project on a GPU. docs/cluster.md compares them with published runs.
 
-Rollout model: all trajectories start at once; the share still running at response position t is (1 - t/M)^k with M the
-limit and k = M/mean - 1, so the mean is right and the longest reaches the limit, as a batch of thousands does. A decode
+Rollout model: all trajectories start at once; the fraction still running at response position t is (1 - t/M)^k with M
+the limit and k = M/mean - 1, so the mean is right and the longest reaches the limit, as a batch of thousands does. A decode
 step costs a fixed overhead plus the larger of its bytes (weights and KV) and its FLOPs. Tool calls only delay their own
 trajectory. Limits: no straggler effects, evaluation and checkpoints not included.
 """
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 from torl_mega.config import Config
 from torl_mega.layout import ModelShape
-from torl_mega.planner import shapes
 from torl_mega.planner.hardware import Assumptions, Gpu
 from torl_mega.planner.memory import ServerMemory, dtype_bytes, num_micro_batches, server_weight_bytes
 
@@ -41,6 +40,29 @@ class Workload:
 
 
 @dataclass(frozen=True, slots=True)
+class Setup:
+    """What a step's time depends on beside its work: model, settings, hardware and how much of it there is."""
+
+    shape: ModelShape
+    config: Config
+    gpu: Gpu
+    assume: Assumptions
+    num_ranks: int  # trainer GPUs
+    num_servers: int
+    num_nodes: int
+
+    @property
+    def data(self) -> int:
+        """Data-parallel size."""
+        return max(1, self.num_ranks // self.config.parallel.model_size)
+
+    @property
+    def link(self) -> float:
+        """Bandwidth between trainer ranks in bytes/s, as large collectives reach it."""
+        return (self.gpu.network if self.num_nodes > 1 else self.gpu.nvlink) * self.assume.collective
+
+
+@dataclass(frozen=True, slots=True)
 class StepTime:
     """Seconds per phase of one RL step; `step_s` knows whether rollouts overlap training."""
 
@@ -55,76 +77,63 @@ class StepTime:
 
 
 def workload(config: Config, assume: Assumptions, mean_response: int | None) -> Workload:
-    """The config's step. `mean_response` is in tokens; None assumes a share of the limit."""
+    """The config's step. `mean_response` is in tokens; None assumes a fraction of the limit."""
     limit = config.rollout.max_response_tokens
     return Workload(
         samples=config.rollout.prompts_per_step * config.rollout.group_size,
         prompt_tokens=0.4 * config.data.max_prompt_tokens,
-        response_tokens=min(limit, mean_response or assume.mean_share * limit),
+        response_tokens=min(limit, mean_response or assume.mean_fraction * limit),
         max_response=limit,
         tool_calls=config.rollout.max_tool_calls,
     )
 
 
-def predict(
-    shape: ModelShape,
-    config: Config,
-    gpu: Gpu,
-    server: ServerMemory,
-    *,
-    ranks: int,
-    servers: int,
-    nodes: int,
-    work: Workload,
-    assume: Assumptions,
-) -> StepTime:
-    """Times of a step on `ranks` trainer GPUs over `nodes` nodes with `servers` servers."""
-    parallel = config.parallel
-    data = max(1, ranks // parallel.model_size)
-    concurrency = _concurrency(config, server, work, servers)
-    rollout = _rollout_s(shape, config, gpu, work, servers, concurrency, assume)
+def predict(setup: Setup, server: ServerMemory, work: Workload) -> StepTime:
+    """Times of a step of `work`; `server` says how many trajectories fit into a server's KV cache."""
+    shape, config, gpu, assume = setup.shape, setup.config, setup.gpu, setup.assume
+    parallel, ranks = config.parallel, setup.num_ranks
+    concurrency = _concurrency(setup, server, work)
+    rollout = _rollout_s(setup, work, concurrency)
     peak = gpu.bf16 * (1 - assume.tp_loss) ** (parallel.tensor.bit_length() - 1)
-    forward = shapes.forward_flops(shape, work.tokens, work.mean_tokens)
+    forward = shape.forward_flops(work.tokens, work.mean_tokens)
     passes = 2 if config.algo.kl_coef > 0 else 1
-    micro = num_micro_batches(config, data, work.mean_tokens)
+    micro = num_micro_batches(config, setup.data, work.mean_tokens)
     bubble = 1 + (parallel.pipeline - 1) / (parallel.virtual_pipeline * micro)
     gain = assume.fp8_gain if config.trainer.precision != "default" else 1.0
-    factor = 4 if config.trainer.recompute == "full" else 3
+    factor = 4 if config.trainer.recompute == "full" else 3  # backward is twice forward, and recomputation once more
     logprob = passes * forward * bubble / (ranks * peak * assume.forward_mfu * gain)
     train = factor * forward * bubble / (ranks * peak * assume.train_mfu * gain)
-    optimizer = _optimizer_s(shape, config, gpu, data, nodes, assume)
-    link = gpu.network if nodes > 1 else gpu.nvlink
-    sync = 2 * shape.num_parameters * dtype_bytes(config) / (link * assume.collective) + assume.sync_fixed_s
+    optimizer = _optimizer_s(setup)
+    # once through the trainer's ranks to rank 0, once from there to the servers
+    sync = 2 * shape.num_parameters * dtype_bytes(config) / setup.link + assume.sync_fixed_s
     host = work.samples * assume.host_per_sample_s
     learn = logprob + train + optimizer + host
-    apart = config.cluster.placement == "disaggregated" and config.rollout.max_staleness > 0
-    step = (max(rollout, learn) if apart else rollout + learn) + sync
+    overlapped = config.cluster.placement == "disaggregated" and config.rollout.max_staleness > 0
+    step = (max(rollout, learn) if overlapped else rollout + learn) + sync
     return StepTime(rollout, logprob, train, optimizer, sync, host, step, concurrency)
 
 
-def _concurrency(config: Config, server: ServerMemory, work: Workload, servers: int) -> int:
-    wanted = -(-work.samples // max(1, servers))
+def _concurrency(setup: Setup, server: ServerMemory, work: Workload) -> int:
+    wanted = -(-work.samples // max(1, setup.num_servers))
     fitting = int(server.kv_tokens / work.mean_tokens)
-    limits = [wanted, fitting, config.serving.max_running_requests or wanted]
+    limits = [wanted, fitting, setup.config.serving.max_running_requests or wanted]
     return max(1, min(limits))
 
 
-def _decode_step_s(
-    shape: ModelShape, config: Config, gpu: Gpu, active: float, context: float, assume: Assumptions
-) -> float:
+def _decode_step_s(setup: Setup, active: float, context: float) -> float:
     """One token for each of `active` sequences with `context` tokens behind them."""
-    tp, width = config.serving.tensor, dtype_bytes(config)
-    kv = active * context * shapes.kv_bytes_per_token(shape, width) / min(tp, shape.num_kv_groups)
-    read = (server_weight_bytes(shape, config) / tp + kv) / (gpu.hbm * assume.decode_bandwidth)
-    compute = shapes.forward_flops(shape, active, context) / (tp * gpu.bf16 * assume.prefill_mfu)
+    shape, gpu, assume = setup.shape, setup.gpu, setup.assume
+    tp, width = setup.config.serving.tensor, dtype_bytes(setup.config)
+    kv = active * context * shape.kv_bytes_per_token(width) / min(tp, shape.num_kv_groups)
+    read = (server_weight_bytes(shape, setup.config) / tp + kv) / (gpu.hbm * assume.decode_bandwidth)
+    compute = shape.forward_flops(active, context) / (tp * gpu.bf16 * assume.prefill_mfu)
     reduce = 0.0 if tp == 1 else 2 * shape.num_layers * 15e-6  # two all-reduces per layer, latency-bound
     return assume.decode_overhead_s + max(read, compute) + reduce
 
 
-def _rollout_s(
-    shape: ModelShape, config: Config, gpu: Gpu, work: Workload, servers: int, concurrency: int, assume: Assumptions
-) -> float:
+def _rollout_s(setup: Setup, work: Workload, concurrency: int) -> float:
     """All trajectories of a step: full batches while there are more than fit, then the thinning tail."""
+    config, assume, servers = setup.config, setup.assume, setup.num_servers
     limit, mean = work.max_response, work.response_tokens
     power = max(0.0, limit / mean - 1)
     tail = 0.0
@@ -132,22 +141,23 @@ def _rollout_s(
         position = (i + 0.5) / _POINTS
         active = concurrency * (1 - position) ** power
         context = work.prompt_tokens + position * limit
-        tail += _decode_step_s(shape, config, gpu, max(active, 1.0), context, assume) * limit / _POINTS
+        tail += _decode_step_s(setup, max(active, 1.0), context) * limit / _POINTS
     waiting = max(0.0, work.samples / max(1, servers) - concurrency)
-    full = _decode_step_s(shape, config, gpu, concurrency, work.mean_tokens, assume)
-    prefill = shapes.forward_flops(shape, work.samples / servers * work.prompt_tokens, work.prompt_tokens)
-    prefill /= config.serving.tensor * gpu.bf16 * assume.prefill_mfu * config.rollout.group_size
+    full = _decode_step_s(setup, concurrency, work.mean_tokens)
+    prefill = setup.shape.forward_flops(work.samples / servers * work.prompt_tokens, work.prompt_tokens)
+    # a group's prompt is computed once and found in the prefix cache by its other samples
+    prefill /= config.serving.tensor * setup.gpu.bf16 * assume.prefill_mfu * config.rollout.group_size
     return tail + waiting * mean / concurrency * full + prefill + work.tool_calls * assume.tool_call_s
 
 
-def _optimizer_s(shape: ModelShape, config: Config, gpu: Gpu, data: int, nodes: int, assume: Assumptions) -> float:
+def _optimizer_s(setup: Setup) -> float:
     """Gradient reduction, Adam and parameter gathering of all optimizer steps of one RL step."""
+    config, assume = setup.config, setup.assume
     steps = config.rollout.prompts_per_step * config.rollout.group_size // config.trainer.mini_batch_samples
-    params = shape.num_parameters / (config.parallel.tensor * config.parallel.pipeline)
-    link = gpu.network if nodes > 1 else gpu.nvlink
-    wire = params * (4 + dtype_bytes(config)) / (link * assume.collective) if data > 1 else 0.0
-    shown = 0.3 if config.trainer.overlap else 1.0
-    adam = params / data * 30 / (gpu.hbm * assume.decode_bandwidth)
+    params = setup.shape.num_parameters / (config.parallel.tensor * config.parallel.pipeline)
+    wire = params * (4 + dtype_bytes(config)) / setup.link if setup.data > 1 else 0.0
+    exposed = 0.3 if config.trainer.overlap else 1.0
+    adam = params / setup.data * 30 / (setup.gpu.hbm * assume.decode_bandwidth)  # bytes read and written per parameter
     if config.trainer.optimizer_offload:
-        adam += params / data * 24 / 20e9  # both ways over PCIe
-    return steps * (wire * shown + adam)
+        adam += params / setup.data * 24 / 20e9  # both ways over PCIe
+    return steps * (wire * exposed + adam)

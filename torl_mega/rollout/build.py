@@ -30,8 +30,7 @@ from torl_mega.rollout.service import RolloutService
 from torl_mega.run.folder import RunFolder
 from torl_mega.run.metrics import RunMetrics
 from torl_mega.serving.client import SGLangClient
-from torl_mega.serving.fp8 import BlockSink
-from torl_mega.serving.server import wait_ready
+from torl_mega.serving.sglang_server import wait_ready
 from torl_mega.serving.sync.paused import DrainedSink, PausedSink
 from torl_mega.serving.sync.weights import make_weight_sink
 
@@ -108,8 +107,6 @@ def build_rank0(
             rollouts = stack.enter_context(contextlib.closing(OverlappedRollouts(config, folder, stop)))
             pause = config.rollout.pause
             sink = PausedSink(sink, urls, pause) if in_flight else DrainedSink(sink, rollouts.drain)
-        if config.serving.weight_dtype == "fp8_block":
-            sink = BlockSink(sink)
         if saved["rollouts"] is not None:
             rollouts.restore(saved["rollouts"])
         wait_for_servers(config, run)

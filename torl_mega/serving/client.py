@@ -1,4 +1,4 @@
-"""Token-in/token-out client of SGLang servers: spreads requests, and carries on elsewhere when a server fails.
+"""Token-in/token-out client of SGLang servers: spreads requests, and retries elsewhere when a server fails.
 
     request ─► pick a server ─► POST /generate ─► check ─► Generation
                   ▲  (sticky per prefix,               │
@@ -6,8 +6,8 @@
                   │                                    ├─ queue full (503): the same again, a little later
                   └────────── another try ◄────────────┴─ dead, hanging, 5xx, wrong version: from the same tokens
 
-With `serving.router` an sglang-router picks; a fault is then tried again through it, and it drops a dead server by itself.
-What comes back was sampled by a version the caller expects, with one log-prob and one policy version per token.
+With `serving.router` an sglang-router picks the server; retries go through it too, and it drops a dead server by itself.
+Contract: every token was sampled by a version the caller expects, and has its log-prob and its policy version.
 Limits: one event loop; text is SGLang's own decoding, so a token may run past the stop string it completes (its ids are
 kept as sampled). Without streaming a dead server's unfinished tokens are lost and sampled again.
 """
@@ -20,22 +20,22 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import aiohttp
 import orjson
 
 from torl_mega.config import ServingConfig
-from torl_mega.errors import GenerationError, ServerError
+from torl_mega.errors import GenerationError
 from torl_mega.serving.fleet import Fleet, Server
-from torl_mega.serving.generation import BadAnswer, Part, parse_answer, seam_suffixes
+from torl_mega.serving.generation import BadAnswer, GenerationPart, parse_answer, seam_suffixes
 from torl_mega.types import FinishReason, Generation, GenerationRequest
 
 KEEPALIVE_S = 2.0  # uvicorn closes idle connections after 5 s; writing on one of those is a reset
 ABORT_GRACE_S = 5.0  # from /abort_request to the partial answer
 BACKOFF_S = (0.1, 0.5, 2.0)  # before another try at a server that answers, but with an error
 BUSY_S = 0.5  # before another try at a server whose queue is full
-MAX_EMPTY_ABORTS = 64  # requests sent back before their first token, as `pause("abort")` does to queued ones
+MAX_EMPTY_ABORTS = 64  # a request sent back before its first token, as an aborting pause does to queued ones
 FIRST = asyncio.FIRST_COMPLETED
 
 
@@ -54,7 +54,7 @@ class SGLangClient:
         self.counters: Counter[str] = Counter()
         self._config = config
         self._vocab_size = vocab_size
-        self._fleet = Fleet(urls, self.counters, hang_timeout_s=config.hang_timeout_s)
+        self._fleet = Fleet(urls, self.counters, self._accepts, hang_timeout_s=config.hang_timeout_s)
         self._session: aiohttp.ClientSession | None = None
         self._oldest: int | None = None
         self._newest: int | None = None
@@ -85,14 +85,13 @@ class SGLangClient:
     def expect_version(self, version: int | None, *, oldest: int | None = None) -> None:
         """Tokens must come from versions oldest..version (`oldest` None: that version alone); None accepts any."""
         self._newest, self._oldest = version, version if oldest is None else oldest
-        self._fleet.accepts = self._accepts
 
     # -------------------------------------------------------------------------------------------- generation
 
     async def generate(self, request: GenerationRequest) -> Generation:
         """Samples one continuation. Raises GenerationError when the request is wrong or every try failed."""
         self._check(request)
-        parts: list[Part] = []
+        parts: list[GenerationPart] = []
         causes: list[str] = []
         num_empty, patience = 0, time.monotonic() + self._config.request_timeout_s
         while len(causes) <= self._config.max_retries and num_empty < MAX_EMPTY_ABORTS:
@@ -131,7 +130,7 @@ class SGLangClient:
             raise GenerationError(f"token id {bad} is outside the vocabulary of {self._vocab_size}; wrong tokenizer?")
 
     async def _fault(self, server: Server, exc: Exception, causes: list[str]) -> None:
-        """Counts it, stops using a server that is gone or stale, and gives one that is merely unwell a moment."""
+        """Counts a failed try. A server that is gone, hangs or has other weights is suspended; others get a short pause."""
         kind = exc.kind if isinstance(exc, BadAnswer) else "hang" if isinstance(exc, TimeoutError) else "server_down"
         self.counters["generation_retry"] += 1
         self.counters[kind] += 1
@@ -141,8 +140,8 @@ class SGLangClient:
         else:
             await asyncio.sleep(BACKOFF_S[min(len(causes), len(BACKOFF_S)) - 1])
 
-    async def _one_try(self, server: Server, request: GenerationRequest, parts: list[Part]) -> Part:
-        """One POST, with what earlier parts sampled as further prompt. Raises on anything but a usable answer."""
+    async def _one_try(self, server: Server, request: GenerationRequest, parts: list[GenerationPart]) -> GenerationPart:
+        """One POST, whose prompt goes on with what earlier parts sampled. Raises on anything but a usable answer."""
         done = tuple(i for part in parts for i in part.token_ids)
         suffixes = seam_suffixes("".join(part.text for part in parts), request.stop)
         rid = uuid.uuid4().hex
@@ -192,39 +191,13 @@ class SGLangClient:
             return True
         return self._oldest <= version <= self._newest
 
-    def _check_versions(self, part: Part) -> None:
+    def _check_versions(self, part: GenerationPart) -> None:
         for version in set(part.policy_versions):
             if not self._accepts(version):
                 wanted = f"{self._newest}" if self._oldest == self._newest else f"{self._oldest}..{self._newest}"
                 raise BadAnswer("wrong_version", f"tokens of policy version {version}, expected {wanted}")
 
-    # -------------------------------------------------------------------------------------------- control
-
-    async def health(self) -> dict[str, bool]:
-        """Which servers answer, scheduler included, with a version that is expected."""
-        return await self._fleet.health()
-
-    async def pause(self, mode: Literal["abort", "in_place", "retract"] = "in_place") -> None:
-        """Stops sampling on every server that is up. Requests wait; `abort` sends them back unfinished."""
-        await self._all("/pause_generation", {"mode": mode})
-
-    async def resume(self) -> None:
-        await self._all("/continue_generation", {})
-
-    async def flush_cache(self) -> None:
-        """Forgets every cached prefix. Raises ServerError while requests are running."""
-        await self._all("/flush_cache", {})
-
-    async def _all(self, path: str, body: dict[str, Any]) -> None:
-        servers = self._fleet.up()
-        answers = await asyncio.gather(*(self._post(s.url, path, body) for s in servers), return_exceptions=True)
-        for server, answer in zip(servers, answers, strict=True):
-            if isinstance(answer, (aiohttp.ClientError, TimeoutError, OSError)):
-                self._fleet.suspend(server, "server_down")
-            elif isinstance(answer, BaseException):
-                raise answer
-            elif answer[0] != 200:
-                raise ServerError(f"{server.url}{path} answered HTTP {answer[0]}: {_message(answer[1])}")
+    # -------------------------------------------------------------------------------------------- HTTP
 
     async def _post(self, url: str, path: str, body: dict[str, Any]) -> tuple[int, bytes]:
         assert self._session is not None, "SGLangClient.start was not awaited"
@@ -233,20 +206,21 @@ class SGLangClient:
             return answer.status, await answer.read()
 
     async def _abort(self, server: Server, rid: str) -> None:
-        """A router does not pass this on and does not say where the request is: every server behind it is told."""
+        """Tells the server to stop sampling `rid`. A router neither passes this on nor says which server has the request,
+        so every server behind it is told."""
         urls = [server.url] if self._config.router is None else [s.url for s in self._fleet.up()]
         with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError):
             calls = asyncio.gather(*(self._post(url, "/abort_request", {"rid": rid}) for url in urls))
             await asyncio.wait_for(calls, ABORT_GRACE_S)
 
     def _abort_later(self, server: Server, rid: str) -> None:
-        """The caller was cancelled and cannot wait; the server must not sample on for nobody."""
+        """Aborts in the background: the caller was cancelled and cannot wait for it."""
         task = asyncio.ensure_future(self._abort(server, rid))
         self._aborts.add(task)
         task.add_done_callback(self._aborts.discard)
 
 
-def _joined(parts: list[Part], finish: FinishReason | None = None) -> Generation:
+def _joined(parts: list[GenerationPart], finish: FinishReason | None = None) -> Generation:
     return Generation(
         token_ids=tuple(i for p in parts for i in p.token_ids),
         logprobs=tuple(x for p in parts for x in p.logprobs),
@@ -262,6 +236,3 @@ def _message(payload: bytes) -> str:
         error = tree.get("error", tree) if isinstance(tree, dict) else tree
         return str(error.get("message", error) if isinstance(error, dict) else error)[:500]
     return payload.decode(errors="replace")[:500]
-
-
-__all__ = ["SGLangClient"]

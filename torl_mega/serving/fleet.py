@@ -1,8 +1,8 @@
-"""Which servers there are, which of them can be used, and which one takes the next request.
+"""The servers of a run: which of them can be used, and which one takes the next request.
 
-A suspended server is asked every second whether it is back (ready, its scheduler awake, a version that is accepted), so
-one that was started again joins by itself after the next weight sync. While requests are out, every server's scheduler
-is asked too: one that stays silent for `hang_timeout_s` is suspended and its requests are handed back.
+A suspended server is polled every second (ready, scheduler awake, accepted version), so a restarted one rejoins by itself
+after the next weight sync. A server with requests is polled too: when its scheduler stays silent for `hang_timeout_s` it
+is suspended and its requests are handed back to be made elsewhere.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SLACK = 8  # requests a sticky server may be ahead of the least busy one before 
 
 
 class Server:
-    """One URL, with the requests it is working on."""
+    """One server by its URL, with the requests it is working on."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -39,7 +39,7 @@ class Server:
 
     @contextlib.contextmanager
     def holding(self) -> Iterator[asyncio.Future[None]]:
-        """One request's stay. The future is resolved when the server is found hanging."""
+        """Counts one request while it is entered. The future resolves when the server is found hanging."""
         lost = asyncio.get_running_loop().create_future()
         self._lost.add(lost)
         self.num_outstanding += 1
@@ -50,18 +50,23 @@ class Server:
             self._lost.discard(lost)
 
     def hand_back(self) -> None:
+        """Wakes everyone who waits for this server."""
         for lost in self._lost:
             if not lost.done():
                 lost.set_result(None)
 
 
 class Fleet:
-    def __init__(self, urls: Sequence[str], counters: Counter[str], *, hang_timeout_s: float) -> None:
+    """See the module's docstring. `accepts` says which policy versions may be used at the moment."""
+
+    def __init__(
+        self, urls: Sequence[str], counters: Counter[str], accepts: Callable[[int], bool], *, hang_timeout_s: float
+    ) -> None:
         if not urls:
             raise ServerError("no generation server is known; set serving.urls or serving.num_servers")
-        self.accepts: Callable[[int], bool] = lambda _version: True
         self._servers = [Server(url.rstrip("/")) for url in urls]
         self._counters = counters
+        self._accepts = accepts
         self._hang_timeout_s = hang_timeout_s
         self._routes: OrderedDict[str, Server] = OrderedDict()
         self._changed = asyncio.Event()
@@ -82,8 +87,9 @@ class Fleet:
         return [server for server in self._servers if server.suspended is None]
 
     async def pick(self, route_key: str, timeout_s: float) -> Server:
-        """The server for one more request; waits for one to come back. Raises GenerationError after `timeout_s`, and
-        StaleServers much earlier when all are back but hold other weights: only a sync can help then."""
+        """The server for one more request: that of its prefix unless it is much busier than the least busy one. Waits while
+        all are suspended. Raises GenerationError after `timeout_s`, and StaleServers much earlier when all are back but
+        hold other weights: only a sync can help then."""
         begun = stale_since = time.monotonic()
         while not (up := self.up()):
             self._changed.clear()
@@ -111,10 +117,6 @@ class Fleet:
             server.woken.set()
         server.suspended = why
 
-    async def health(self) -> dict[str, bool]:
-        usable = await asyncio.gather(*(self._usable(server) for server in self._servers))
-        return {server.url: ok for server, ok in zip(self._servers, usable, strict=True)}
-
     async def _watch(self, server: Server) -> None:
         while True:
             if server.suspended is not None:
@@ -122,18 +124,19 @@ class Fleet:
                     server.suspended, server.silent_since = None, None
                     self._counters["server_rejoined"] += 1
                     self._changed.set()
-            elif server.num_outstanding:
-                await self._listen(server)
+            elif server.num_outstanding:  # an idle server cannot keep anybody waiting
+                await self._check_scheduler(server)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(server.woken.wait(), POLL_S)
             server.woken.clear()
 
-    async def _listen(self, server: Server) -> None:
+    async def _check_scheduler(self, server: Server) -> None:
+        """Suspends a server whose scheduler has not answered for `hang_timeout_s`."""
         asked = time.monotonic()
         if await self._get(server, "/server_info") is not None:
             server.silent_since = None
             return
-        # The event loop may have stood still in between, so one lost probe says nothing: only a whole row of them does.
+        # one unanswered probe may be this event loop's own pause; several over hang_timeout_s are the server's
         server.silent_since = asked if server.silent_since is None else server.silent_since
         if time.monotonic() - server.silent_since > self._hang_timeout_s and asked != server.silent_since:
             self.suspend(server, "hang")
@@ -145,7 +148,7 @@ class Fleet:
         if info is None or await self._get(server, "/server_info") is None:
             return False
         version = str(info.get("weight_version", ""))
-        if self.accepts(int(version) if version.isdecimal() else UNKNOWN_VERSION):
+        if self._accepts(int(version) if version.isdecimal() else UNKNOWN_VERSION):
             return True
         if server.suspended is not None:
             server.suspended = STALE

@@ -1,11 +1,11 @@
-"""Block-wise FP8 weights as SGLang and DeepSeek-V3 checkpoints hold them: e4m3 values and one fp32 scale per 128 x 128 block.
+"""Quantises weights to block-wise FP8 on their way to the servers: e4m3 values and one fp32 scale per 128 x 128 block.
 
     name.weight             [rows, columns] float8_e4m3fn
     name.weight_scale_inv   [ceil(rows / 128), ceil(columns / 128)] float32;  weight = value * scale_inv
 
 Contract: quantised from the very tensors that `weights()` yields, after resharding, so every server holds the numbers the
 trainer's weights round to, whatever the layout. Only the linear layers of the decoder are quantised; embeddings, head,
-norms and biases keep the model's type.
+norms and biases keep the model's type. Which models can be served so, and how a server is told: fp8_format.py.
 Source: DeepSeek-V3's `weight_dequant` (arXiv 2412.19437, section 3.3); the floor of the block maximum is slime's.
 """
 
@@ -33,19 +33,13 @@ def quantize_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values.view_as(padded)[:rows, :columns].contiguous(), scale
 
 
-def dequantize_blocks(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """The fp32 weights that a server computes with."""
-    rows, columns = values.shape
-    spread = scale.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
-    return values.float() * spread
-
-
 def is_quantized(name: str) -> bool:
+    """Whether this HF tensor is a linear weight of the decoder."""
     return name.startswith("model.layers.") and name.endswith("_proj.weight")
 
 
 def quantize_stream(tensors: Iterable[NamedTensor]) -> Iterator[NamedTensor]:
-    """`weights()` with every linear weight followed by its scales."""
+    """HF-named tensors, in which every linear weight becomes its FP8 values followed by their scales."""
     for name, tensor in tensors:
         if not is_quantized(name):
             yield name, tensor
@@ -55,8 +49,8 @@ def quantize_stream(tensors: Iterable[NamedTensor]) -> Iterator[NamedTensor]:
         yield f"{name}_scale_inv", scale
 
 
-class BlockSink:
-    """A weight sink whose servers hold block-wise FP8 (`serving.weight_dtype = fp8_block`)."""
+class Fp8Sink:
+    """Quantises what another sink sends (`serving.weight_dtype = fp8_block`)."""
 
     def __init__(self, sink: WeightSink) -> None:
         self._sink = sink

@@ -1,4 +1,4 @@
-"""What block-wise FP8 weights are called and which models can have them; no torch, so that the launcher can ask."""
+"""How servers are told of block-wise FP8 weights, and which models can be served so. No torch: the launcher asks too."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def check_fp8_serving(hf_config: Mapping[str, Any], config: Config) -> list[str]
     return [
         f"serving.weight_dtype = fp8_block needs {what} on each of serving.tensor = {tensor} ranks to be a multiple of "
         f"{BLOCK}, found {size / tensor:g}; take a smaller serving.tensor or weight_dtype = model"
-        for what, size in _cut_sizes(describe_model(hf_config), tensor).items()
+        for what, size in _sharded_sizes(describe_model(hf_config), tensor).items()
         if size % (BLOCK * tensor)
     ]
 
 
-def _cut_sizes(shape: ModelShape, tensor: int) -> dict[str, int]:
-    """Sizes that SGLang fuses or cuts into whole blocks (Fp8LinearMethod.validate_block_quant_shapes, 0.5.23)."""
+def _sharded_sizes(shape: ModelShape, tensor: int) -> dict[str, int]:
+    """Sizes that SGLang fuses or shards in whole blocks (Fp8LinearMethod.validate_block_quant_shapes, 0.5.23)."""
     return {
-        "the rows of q_proj": shape.num_heads * shape.head_dim,
+        "the rows of q_proj": shape.q_width,
         "the rows of k_proj": max(shape.num_kv_groups, tensor) * shape.head_dim,  # heads repeat above their number
         "intermediate_size": shape.ffn,
     }

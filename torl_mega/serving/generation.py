@@ -1,7 +1,7 @@
 """Reads one `/generate` answer of SGLang 0.5.23 (srt/entrypoints/http_server.py) into checked records.
 
-An answer is believed only when its parts agree: as many log-probs as tokens, each for the token it stands beside, each
-finite and not above zero, and version spans that cover all of them.
+Contract: an answer is accepted only when its fields agree: as many log-probs as tokens, each of the token it stands
+beside, each finite and not above zero, and version spans that cover all tokens. Anything else is a BadAnswer.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import orjson
 
 from torl_mega.types import FinishReason, GenerationRequest
 
-UNKNOWN_VERSION = -1
-"""A server that no sync has reached names its weights `default`."""
+UNKNOWN_VERSION = -1  # of a server that no sync has reached: it names its weights `default`
 MAX_LOGPROB = 1e-4  # log-softmax of a sure token may round to just above 0
 
 
@@ -29,8 +28,8 @@ class BadAnswer(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """What one request sampled: all of a generation, or the piece until the server aborted it."""
+class GenerationPart:
+    """What one request sampled: a whole generation, or its tokens until the server aborted it."""
 
     token_ids: tuple[int, ...]  # [T]
     logprobs: tuple[float, ...]  # [T]
@@ -40,10 +39,10 @@ class Part:
 
 
 def seam_suffixes(text: str, stops: Sequence[str]) -> tuple[str, ...]:
-    """What would complete a stop string that `text` has begun.
+    """What would complete a stop string that the end of `text` has begun.
 
     A continued request is a new one to the server: it looks for stop strings in its own output alone and would miss one
-    that begins before the seam. These go along as further stop strings and count only at the very start.
+    that begins before the seam. Sent as extra stop strings; a match counts only where the new text starts with one.
     """
     found: list[str] = []
     for stop in stops:
@@ -51,8 +50,8 @@ def seam_suffixes(text: str, stops: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def parse_answer(payload: bytes, request: GenerationRequest, suffixes: Sequence[str], *, budget: int) -> Part:
-    """The checked part. Raises BadAnswer("bad_answer", ...) when it contradicts itself or the request."""
+def parse_answer(payload: bytes, request: GenerationRequest, suffixes: Sequence[str], *, budget: int) -> GenerationPart:
+    """Parses and checks one answer, of at most `budget` tokens. Raises BadAnswer when it contradicts itself or the request."""
     try:
         tree = orjson.loads(payload)
         meta = tree["meta_info"]
@@ -76,7 +75,7 @@ def parse_answer(payload: bytes, request: GenerationRequest, suffixes: Sequence[
     finish = _finish(reason, text, request.stop, suffixes)
     if finish is FinishReason.ABORT and reason.get("err_type") is not None:
         raise BadAnswer("server_error", f"aborted by an error: {reason}")
-    return Part(ids, logprobs, versions, text, finish)
+    return GenerationPart(ids, logprobs, versions, text, finish)
 
 
 def _versions(meta: dict[str, Any], num_tokens: int) -> tuple[int, ...]:
@@ -84,13 +83,13 @@ def _versions(meta: dict[str, Any], num_tokens: int) -> tuple[int, ...]:
     for span in meta["weight_versions"]:
         if span["start"] != len(versions):
             raise ValueError(f"version spans {meta['weight_versions']} leave a gap")
-        versions += [_number(span["version"])] * (span["end"] - span["start"])
+        versions += [_version_number(span["version"])] * (span["end"] - span["start"])
     if len(versions) != num_tokens:
         raise ValueError(f"version spans {meta['weight_versions']} do not cover {num_tokens} tokens")
     return tuple(versions)
 
 
-def _number(version: str) -> int:
+def _version_number(version: str) -> int:
     return int(version) if version.isdecimal() else UNKNOWN_VERSION
 
 
@@ -104,4 +103,4 @@ def _finish(reason: dict[str, Any], text: str, stops: Sequence[str], suffixes: S
         return FinishReason.EOS
     if matched in stops or any(text.startswith(suffix) for suffix in suffixes):
         return FinishReason.STOP_STRING
-    return FinishReason.ABORT  # a seam suffix somewhere in the middle: no stop, go on
+    return FinishReason.ABORT  # a seam suffix in the middle of the text completes nothing: the client samples on

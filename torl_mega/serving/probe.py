@@ -1,17 +1,22 @@
-"""What a server thinks of a text, asked before step 0: its ids, its decoding, and the log-probs of a prompt.
+"""Before step 0: do trainer and servers mean the same thing by the same tokens?
 
-A wrong tokenizer or a wrongly mapped weight never shows as an error later, only as a policy that does not learn.
+A tokenizer that differs, or weights that were mapped wrongly, never show as an error later, only as a policy that does not
+learn. So a probe text must survive encoding and decoding on both sides, and must get the same log-probs from both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 import aiohttp
 import numpy as np
 
+from torl_mega.config import Config
+from torl_mega.data.tokenizer import PROBE_TEXT
 from torl_mega.errors import ServerError
+from torl_mega.interfaces import Share, Trainer
+from torl_mega.types import Sample
 
 TIMEOUT_S = 120.0
 
@@ -20,6 +25,48 @@ class TextCodec(Protocol):
     def encode(self, text: str) -> Sequence[int]: ...
 
     def decode(self, token_ids: Sequence[int]) -> str: ...
+
+
+class ServerSide(Protocol):
+    """What rank 0 asks the servers with. No URLs: recorded trajectories are replayed, so there is nothing to compare."""
+
+    @property
+    def tokenizer(self) -> TextCodec: ...
+
+    @property
+    def server_urls(self) -> Sequence[str]: ...
+
+    @property
+    def run(self) -> Callable[[Awaitable[Any]], Any]: ...  # to its end, on the event loop of rank 0's clients
+
+
+def check_engines(trainer: Trainer, rank0: ServerSide | None, config: Config, share: Share) -> None:
+    """Compares every server with the trainer on the probe text. Collective; `rank0` is None on other ranks. Raises
+    ServerError on every rank, naming the server and what differs."""
+    ids = share(lambda: tuple(rank0.tokenizer.encode(PROBE_TEXT)) if rank0 and rank0.server_urls else ())
+    if not ids:
+        return
+    mask = np.arange(len(ids)) > 0  # nothing predicts the first token
+    sample = Sample(np.array(ids, np.int64), mask, np.zeros(len(ids), np.float32), np.full(len(ids), -1, np.int32), 0.0)
+    (scored,) = trainer.old_logprobs([sample])
+    share(lambda: rank0 and _compare(rank0, ids, scored.old_logprobs, config))
+
+
+def _compare(rank0: ServerSide, ids: Sequence[int], trainer_logprobs: np.ndarray, config: Config) -> None:
+    for url in rank0.server_urls:
+        rank0.run(check_tokenizer(url, rank0.tokenizer, PROBE_TEXT))
+        # the trainer divides logits by the sampling temperature, the server's prompt log-probs do not
+        if config.rollout.temperature != 1.0:
+            continue
+        server_logprobs = rank0.run(prompt_logprobs(url, ids))
+        gap = np.abs(server_logprobs[1:] - trainer_logprobs[1:])
+        if gap.max() > config.guards.probe_logprob_diff:
+            at = int(gap.argmax()) + 1
+            raise ServerError(
+                f"{url} and the trainer disagree on the probe text: token {at} (id {ids[at]}) has log-prob "
+                f"{server_logprobs[at]:.4f} there and {trainer_logprobs[at]:.4f} here, guards.probe_logprob_diff is "
+                f"{config.guards.probe_logprob_diff:g}; both must load the same weights from {config.model.path}"
+            )
 
 
 async def check_tokenizer(url: str, tokenizer: TextCodec, probe_text: str) -> None:

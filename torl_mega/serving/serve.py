@@ -5,9 +5,9 @@
     start ─► /ready ─► watch ──(died, or its scheduler silent for serving.hang_timeout_s)──► start again, same URL
                          └──(SIGTERM, or the death of whoever started us under `process.start`)──► end it
 
-A server that was started again holds the checkpoint's weights, not the policy's: clients see its version and leave it
-alone until the next weight sync. Ends with code 1 and one line when the first start fails or when it died more than
-`serving.max_restarts` times.
+A restarted server holds the checkpoint's weights, not the policy's: clients see its version and do not use it until the
+next weight sync. Ends with code 1 and one line when the first start fails or when the server died more than
+`serving.max_restarts` times. What is started: sglang_server.py.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from torl_mega.config import Config
 from torl_mega.config_file import load_config
 from torl_mega.errors import ServerError, TorlError
 from torl_mega.process import start as process
-from torl_mega.serving.server import check_port, launch_command, launch_env, wait_ready
+from torl_mega.serving.sglang_server import check_port, launch_command, launch_env, wait_ready
 
 STOP_GRACE_S = 0.0  # SGLang has nothing to save, and its own shutdown takes many seconds
 WATCH_S = 5.0
 
 
 class Supervisor:
-    """One server over its restarts. `run` returns when `stop` is set and raises ServerError when it gives up."""
+    """Keeps one server running. `run` returns when `stop` is set and raises ServerError when it gives up."""
 
     def __init__(self, config: Config, *, host: str, port: int, gpu_ids: Sequence[int], log_path: Path | None) -> None:
         self.config = config
@@ -87,19 +87,19 @@ class Supervisor:
                 raise
             return str(exc).partition("\n")[0]
         _say(f"{self.url} ready after {time.monotonic() - started:.0f} s (pid {server.pid})")
-        last_word = time.monotonic()
+        last_answer = time.monotonic()
         async with aiohttp.ClientSession() as session:
             while (code := server.poll()) is None:
                 if await scheduler_answers(session, self.url, WATCH_S):
-                    last_word = time.monotonic()
-                if time.monotonic() - last_word > self.config.serving.hang_timeout_s:
+                    last_answer = time.monotonic()
+                if time.monotonic() - last_answer > self.config.serving.hang_timeout_s:
                     return f"hung for {self.config.serving.hang_timeout_s:g} s"
                 await asyncio.sleep(min(1.0, WATCH_S))
         return f"died (exit code {code})"
 
 
 async def scheduler_answers(session: aiohttp.ClientSession, url: str, timeout_s: float) -> bool:
-    """True when the scheduler behind the HTTP process says something; it does even while paused."""
+    """True when the scheduler behind the HTTP process answers; it does even while generation is paused."""
     try:
         async with session.get(f"{url}/server_info", timeout=aiohttp.ClientTimeout(total=timeout_s)) as answer:
             await answer.read()

@@ -1,7 +1,7 @@
-"""Which modules a transformer layer is made of: the one place that chooses between local (CPU) and Transformer Engine (GPU).
+"""Chooses the modules of a transformer layer: Megatron's local ones on a CPU, Transformer Engine's on a GPU.
 
-The local spec takes Megatron's own linear layers with two own parts: RMSNorm (Megatron's wrapper asserts against sequence
-parallelism and does not mark its weight for the gradient all-reduce) and packed SDPA attention.
+The local spec takes Megatron's own linear layers with two parts of ours: RMSNorm (Megatron's wrapper asserts against
+sequence parallelism and does not mark its weight for the gradient all-reduce) and packed SDPA attention.
 """
 
 # Megatron-Core's annotations are wider than what its functions return and narrower than what they take

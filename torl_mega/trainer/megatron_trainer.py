@@ -1,7 +1,8 @@
 """The Trainer Protocol on Megatron-Core.
 
-    samples -> plan (data/packing) -> micro-batches -> Megatron's pipeline schedule -> hidden states
-            -> log-probs and entropy of the sampled tokens (vocab_parallel) -> [old_logprobs] or policy loss -> gradients
+    samples -> pack (packing, micro_batch) -> run_schedule (Megatron's pipeline) -> hidden states
+            -> token_logprobs (vocab_parallel): log-probs and entropies of the sampled tokens
+            -> [old_logprobs], or policy loss -> gradients
             -> optim_step (clip, Adam, schedule)
 
 Contract: every method is a collective with the same arguments on every rank; results are equal on all of them. The
@@ -33,13 +34,13 @@ from torl_mega.config import Config
 from torl_mega.errors import ConfigError, GuardError
 from torl_mega.interfaces import NamedTensor
 from torl_mega.layout import check_layout, describe_model, read_hf_config
-from torl_mega.trainer import parallel
 from torl_mega.trainer.cpu import backend as cpu_backend
 from torl_mega.trainer.layer_spec import choose_spec
 from torl_mega.trainer.micro_batch import MicroBatch, build_micro_batch
 from torl_mega.trainer.model import build_chunks, transformer_config
 from torl_mega.trainer.optimizer import build_optimizer, finalize_without_division, wrap_ddp
-from torl_mega.trainer.packing import Plan, plan
+from torl_mega.trainer.packing import MicroBatchPlan, plan_micro_batches
+from torl_mega.trainer.parallel import is_rank0, raise_together, share, world_size
 from torl_mega.trainer.pipeline import schedule_arguments
 from torl_mega.trainer.precision import check_precision, this_machine, token_multiple
 from torl_mega.trainer.vocab_parallel import token_logprobs
@@ -50,17 +51,15 @@ from torl_mega.types import Sample, TrainSample
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-LossFn = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]
-
 
 class MegatronTrainer:
-    """See the module's docstring. `parallel.init_distributed` must have run."""
+    """See the module's docstring. `init_distributed` (parallel.py) must have run."""
 
     def __init__(self, config: Config) -> None:
-        """Build the model and load `model.path`. Raises ConfigError when model, layout or precision do not fit."""
+        """Builds the model and loads `model.path`. Raises ConfigError when model, layout or precision do not fit."""
         self.config = config
-        self.hf_config = parallel.share(lambda: read_hf_config(config.model.path))
-        problems = check_layout(self.hf_config, config.parallel, parallel.world_size())
+        self.hf_config = share(lambda: read_hf_config(config.model.path))
+        problems = check_layout(self.hf_config, config.parallel, world_size())
         if problems:
             raise ConfigError("; ".join(problems))
         check_precision(config.trainer.precision, this_machine())
@@ -80,17 +79,18 @@ class MegatronTrainer:
         )
         self.checkpoints = checkpoint.Checkpoints(config.checkpoint, self.shape, self.hf_config)
         self._metric_names: tuple[str, ...] = ()
-        self._num_micro_batches = 0
 
     def _load_start(self) -> None:
+        """Fills the weights from `model.path`; a file that one rank cannot read is an error on all."""
         error: BaseException | None = None
         try:
             self.weight_map.load(HfReader(self.config.model.path, self.shape))
         except ConfigError as exc:
             error = exc
-        parallel.raise_together(error)
+        raise_together(error)
 
     def _total_steps(self) -> int:
+        """Optimizer steps of the whole run, for the schedule."""
         rollout = self.config.rollout
         per_step = rollout.prompts_per_step * rollout.group_size // self.config.trainer.mini_batch_samples
         return self.config.num_steps * max(per_step, 1)
@@ -98,7 +98,8 @@ class MegatronTrainer:
     # ------------------------------------------------------------------------------------------------ verbs
 
     def old_logprobs(self, samples: Sequence[Sample]) -> list[TrainSample]:
-        """Log-probs and entropies of every sampled token under the current weights (and the starting ones for the KL)."""
+        """Log-probs and entropies of every sampled token under the current weights, [T] per sample, 0 where not sampled;
+        with a KL term also the log-probs under the starting weights."""
         logprobs, entropies = self._score(samples)
         reference = None
         if self._reference is not None:
@@ -113,7 +114,7 @@ class MegatronTrainer:
         ]
 
     def forward_backward(self, batch: Sequence[TrainSample]) -> Mapping[str, float]:
-        """Gradients of one mini-batch. Metrics: those of `policy_loss`, num_tokens, padding_share, dp_imbalance."""
+        """Computes the gradients of one mini-batch. Metrics: those of `policy_loss`, num_tokens, padding_share, dp_imbalance."""
         algo = self.config.algo
         weights = loss_weights(batch, algo, max_response_tokens=self.config.rollout.max_response_tokens)
         samples = [b.sample for b in batch]
@@ -129,19 +130,19 @@ class MegatronTrainer:
             tensors = {k: torch.from_numpy(v[micro.where]).to(logprobs.device) for k, v in flat.items()}
             tensors.setdefault("ref_logprobs_T", None)  # type: ignore[arg-type]
             loss, metrics = policy_loss(logprobs_T=logprobs, entropy_T=entropies, config=algo, **tensors)
-            if not micro.rows.numel():
+            if not micro.rows.numel():  # a graph without targets: other ranks wait in its collectives
                 loss = loss + 0.0 * logprobs.sum()
             return loss, metrics
 
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        layout, micros = self._micro_batches(samples)
-        outputs = self._run(micros, loss_of, forward_only=False)
-        return {**self._reduce_metrics(outputs), **_packing_metrics(samples, layout, micros)}
+        plan, micros = self.pack(samples)
+        outputs = self.run_schedule(micros, loss_of, forward_only=False)
+        return {**self._reduce_metrics(outputs), **_packing_metrics(samples, plan, micros)}
 
     def optim_step(self) -> Mapping[str, float]:
-        """Clip, step, advance the schedule. Raises GuardError when the gradient norm is not a number."""
+        """Clips the gradients, steps, advances the schedule. Raises GuardError when the gradient norm is not a number."""
         lr = float(self.optimizer.param_groups[0]["lr"])
         _, norm, _ = self.optimizer.step()
         norm = float(norm)
@@ -155,52 +156,55 @@ class MegatronTrainer:
         return {"grad_norm": norm, "lr": lr}
 
     def weights(self) -> Iterator[NamedTensor]:
+        """HF-named, unpadded tensors, one at a time, on rank 0; every rank iterates to the end. See WeightMap.gather."""
         self._settle_weights()
         return self.weight_map.gather()
 
     def save(self, path: Path, *, extra: Mapping[str, Any]) -> None:
+        """Writes a checkpoint to `path`, with `extra` (JSON) beside it; see checkpoint.py for what resumes how."""
         self._settle_weights()
         self.checkpoints.save(path, self.model, self.optimizer, self.schedule, extra)
 
     def load(self, path: Path) -> Mapping[str, Any]:
+        """Goes on from a checkpoint of any layout; returns its `extra`. Raises CheckpointError before anything changed."""
         return self.checkpoints.load(path, self.model, self.optimizer, self.schedule)
 
     def finish_saves(self) -> None:
-        """Wait for checkpoints that are still being written (checkpoint.async_save)."""
+        """Waits for checkpoints that are still being written (checkpoint.async_save)."""
         self.checkpoints.poll(wait=True)
 
     def export_hf(self, path: Path) -> None:
-        """An HF folder that plain `transformers` loads, with the tokenizer of `model.path`."""
+        """Writes an HF folder that plain `transformers` loads, with the tokenizer of `model.path`."""
         error: BaseException | None = None
         tensors = self.weights()
-        if parallel.is_rank0():
+        if is_rank0():
             try:
                 write_hf(path, tensors, config=self.hf_config, source=Path(self.config.model.path))
             except Exception as exc:
                 error = exc
         for _ in tensors:  # the other ranks send; rank 0 drains what a failed write left
             pass
-        parallel.raise_together(error)
+        raise_together(error)
 
     # ------------------------------------------------------------------------------------------------ passes
 
     def _score(self, samples: Sequence[Sample]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Per sample [T] log-probs and entropies, 0 where not sampled."""
+        """Per sample [T] log-probs and entropies, 0 where not sampled; the same on every rank."""
         found: list[tuple[np.ndarray, torch.Tensor, torch.Tensor]] = []
 
         def keep(micro: MicroBatch, logprobs: torch.Tensor, entropies: torch.Tensor) -> Any:
             found.append((micro.where, logprobs.detach(), entropies.detach()))
             return logprobs.sum(), {}
 
-        _, micros = self._micro_batches(samples)
+        _, micros = self.pack(samples)
         with torch.no_grad():
-            self._run(micros, keep, forward_only=True)
+            self.run_schedule(micros, keep, forward_only=True)
         offsets = _offsets(samples)
         flat = torch.zeros(2, int(offsets[-1]), dtype=torch.float32)
         if parallel_state.get_tensor_model_parallel_rank() == 0:
             for where, logprobs, entropies in found:
                 flat[0, where], flat[1, where] = logprobs.cpu(), entropies.cpu()
-        if parallel.world_size() > 1:
+        if world_size() > 1:
             # each token has exactly one non-zero summand, so the sum is exact
             on_device = flat if self.on_cpu else flat.cuda()
             dist.all_reduce(on_device)
@@ -209,17 +213,19 @@ class MegatronTrainer:
         pieces = [slice(int(a), int(b)) for a, b in pairwise(offsets)]
         return [values[0, p].copy() for p in pieces], [values[1, p].copy() for p in pieces]
 
-    def _micro_batches(self, samples: Sequence[Sample]) -> tuple[Plan, list[MicroBatch]]:
-        """This rank's share of the batch, packed."""
-        cut, trainer = self.config.parallel, self.config.trainer
-        align = 2 * cut.context if cut.context > 1 else 1
-        layout = plan(
+    def pack(self, samples: Sequence[Sample]) -> tuple[MicroBatchPlan, list[MicroBatch]]:
+        """The plan of all data-parallel ranks, and this rank's part of it as packed micro-batches."""
+        parallel, trainer = self.config.parallel, self.config.trainer
+        # each context rank takes two chunks of every sequence
+        align = 2 * parallel.context if parallel.context > 1 else 1
+        plan = plan_micro_batches(
             [len(s.token_ids) for s in samples],
             max_tokens=trainer.micro_batch_tokens,
             num_ranks=parallel_state.get_data_parallel_world_size(),
             quadratic_at=self.shape.quadratic_at,
             align=align,
-            multiple=cut.pipeline if cut.virtual_pipeline > 1 else 1,
+            # the interleaved schedule takes whole rounds over the stages only
+            multiple=parallel.pipeline if parallel.virtual_pipeline > 1 else 1,
         )
         offsets = _offsets(samples)
         build = partial(
@@ -227,19 +233,31 @@ class MegatronTrainer:
             samples,
             offsets,
             align=align,
-            total_align=(cut.tensor if cut.sequence else 1) * token_multiple(trainer.precision),
-            context_size=cut.context,
+            total_align=(parallel.tensor if parallel.sequence else 1) * token_multiple(trainer.precision),
+            context_size=parallel.context,
             context_rank=parallel_state.get_context_parallel_rank(),
             on_cpu=self.on_cpu,
         )
-        mine = layout.micro_batches[parallel_state.get_data_parallel_rank()]
-        return layout, [build(members) for members in mine]
+        mine = plan.micro_batches[parallel_state.get_data_parallel_rank()]
+        return plan, [build(members) for members in mine]
 
-    def _run(self, micros: list[MicroBatch], use: Callable[..., Any], *, forward_only: bool) -> list[dict[str, Any]]:
-        """Drive Megatron's schedule; `use` turns (micro-batch, log-probs, entropies) into (loss, metrics) on the last stage."""
+    def run_schedule(
+        self,
+        micros: list[MicroBatch],
+        use: Callable[[MicroBatch, torch.Tensor, torch.Tensor], Any],
+        *,
+        forward_only: bool,
+        head: Callable[[Any, MicroBatch, torch.Tensor], Any] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Drives Megatron's schedule over this rank's micro-batches; the metrics of each, on the last stage.
+
+        On the last stage `head` turns (model chunk, micro-batch, hidden states [1, t, H]) into log-probs and entropies
+        (default: `token_logprobs`), and `use` turns (micro-batch, log-probs, entropies) into (loss, metrics).
+        """
+        head = head or self.token_logprobs
 
         def loss_func(micro: MicroBatch, model: Any, output: torch.Tensor) -> Any:
-            logprobs, entropies = self._token_logprobs(model, micro, output)
+            logprobs, entropies = head(model, micro, output)
             loss, metrics = use(micro, logprobs, entropies)
             return loss, torch.tensor(micro.rows.numel(), dtype=torch.int, device=output.device), metrics
 
@@ -261,7 +279,8 @@ class MegatronTrainer:
             **schedule_arguments(self.model_config),
         )
 
-    def _token_logprobs(self, model: Any, micro: MicroBatch, output: torch.Tensor) -> Any:
+    def token_logprobs(self, model: Any, micro: MicroBatch, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[n] log-probs and entropies of the micro-batch's targets from the last stage's hidden states [1, t, H]."""
         rows, targets = micro.rows, micro.targets
         empty = rows.numel() == 0
         if empty:  # nothing to train here: one row of weight zero keeps the collectives and the graph alive
@@ -280,21 +299,21 @@ class MegatronTrainer:
     # ------------------------------------------------------------------------------------------------ pieces
 
     def _reduce_metrics(self, outputs: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, float]:
-        """Sum (or, for names in `_max`, maximise) over micro-batches and ranks; the same on every rank."""
+        """Sums (for names that end in `_max`: maxima) over micro-batches and ranks; the same on every rank."""
         last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-        if not self._metric_names:
+        if not self._metric_names:  # only the last stage computes metrics; it names them once
             source = parallel_state.get_pipeline_model_parallel_last_rank()
             names: list[Any] = [tuple(sorted(outputs[0])) if last else ()]
             group: Any = parallel_state.get_pipeline_model_parallel_group()
             dist.broadcast_object_list(names, src=source, group=group)
             self._metric_names = names[0]
-        speaks = last and parallel_state.get_tensor_model_parallel_rank() == 0
+        counts = last and parallel_state.get_tensor_model_parallel_rank() == 0
         is_max = np.array([n.endswith("_max") for n in self._metric_names])
-        rows = [[float(o[n]) for n in self._metric_names] for o in outputs] if speaks else []
+        rows = [[float(o[n]) for n in self._metric_names] for o in outputs] if counts else []
         table = np.array(rows).reshape(-1, len(self._metric_names))
         sums = torch.from_numpy(table.sum(0))
         tops = torch.from_numpy(table.max(0, initial=-np.inf))
-        if parallel.world_size() > 1:
+        if world_size() > 1:
             if not self.on_cpu:
                 sums, tops = sums.cuda(), tops.cuda()
             dist.all_reduce(sums)
@@ -303,27 +322,29 @@ class MegatronTrainer:
         return dict(zip(self._metric_names, values.tolist(), strict=True))
 
     def _settle_weights(self) -> None:
-        """With overlapped gathering the weights of other data-parallel ranks arrive in the next forward pass; fetch them now."""
+        """Fetches the weights that other data-parallel ranks have updated; with overlap the next forward pass would."""
         if self.config.trainer.overlap and self.config.trainer.distributed_optimizer:
             for chunk in self.model:
                 chunk.start_param_sync(force_sync=True)
 
     def _copy_weights(self) -> list[torch.Tensor]:
+        """This rank's parameters in host memory."""
         return [p.detach().to("cpu", copy=True) for names in self.weight_map.parameters for p in names.values()]
 
     @torch.no_grad()
     def _swap_reference(self) -> None:
-        """Exchange the policy's weights with the starting ones, in place and bit for bit; called twice it undoes itself."""
+        """Exchanges the policy's weights with the starting ones, in place and bit for bit; a second call undoes the first."""
         assert self._reference is not None
         self._settle_weights()
         parameters = [p for names in self.weight_map.parameters for p in names.values()]
         for parameter, kept in zip(parameters, self._reference, strict=True):
-            now = parameter.detach().to("cpu", copy=True)
+            current = parameter.detach().to("cpu", copy=True)
             parameter.copy_(kept)
-            kept.copy_(now)
+            kept.copy_(current)
 
 
 def _offsets(samples: Sequence[Sample]) -> np.ndarray:
+    """[len(samples) + 1] start of each sample in the concatenation of all."""
     return np.cumsum([0, *(len(s.token_ids) for s in samples)])
 
 
@@ -332,18 +353,19 @@ def _concat(arrays: Sequence[Any]) -> np.ndarray:
 
 
 def _unwrap(model: Any) -> Any:
+    """The GPTModel inside DDP's and the precision wrappers."""
     while hasattr(model, "module"):
         model = model.module
     return model
 
 
-def _packing_metrics(samples: Sequence[Sample], layout: Plan, micros: Sequence[MicroBatch]) -> dict[str, float]:
-    """Totals of the mini-batch; the padding share is rank 0's (other ranks differ in the last few tokens only)."""
+def _packing_metrics(samples: Sequence[Sample], plan: MicroBatchPlan, micros: Sequence[MicroBatch]) -> dict[str, float]:
+    """Totals of the mini-batch; the padding's fraction is rank 0's (other ranks differ in the last few tokens only)."""
     real, padding = sum(m.num_tokens for m in micros), sum(m.num_padding for m in micros)
     return {
         "num_tokens": float(sum(len(s.token_ids) for s in samples)),
         "num_trained_tokens": float(sum(int(s.loss_mask.sum()) for s in samples)),
         "num_micro_batches": float(len(micros)),
-        "padding_share": parallel.share(lambda: padding / max(real + padding, 1)),
-        "dp_imbalance": layout.imbalance,
+        "padding_share": share(lambda: padding / max(real + padding, 1)),
+        "dp_imbalance": plan.imbalance,
     }

@@ -1,4 +1,4 @@
-"""One packed micro-batch as tensors: what the model eats and what the loss needs, for this context-parallel rank.
+"""One packed micro-batch as tensors: the model's input and what the loss needs, for this context-parallel rank.
 
 Positions: the model's output at token t-1 predicts token t, so a sampled token t is read off row t-1 of its sequence. Only
 those rows go through the head; prompts and observations never do.
@@ -43,7 +43,7 @@ def build_micro_batch(
     context_rank: int,
     on_cpu: bool,
 ) -> MicroBatch:
-    """Pack the samples `members` of the batch; an empty list gives one dummy sequence that trains nothing."""
+    """Packs the samples `members` of the batch; an empty list gives one dummy sequence that trains nothing."""
     lengths = [len(samples[i].token_ids) for i in members]
     padded = [-(-n // align) * align for n in lengths]
     tail = _tail(sum(padded), align, total_align * context_size)
@@ -62,7 +62,7 @@ def build_micro_batch(
     row = np.concatenate(rows) if rows else np.zeros(0, np.int64)
     target = np.concatenate(targets) if targets else np.zeros(0, np.int64)
     place = np.concatenate(where) if where else np.zeros(0, np.int64)
-    if context_size > 1:
+    if context_size > 1:  # keep the tokens of this rank, and the targets whose rows are among them
         from torl_mega.trainer.cpu.attention import zigzag
 
         held = zigzag(bounds.tolist(), context_size, context_rank)
@@ -93,6 +93,7 @@ def _tail(total: int, align: int, total_align: int) -> int:
 def _packed_params(
     lengths: np.ndarray, bounds: np.ndarray, on_cpu: bool, context_size: int, device: torch.device
 ) -> PackedSeqParams:
+    """Megatron's record of where each sequence lies; on a CPU with what the grouped attention needs."""
     edges = torch.from_numpy(bounds.astype(np.int32)).to(device)
     common = {
         "qkv_format": "thd",

@@ -1,4 +1,4 @@
-"""HF's description of a dense decoder -> Megatron's TransformerConfig and GPTModel chunks of this rank.
+"""Builds Megatron's TransformerConfig and this rank's GPTModel chunks from a ModelShape.
 
 Contract: the local and the Transformer Engine paths differ only in `layer_spec.block_spec` and in the fusion flags here.
 Rotary frequencies are computed by HF's formulas (transformers.modeling_rope_utils) and put into Megatron's module, so
@@ -27,7 +27,7 @@ from torl_mega.trainer.vocab_parallel import defer_projection
 def transformer_config(
     shape: ModelShape, parallel: ParallelConfig, trainer: TrainerConfig, dtype: torch.dtype, kind: SpecKind
 ) -> TransformerConfig:
-    """Every choice that differs from Megatron's defaults, with its reason."""
+    """Megatron's settings for this model: every choice that differs from the defaults, with its reason."""
     fused = kind == "te"
     yarn = shape.rope["rope_type"] == "yarn"
     settings: dict[str, Any] = {
@@ -81,12 +81,14 @@ def transformer_config(
 
 
 def _attention_backend() -> Any:
+    """Transformer Engine chooses among the kernels it has."""
     from megatron.core.transformer.enums import AttnBackend
 
     return AttnBackend.auto
 
 
 def _has_fused_wgrad() -> bool:
+    """Whether apex's kernel that adds a weight's gradient to its buffer is there."""
     try:  # pyright: ignore[reportMissingImports] - not on every machine
         importlib.import_module("fused_weight_gradient_mlp_cuda")  # part of apex as NVIDIA's image ships it
     except ImportError:
@@ -123,7 +125,7 @@ def build_chunks(
             rotary_base=int(shape.rope_theta),
             vp_stage=vp_stage,
         )
-        model.rotary_pos_emb.inv_freq = rope_frequencies(shape)
+        model.rotary_pos_emb.inv_freq = rope_frequencies(shape)  # in place of those of rotary_base
         defer_projection(model)
         if torch.cuda.is_available():
             model.cuda(torch.cuda.current_device())
@@ -149,6 +151,7 @@ def rope_frequencies(shape: ModelShape) -> torch.Tensor:
 
 
 def _llama3(plain: torch.Tensor, rope: Any) -> torch.Tensor:
+    """Llama 3.1's: long wavelengths divided by the factor, short ones kept, a smooth ramp between."""
     factor, low, high = float(rope["factor"]), float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
     context = float(rope["original_max_position_embeddings"])
     wavelength = 2 * math.pi / plain
@@ -160,7 +163,7 @@ def _llama3(plain: torch.Tensor, rope: Any) -> torch.Tensor:
 
 
 def _yarn(plain: torch.Tensor, shape: ModelShape) -> torch.Tensor:
-    """YaRN (2309.00071): low frequencies interpolated, high ones kept, a linear ramp between."""
+    """YaRN (2309.00071): low frequencies divided by the factor, high ones kept, a linear ramp between."""
     rope, dim, base = shape.rope, shape.head_dim, shape.rope_theta
     context = float(rope.get("original_max_position_embeddings") or shape.max_positions)
     factor = float(rope["factor"])
@@ -180,13 +183,13 @@ def _yarn(plain: torch.Tensor, shape: ModelShape) -> torch.Tensor:
 
 
 def _set_yarn_factor(config: Any, shape: ModelShape) -> None:
-    """Megatron multiplies cos and sin by a factor it computes from these attributes; HF's `attention_factor`."""
+    """Makes Megatron scale cos and sin by HF's `attention_factor`; Megatron computes the scale from these attributes."""
     rope = shape.rope
     config.yarn_rotary_scaling_factor = float(rope["factor"])
     config.yarn_mscale, config.yarn_mscale_all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
     wanted = rope.get("attention_factor")
     if wanted is not None:
-        # any factor f as yarn's own formula gives it: 0.1 * mscale * ln(scale) + 1 over the same with mscale_all_dim = 0
+        # Megatron's scale is (0.1 * mscale * ln(factor) + 1) / (the same of mscale_all_dim): solved for mscale
         scale = float(rope["factor"])
         config.yarn_mscale = (float(wanted) - 1.0) / (0.1 * math.log(scale)) if scale > 1 else 1.0
         config.yarn_mscale_all_dim = 0.0

@@ -1,4 +1,4 @@
-"""Megatron's DDP, optimizer and schedule for the model chunks of this rank.
+"""Wraps this rank's model chunks in Megatron's DDP and builds their optimizer and schedule.
 
 Contract: gradients are plain sums over micro-batches, data and context ranks (the loss carries the global divisor), the
 norm is clipped over the whole model, weight decay is on matrices only, and lr and decay follow Megatron's scheduler.
@@ -23,7 +23,7 @@ from torl_mega.config import OptimConfig, TrainerConfig
 
 
 def wrap_ddp(chunks: Sequence[Any], config: Any, trainer: TrainerConfig) -> list[DistributedDataParallel]:
-    """Every chunk behind Megatron's DDP, with the overlap hooks of the schedule where they are asked for."""
+    """Each chunk in Megatron's DDP. With `trainer.overlap` the schedule also gets the hooks that overlap communication."""
     settings = DistributedDataParallelConfig(
         use_distributed_optimizer=trainer.distributed_optimizer,
         overlap_grad_reduce=trainer.overlap,
@@ -31,6 +31,7 @@ def wrap_ddp(chunks: Sequence[Any], config: Any, trainer: TrainerConfig) -> list
         grad_reduce_in_fp32=True,
         bucket_size=trainer.gradient_bucket_parameters if trainer.overlap else None,
     )
+    # later chunks in one bucket each: their communication overlaps with compute anyway (as in Megatron's own get_model)
     wrapped = [
         DistributedDataParallel(config, settings, chunk, disable_bucketing=n > 0) for n, chunk in enumerate(chunks)
     ]
@@ -44,7 +45,7 @@ def wrap_ddp(chunks: Sequence[Any], config: Any, trainer: TrainerConfig) -> list
 
 
 def finalize_without_division(model: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
-    """Megatron's gradient all-reduces without its division by the token count: the loss has divided already."""
+    """Megatron's gradient all-reduces, without its division by the token count: `loss_weights` has divided already."""
     del num_tokens
     megatron_finalize(model, None, **kwargs)
 

@@ -1,12 +1,12 @@
-"""Cuts a batch of sequences into packed micro-batches: a token budget each, the same number on every rank, equal cost.
+"""Plans the packed micro-batches of a batch: a token budget each, the same number on every rank, equal cost per rank.
 
-Contract: `plan` is a pure function of lengths and settings, so every rank computes the same plan and takes its own part.
-Every sequence lands in exactly one micro-batch; a micro-batch may be empty when there are fewer sequences than
+Contract: `plan_micro_batches` is a pure function of lengths and settings, so every rank computes the same plan and takes
+its own part. Every sequence lands in exactly one micro-batch; a micro-batch may be empty when there are fewer sequences than
 micro-batches (the trainer puts a dummy there). The cost of a sequence of L tokens is L + L^2 / `quadratic_at`.
 Limits: sequences are never split; a sequence longer than the budget is an error.
 
-Method: as few micro-batches as the token budget allows, filled longest-first into the cheapest one that has room (LPT,
-Graham 1969), then handed to the ranks the same way, then evened out by swaps between the dearest and the cheapest rank.
+Method: as few micro-batches as the token budget allows, filled longest-first into the least loaded one with room (LPT,
+Graham 1969), then assigned to the ranks the same way, then balanced by swaps between the most and the least loaded rank.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from torl_mega.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class MicroBatchPlan:
     """micro_batches[rank][i] = indices of the sequences in that rank's i-th micro-batch."""
 
     micro_batches: tuple[tuple[tuple[int, ...], ...], ...]
-    imbalance: float  # dearest rank's cost over the mean, minus 1
+    imbalance: float  # cost of the most loaded rank over the mean, minus 1
 
     @property
     def num_micro_batches(self) -> int:
         return len(self.micro_batches[0])
 
 
-def plan(
+def plan_micro_batches(
     lengths: Sequence[int],
     *,
     max_tokens: int,
@@ -40,8 +40,8 @@ def plan(
     quadratic_at: float,
     align: int = 1,
     multiple: int = 1,
-) -> Plan:
-    """Plan the micro-batches of `num_ranks` data-parallel ranks.
+) -> MicroBatchPlan:
+    """Micro-batches of at most `max_tokens` for each of `num_ranks` data-parallel ranks; `lengths` in tokens.
 
     `align`: every sequence takes a multiple of this many tokens (context parallelism); `multiple`: micro-batches per rank
     come in multiples of this (an interleaved pipeline wants the number of stages). Raises ConfigError when one sequence
@@ -61,17 +61,17 @@ def plan(
         if bins is not None:
             break
         per_rank += 1
-    ranks = _deal(bins, costs, num_ranks)
-    _even_out(ranks, sizes, costs, max_tokens)
+    ranks = _assign_to_ranks(bins, costs, num_ranks)
+    _balance_by_swaps(ranks, sizes, costs, max_tokens)
     totals = np.array([sum(costs[i] for b in rank for i in b) for rank in ranks])
     imbalance = float(totals.max() / totals.mean() - 1) if totals.sum() else 0.0
-    return Plan(tuple(tuple(tuple(sorted(b)) for b in rank) for rank in ranks), imbalance)
+    return MicroBatchPlan(tuple(tuple(tuple(sorted(b)) for b in rank) for rank in ranks), imbalance)
 
 
 def _fill(
     order: np.ndarray, sizes: np.ndarray, costs: np.ndarray, num_bins: int, max_tokens: int
 ) -> list[list[int]] | None:
-    """Longest first into the cheapest bin with room; None when some sequence finds none."""
+    """Longest first into the least loaded bin with room; None when some sequence finds none."""
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     tokens = [0] * num_bins
     heap = [(0.0, b) for b in range(num_bins)]
@@ -90,8 +90,8 @@ def _fill(
     return bins
 
 
-def _deal(bins: list[list[int]], costs: np.ndarray, num_ranks: int) -> list[list[list[int]]]:
-    """Dearest bin first to the rank with the lowest cost that still has a free place."""
+def _assign_to_ranks(bins: list[list[int]], costs: np.ndarray, num_ranks: int) -> list[list[list[int]]]:
+    """Most expensive bin first, to the least loaded rank that still has a free place."""
     per_rank = len(bins) // num_ranks
     priced = sorted(((float(sum(costs[i] for i in b)), n) for n, b in enumerate(bins)), key=lambda x: (-x[0], x[1]))
     ranks: list[list[list[int]]] = [[] for _ in range(num_ranks)]
@@ -104,8 +104,8 @@ def _deal(bins: list[list[int]], costs: np.ndarray, num_ranks: int) -> list[list
     return ranks
 
 
-def _even_out(ranks: list[list[list[int]]], sizes: np.ndarray, costs: np.ndarray, max_tokens: int) -> None:
-    """Move or swap single sequences from the dearest to the cheapest rank while that narrows the gap; in place."""
+def _balance_by_swaps(ranks: list[list[list[int]]], sizes: np.ndarray, costs: np.ndarray, max_tokens: int) -> None:
+    """Moves or swaps single sequences from the most to the least loaded rank while that narrows the gap; in place."""
     if len(ranks) < 2:
         return
     totals = [sum(float(costs[i]) for b in rank for i in b) for rank in ranks]

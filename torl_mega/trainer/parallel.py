@@ -1,4 +1,4 @@
-"""The process group of the trainer ranks, and `share`: what rank 0 has, every rank gets.
+"""The trainer's process groups, and `share`, which gives every rank what rank 0 has.
 
 Contract: `init_distributed` reads torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT; absent =
 one rank) and builds Megatron's groups: gloo on CPU, NCCL on GPU, with `trainer.collective_timeout_s`. `share` travels on
@@ -62,7 +62,7 @@ def init_distributed(parallel: ParallelConfig, trainer: TrainerConfig, *, share_
 
 
 def _threads_per_rank(world_size: int, share_cores: bool) -> int:
-    """Cores of this machine over the ranks on it; results do not depend on it at a fixed value."""
+    """Cores of this machine over the ranks on it. Results repeat bit for bit only at the same number of threads."""
     cores = len(os.sched_getaffinity(0)) // (2 if share_cores else 1)
     if world_size == 1:
         return max(1, min(2, cores))
@@ -87,7 +87,7 @@ def _build_groups(parallel: ParallelConfig, trainer: TrainerConfig) -> None:
         context_parallel_size=parallel.context,
         distributed_timeout_minutes=max(1, round(trainer.collective_timeout_s / 60)),
     )
-    tensor_parallel.model_parallel_cuda_manual_seed(1)  # dropout is 0: the trainer draws no random numbers
+    tensor_parallel.model_parallel_cuda_manual_seed(1)  # Megatron wants a seed; dropout is 0, so none is drawn
 
 
 def destroy() -> None:
@@ -117,12 +117,6 @@ def share_group() -> dist.ProcessGroup | None:
 def device() -> str:
     """Where this rank's tensors are: `cpu` or `cuda:N`."""
     return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
-
-
-def barrier() -> None:
-    """Wait for every rank, on the share group (its time limit covers a long rollout on rank 0)."""
-    if world_size() > 1:
-        dist.barrier(group=_share_group)
 
 
 def share(make: Callable[[], T]) -> T:

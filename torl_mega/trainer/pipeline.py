@@ -1,9 +1,9 @@
-"""What Megatron's schedules need beyond their defaults: shape exchange that is right when both neighbours are one rank.
+"""Fix for Megatron's interleaved schedule on two stages: shapes travel on one group per direction.
 
-With a virtual pipeline over two stages the next and the previous rank are the same process. Megatron then sends tensors of
-the two directions over two groups, but exchanges their shapes (`variable_seq_lengths`) over one, in an order that the two
-sides disagree on: a stage takes the shape of a gradient for that of an activation as soon as micro-batches differ in
-length. `_Communicator` exchanges shapes the way tensors are exchanged, one group per direction.
+With a virtual pipeline over two stages the next and the previous rank are the same process. Megatron then
+sends tensors of the two directions over two groups, but their shapes (`variable_seq_lengths`) over one, in an order
+that the two sides disagree on: as soon as micro-batches differ in length, a stage takes the shape of a gradient for that
+of an activation. `_Communicator` sends shapes the way Megatron sends tensors.
 """
 
 # Megatron-Core's annotations are wider than what its functions return and narrower than what they take
@@ -21,7 +21,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 
 class _Communicator(P2PCommunicator):
-    """Megatron's communicator with shapes on the group of their direction."""
+    """Megatron's communicator, with shapes on the group of their direction."""
 
     def _communicate_shapes(
         self, tensor_send_next: Any, tensor_send_prev: Any, recv_prev: bool, recv_next: bool
@@ -53,7 +53,7 @@ class _Communicator(P2PCommunicator):
 
 
 def schedule_arguments(config: Any) -> dict[str, Any]:
-    """Extra arguments for Megatron's forward-backward function; none without a virtual pipeline."""
+    """Arguments that give Megatron's forward-backward function our communicator; none without a virtual pipeline."""
     if config.virtual_pipeline_model_parallel_size is None:
         return {}
     groups: Any = ProcessGroupCollection()

@@ -23,6 +23,8 @@ from torl_mega.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Profile:
+    """One FP8 profile: Megatron's settings, and the least (and latest) hardware and software that runs it."""
+
     fp8: str
     recipe: str
     min_capability: tuple[int, int]
@@ -54,7 +56,7 @@ def precision_settings(profile: str, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def token_multiple(profile: str) -> int:
-    """FP8 matrix products want the token count as a multiple of this (32 for MXFP8's blocks, 16 else)."""
+    """The packed tokens of a micro-batch must be a multiple of this for FP8 matrix products (MXFP8's blocks are 32 long)."""
     return {"default": 1, "mxfp8": 32}.get(profile, 16)
 
 
@@ -68,6 +70,7 @@ class Machine:
 
 
 def this_machine() -> Machine:
+    """Chip, Transformer Engine and CUDA of this process."""
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     cuda = torch.version.cuda
     return Machine(capability, _te_version(), _two(cuda) if cuda else None)

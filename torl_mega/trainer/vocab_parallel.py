@@ -1,4 +1,4 @@
-"""Log-probability of chosen tokens and entropy from hidden states, over a TP-sharded vocabulary, in chunks of tokens.
+"""Log-probs of chosen tokens and entropies from hidden states, over a vocabulary sharded by tensor rank, in token chunks.
 
 Contract: logits exist for `chunk` tokens at a time, `[chunk, V / tp]` in fp32; the backward pass computes them again
 instead of keeping them (unless everything fits one chunk). Padded vocabulary rows get probability zero.
@@ -23,7 +23,7 @@ from megatron.core.tensor_parallel.mappings import (
 
 
 class _DeferredOutputLayer(ColumnParallelLinear):
-    """Leaves the projection to the loss: the model returns hidden states, this layer remembers the weight."""
+    """Output layer that returns hidden states and remembers the weight: the loss projects, only the rows it needs."""
 
     def forward(self, input_: torch.Tensor, weight: Any = None, runtime_gather_output: Any = None) -> Any:
         # in a tuple: a Parameter as attribute would register, and then be saved under a second name
@@ -32,7 +32,7 @@ class _DeferredOutputLayer(ColumnParallelLinear):
 
 
 def defer_projection(model: Any) -> None:
-    """Make a GPTModel's last stage return hidden states instead of logits."""
+    """Makes a GPTModel's last stage return hidden states instead of logits, so that the loss can project a chunk at a time."""
     if model.post_process:
         model.output_layer.__class__ = _DeferredOutputLayer
 
@@ -61,7 +61,7 @@ class _LogProbEntropy(torch.autograd.Function):
             entropies.append(entropy)
             log_totals.append(log_total)
             means.append(mean)
-            keep = z if hidden.size(0) <= chunk else None
+            keep = z if hidden.size(0) <= chunk else None  # one chunk: the backward pass need not project again
         ctx.set_materialize_grads(False)
         ctx.head, ctx.chunk = head, chunk
         ctx.save_for_backward(hidden, weight, targets, torch.cat(log_totals), torch.cat(means), keep)
@@ -125,6 +125,7 @@ class _Head:
         chosen = torch.where(mine, z.gather(-1, index[:, None]).squeeze(-1) - top, torch.zeros_like(top))
         shifted = z - top[:, None]
         p = shifted.exp()
+        # the clamp keeps padded rows, where p is 0 and log p -inf, from adding NaN
         weighted = p * shifted if self.padded_from is None else p * shifted.clamp(min=-1e30)
         sums = torch.stack([chosen, p.sum(-1), weighted.sum(-1)])
         if parallel:

@@ -1,6 +1,6 @@
-"""One 64-bit checksum of a tensor's bytes, equal wherever the bytes are equal.
+"""A 64-bit checksum of a tensor's bytes, equal on trainer and server wherever the bytes are equal.
 
-On a CPU it is XXH3 (27 GB/s on one core). On a GPU, where bytes would have to travel to be hashed so, it is a sum of
+On a CPU it is XXH3 (27 GB/s on one core). On a GPU, from which the bytes would have to be copied for that, it is a sum of
 32-bit words times odd 64-bit multipliers drawn once from a fixed seed, in two levels, modulo 2**64: one wrong word
 always changes it, and several cancel with probability about 2**-33. Both sides must therefore hash on the same kind of
 device: `checksum(tensor, kind)` moves the tensor there first. Guards against faults, not against malice.
@@ -34,7 +34,7 @@ def checksum(tensor: torch.Tensor, kind: str) -> str:
 
 
 def checksums(tensors: Sequence[torch.Tensor], kind: str) -> list[str]:
-    """One for each; on a CPU by several threads, for a moment in which nothing else runs (hashing holds no GIL)."""
+    """The checksum of each. On a CPU several threads hash (xxhash releases the GIL), for moments when nothing else runs."""
     if kind != "cpu":
         return [checksum(tensor, kind) for tensor in tensors]
     with ThreadPoolExecutor(min(MAX_THREADS, len(os.sched_getaffinity(0)))) as pool:
@@ -51,10 +51,8 @@ def word_sum(flat: torch.Tensor) -> int:
     words = flat.view(torch.int32) if flat.storage_offset() % 4 == 0 else flat.clone().view(torch.int32)
     first = _multipliers(ROW, str(flat.device))
     whole = words.numel() // ROW * ROW
-    sums = [
-        (block.to(torch.int64) * first).sum(1)
-        for block in words[:whole].view(-1, ROW).split(ROWS_AT_ONCE)
-    ]  # fmt: skip
+    blocks = words[:whole].view(-1, ROW).split(ROWS_AT_ONCE)
+    sums = [(block.to(torch.int64) * first).sum(1) for block in blocks]
     rest = words[whole:].to(torch.int64)
     sums.append((rest * first[: rest.numel()]).sum(0, keepdim=True))
     rows = torch.cat(sums)

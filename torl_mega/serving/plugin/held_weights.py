@@ -1,4 +1,4 @@
-"""Server side of weight verification: where each HF tensor lies in this rank's parameters, and the checksum of it there.
+"""Server side of weight verification: which slices of each HF tensor this rank holds, and the checksum of each.
 
 SGLang fuses (q, k, v; gate, up), shards and pads HF tensors while it loads them. Instead of describing that once more
 per architecture, `trace_loader` runs the model's own `load_weights` on empty tensors and records every copy it would make,
@@ -8,10 +8,10 @@ any other loader is refused, never guessed.
 
 Runs in SGLang's scheduler processes, as an AROUND hook on `WeightChecker.handle` (srt/utils/weight_checker.py), so it is
 reached over `POST /weights_checker` and answers for every rank:
-    {"action": "torl_layout", "skip_tensor_list": ["NAME DTYPE 4,8", ...]}   -> {"NAME@OFFSET:SIZE:STRIDE:DTYPE": ""}
-    {"action": "torl_audit",  "skip_tensor_list": [...]}                     -> the same keys with checksums
+    {"action": "torl_slices",    "skip_tensor_list": ["NAME DTYPE 4,8", ...]}   -> {"NAME@OFFSET:SIZE:STRIDE:DTYPE": ""}
+    {"action": "torl_checksums", "skip_tensor_list": [...]}                     -> the same keys with checksums
 A key `NAME@ignored` is a tensor that this rank's loader has no use for, `PARAM@uncovered` a parameter that the tensors
-do not fill. A device key `@device` says where the parameters lie, hence which checksum was used.
+do not fill. The key `@device` says where the parameters lie, hence which checksum was used.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torl_mega.serving.plugin.checksum import checksums
 
-LAYOUT, AUDIT = "torl_layout", "torl_audit"
-_traces: dict[tuple[int, str], Trace] = {}
+SLICES, CHECKSUMS = "torl_slices", "torl_checksums"
+_traces: dict[tuple[int, str], Trace] = {}  # by model and described tensors
 
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """Elements of an HF tensor and where they go. Offsets and strides in elements."""
+    """A slice of an HF tensor and where the loader puts it. Offsets and strides in elements."""
 
     source: str
     source_offset: int
@@ -45,31 +45,34 @@ class Copy:
 
     @property
     def key(self) -> str:
+        """NAME@OFFSET:SIZE:STRIDE:DTYPE of the slice, read back by sync/verify.parse_key."""
         numbers = [",".join(map(str, part)) for part in (self.size, self.source_stride)]
         return f"{self.source}@{self.source_offset}:{numbers[0]}:{numbers[1]}:{str(self.dtype).removeprefix('torch.')}"
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
+    """What the loader does with a list of tensors."""
+
     copies: tuple[Copy, ...]
-    ignored: tuple[str, ...]
-    uncovered: tuple[str, ...]
+    ignored: tuple[str, ...]  # tensors that no copy reads
+    uncovered: tuple[str, ...]  # parameters that the copies do not fill
 
 
 def handle(original: Callable[..., Any], checker: Any, action: str, *args: Any, **kwargs: Any) -> Any:
-    """The hook: our two actions here, SGLang's own as before."""
-    if action not in (LAYOUT, AUDIT):
+    """The hook: answers our two actions, and leaves SGLang's own to `original`."""
+    if action not in (SLICES, CHECKSUMS):
         return original(checker, action, *args, **kwargs)
     spec = kwargs.get("skip_tensor_list") or (args[1] if len(args) > 1 else None) or []
     model = checker._get_model()
-    trace = trace_loader(model, spec, complete=action == AUDIT)
+    trace = trace_loader(model, spec, complete=action == CHECKSUMS)
     parameters = dict(model.named_parameters())
     kind = next(iter(parameters.values())).device.type
     answer = {"@device": kind}
     answer |= {f"{name}@ignored": "" for name in trace.ignored}
     answer |= {f"{name}@uncovered": "" for name in trace.uncovered}
     held = [parameters[c.parameter].data.as_strided(c.size, c.stride, c.offset) for c in trace.copies]
-    sums = checksums(held, kind) if action == AUDIT else [""] * len(held)
+    sums = checksums(held, kind) if action == CHECKSUMS else [""] * len(held)
     answer |= {copy.key: found for copy, found in zip(trace.copies, sums, strict=True)}
     total = hashlib.sha256("".join(f"{k}{answer[k]}" for k in sorted(answer)).encode()).hexdigest()
     info = checker._parallelism_info(role=kwargs["role"]).model_dump()
@@ -77,12 +80,14 @@ def handle(original: Callable[..., Any], checker: Any, action: str, *args: Any, 
 
 
 class _Recorder(TorchDispatchMode):
-    """Notes copies into parameters and holds back everything that would write to one."""
+    """Records copies into parameters and suppresses whatever would write to one."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
         self.parameters = {p.untyped_storage().data_ptr(): name for name, p in model.named_parameters()}
-        self.sources: dict[int, tuple[str, torch.Tensor]] = {}  # by storage; a loader may read ahead
+        self.sources: dict[
+            int, tuple[str, torch.Tensor]
+        ] = {}  # by storage; all are kept, since a loader may read ahead
         self.copies: list[Copy] = []
         self.filled: dict[str, int] = {}
 
@@ -104,16 +109,14 @@ class _Recorder(TorchDispatchMode):
         if tensor is None or value.dtype != tensor.dtype:
             raise NotImplementedError(f"the weight loader computes {parameter} from what it is sent: not auditable")
         value = value.expand_as(target)
-        self.copies.append(
-            Copy(
-                source, int(value.storage_offset()), tuple(target.shape), tuple(value.stride()),
-                parameter, int(target.storage_offset()), tuple(target.stride()), target.dtype,
-            )
-        )  # fmt: skip
+        read = (int(value.storage_offset()), tuple(target.shape), tuple(value.stride()))
+        written = (parameter, int(target.storage_offset()), tuple(target.stride()), target.dtype)
+        self.copies.append(Copy(source, *read, *written))
 
 
 def trace_loader(model: torch.nn.Module, spec: Sequence[str], *, complete: bool) -> Trace:
-    """The map for these tensors, made once per process. `complete`: they are meant to fill the whole model."""
+    """Where the model's loader puts the tensors described by `spec`; traced once per process and `spec`. `complete`: they
+    are meant to fill the whole model, so what they leave out is reported."""
     cached = (id(model), hashlib.sha256("\n".join(spec).encode()).hexdigest() + str(complete))
     if cached not in _traces:
         recorder = _Recorder(model)
@@ -126,12 +129,12 @@ def trace_loader(model: torch.nn.Module, spec: Sequence[str], *, complete: bool)
 
 
 def spec_line(name: str, dtype: str, shape: Sequence[int]) -> str:
-    """How a tensor is described to `trace_loader`."""
+    """Describes a tensor to `trace_loader`: NAME DTYPE SIZES."""
     return f"{name} {dtype} {','.join(map(str, shape))}".strip()
 
 
 def _uncovered(model: torch.nn.Module, recorder: _Recorder) -> tuple[str, ...]:
-    """Scales of the KV cache, which FP8 models have, are settings of SGLang's and no weights."""
+    """Parameters that were not filled; scales of the KV cache, which FP8 models have, are SGLang's settings, no weights."""
     return tuple(
         n
         for n, p in model.named_parameters()
@@ -140,7 +143,7 @@ def _uncovered(model: torch.nn.Module, recorder: _Recorder) -> tuple[str, ...]:
 
 
 def _empty_tensors(spec: Sequence[str], recorder: _Recorder) -> Iterator[tuple[str, torch.Tensor]]:
-    """Never written, so that a tensor costs address space only."""
+    """Tensors of the described sizes; they are never written, so they cost address space only."""
     for line in spec:
         name, dtype, *sizes = line.split()
         shape = tuple(map(int, sizes[0].split(","))) if sizes else ()

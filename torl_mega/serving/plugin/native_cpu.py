@@ -1,4 +1,4 @@
-"""The platform class behind `cpu_platform.activate`; imported by SGLang's processes only."""
+"""The platform class that `entry.activate` names; imported by SGLang's processes only."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""On a CPU, SGLang 0.5.23 drops `sampling_seed` unless its deterministic mode is on, and that mode needs GPU attention.
+"""Makes `sampling_seed` count on a CPU, where SGLang 0.5.23 drops it: seeds need its deterministic mode, and that a GPU.
 
 The pure torch sampler itself takes seeds (srt/layers/sampler.py `multinomial_with_seed`: Gumbel noise hashed from seed,
-position and token); only its hash is a compiled kernel. So the batch is given its seeds and the hash is written in torch.
-A token then depends on its request's seed alone, up to ties that the last bits of a logit decide: those depend on which
-requests share a batch. `serving.deterministic` takes that away too.
+position and token); only its hash is a compiled kernel. So the batch is given its seeds, and the hash is written in torch.
+A token then depends on its request's seed alone, up to ties that the last bits of a logit decide; those bits depend on
+which requests share a batch, unless `serving.deterministic` runs requests one by one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ MASK = 0xFFFFFFFF
 
 
 def from_schedule_batch(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """AROUND hook on `SamplingBatchInfo.from_schedule_batch(batch, vocab_size)`."""
+    """AROUND hook on `SamplingBatchInfo.from_schedule_batch(batch, vocab_size)`: adds the requests' seeds to the batch."""
     import torch
 
     info = original(*args, **kwargs)

@@ -1,9 +1,9 @@
-"""Server side of the broadcast transport: weights arrive where the model keeps them, without a copy in between.
+"""Server side of the broadcast transport: receives weights where the model keeps them, without a copy in between.
 
-SGLang's own receivers take a bucket into memory of its own and let the model's loader copy it into the parameters. The
-map that `weight_audit` traced says where each tensor goes, so one that lies in a single contiguous piece of a parameter
-(all of them on a server with one rank, norms and embeddings' rows elsewhere) is received there; the rest go through the
-loader as ever. That halves what a server does for a sync and spares it the memory of a bucket.
+SGLang's own receiver takes a bucket into memory of its own and lets the model's loader copy it into the parameters. The
+map that `held_weights.trace_loader` makes says where each tensor goes, so one that fills a single contiguous piece of a
+parameter (every tensor on a server with one rank; norms and rows of the embedding elsewhere) is received there; the rest
+goes through the loader. That halves a server's work in a sync and saves the memory of a bucket.
 
 Runs in SGLang's scheduler processes, as an AROUND hook on `WeightUpdater.receive_weights_from_distributed`
 (srt/model_executor/model_runner_components/weight_updater.py); asked for with `load_format` = "torl_in_place", which
@@ -56,7 +56,7 @@ def receive(
 def _places(
     model: torch.nn.Module, names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[Sequence[int]]
 ) -> dict[str, torch.Tensor]:
-    """name -> the memory of the parameter that holds exactly this tensor, for those that have one."""
+    """name -> the piece of a parameter that holds exactly this tensor, where there is one."""
     lines = [spec_line(*described) for described in zip(names, dtypes, shapes, strict=True)]
     copies: dict[str, list[Copy]] = {}
     for copy in trace_loader(model, lines, complete=False).copies:

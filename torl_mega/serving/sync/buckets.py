@@ -1,4 +1,4 @@
-"""Cuts a stream of named tensors into buckets: at most `max_bytes` each, laid end to end as bytes.
+"""Splits a stream of named tensors into buckets of at most `max_bytes`, whose tensors can be laid end to end as bytes.
 
 A tensor larger than a bucket is a bucket of its own: SGLang's loaders take whole tensors.
 """
@@ -36,7 +36,7 @@ class Bucket:
         return sum(tensor.nbytes for _, tensor in self.named)
 
     def flatten_into(self, buffer: torch.Tensor) -> torch.Tensor:
-        """The first `num_bytes` of `buffer` ([>= num_bytes] uint8), filled."""
+        """Copies all tensors into `buffer` ([>= num_bytes] uint8); returns the first `num_bytes` of it."""
         offset = 0
         for _, tensor in self.named:
             target = buffer[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
@@ -46,11 +46,12 @@ class Bucket:
 
 
 def dtype_name(tensor: torch.Tensor) -> str:
+    """torch's name of the element type, e.g. bfloat16."""
     return str(tensor.dtype).removeprefix("torch.")
 
 
 def make_buckets(tensors: Iterable[NamedTensor], max_bytes: int) -> Iterator[Bucket]:
-    """Buckets in the stream's order. A tensor is held only until its bucket is full."""
+    """Buckets in the stream's order. Memory: the tensors of one bucket are held until it is full."""
     held: list[NamedTensor] = []
     size = 0
     for name, tensor in tensors:

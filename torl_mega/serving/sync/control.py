@@ -1,7 +1,7 @@
-"""Calls to a server's control endpoints that can be sent now and answered later, with a limit on everything.
+"""Calls to a server's control endpoints that are sent at once and answered later, all under one deadline.
 
-A weight transfer has two halves, an HTTP call and a broadcast, and each waits for the other: so a call is written out at
-once by the caller's thread (calls reach a server in the order they were made) and its answer is read by a daemon thread.
+A weight transfer has two halves, an HTTP call and a broadcast, and each waits for the other. So the caller's thread sends
+a call at once (calls reach a server in the order they were made), and a daemon thread reads its answer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ POLL_S = 0.0005
 
 
 class Deadline:
-    """One limit for a whole sync, handed down to every wait in it."""
+    """The time limit of a whole sync; every wait in it takes what is left."""
 
     def __init__(self, limit_s: float) -> None:
         self.limit_s = limit_s
@@ -32,12 +32,14 @@ class Deadline:
         return self._end - time.monotonic()
 
     def check(self, what: str) -> None:
+        """Raises WeightSyncError naming `what` when the time is over."""
         if self.left_s <= 0:
             raise WeightSyncError(f"{what}: not done within serving.sync_timeout_s = {self.limit_s:g} s")
 
 
 class Call:
-    """One call under way. `result` raises WeightSyncError, naming the server, unless it was answered with 200."""
+    """One call under way: POST, or GET without a body. `result` raises WeightSyncError naming the server unless the answer
+    is 200."""
 
     def __init__(self, url: str, path: str, body: Mapping[str, Any] | None, deadline: Deadline) -> None:
         self.url, self.path = url, path
@@ -71,16 +73,17 @@ class Call:
         self._done.set()
 
     def done(self) -> bool:
+        """Whether it was answered or has failed; does not wait."""
         return self._done.is_set()
 
     def result(self) -> Any:
-        """The parsed answer; waits for it."""
+        """Waits for the answer and parses it: JSON, else text."""
         if not self._done.wait(max(0.0, self._deadline.left_s)):
             self._deadline.check(f"{self.url}{self.path} gave no answer")
         return self._parsed()
 
     def check(self) -> None:
-        """Raises if the answer is here and says no; does not wait."""
+        """Raises when the call has failed by now; does not wait."""
         if self.done():
             self._parsed()
 
@@ -104,7 +107,8 @@ def call_all(urls: Sequence[str], path: str, body: Mapping[str, Any] | None, dea
 
 
 def run_bounded(work: Any, what: str, deadline: Deadline, calls: Sequence[Call]) -> Any:
-    """`work()` in a daemon thread until it returns, a call is refused, or the deadline is over."""
+    """`work()`'s result, computed in a daemon thread. Raises WeightSyncError when it fails, when one of `calls` is refused,
+    or at the deadline; the thread is then left behind."""
     box: list[Any] = []
     failure: list[BaseException] = []
 
@@ -125,7 +129,7 @@ def run_bounded(work: Any, what: str, deadline: Deadline, calls: Sequence[Call])
 
 
 def watch(what: str, deadline: Deadline, calls: Sequence[Call]) -> None:
-    """Raises when the limit has passed or a call was refused."""
+    """Raises WeightSyncError when the deadline has passed or one of `calls` was refused."""
     for call in calls:
         call.check()
     deadline.check(what)

@@ -1,4 +1,4 @@
-"""A weight sync into servers that are sampling: pause them, sync, let them go on under the new weights."""
+"""Weight syncs while trajectories are being sampled: sinks that first drain or pause the servers, then sync."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PAUSE_LIMIT_S = 60.0
 
 
 class DrainedSink:
-    """Waits until nothing is being sampled, then syncs: every trajectory keeps one policy version."""
+    """Calls `drain`, which waits until nothing is being sampled, then syncs: a trajectory keeps one policy version."""
 
     def __init__(self, sink: WeightSink, drain: Callable[[], None]) -> None:
         self._sink, self._drain = sink, drain
@@ -24,8 +24,8 @@ class DrainedSink:
 
 
 class PausedSink:
-    """`retract` sends running requests back to the queue and computes their KV cache anew under the new weights; `in_place`
-    lets them go on with the cache of the old ones, which must then not be flushed."""
+    """Pauses the servers during the sync; running requests go on under the new weights. `retract` sends them back to the
+    queue and computes their KV cache anew; `in_place` keeps the cache of the old weights, which must not be flushed."""
 
     def __init__(self, sink: WeightSink, urls: Sequence[str], mode: Literal["in_place", "retract"]) -> None:
         self._sink, self._urls, self._mode = sink, tuple(urls), mode
@@ -38,7 +38,7 @@ class PausedSink:
             self._tell("/continue_generation", {})
 
     def _tell(self, path: str, body: Mapping[str, str]) -> None:
-        """A server that does not answer is down; the sink leaves it out and counts it."""
+        """Calls every server. One that does not answer is down: the sink leaves it out and counts it."""
         deadline = Deadline(PAUSE_LIMIT_S)
         for call in [Call(url, path, dict(body), deadline) for url in self._urls]:
             try:

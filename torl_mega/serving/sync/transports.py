@@ -1,11 +1,11 @@
-"""Three ways for a bucket of weights to reach the servers, behind one small interface.
+"""Three ways to move a bucket of weights to the servers, behind one Protocol.
 
     broadcast  torch.distributed group of rank 0 and every server rank (gloo on CPUs, NCCL on GPUs), tensor by tensor
     handles    colocated servers: CUDA IPC handles of a flattened bucket; on a CPU the tensors by value in the request
     disk       safetensors in a folder that both sides see, loaded at the end
 
-`open` and `send` return as soon as the next bucket can be prepared; `finish` waits until all is loaded. Each raises
-WeightSyncError in time. After a failure `reset` leaves nothing that could block, and the next `open` starts afresh.
+Contract: `open` and `send` return as soon as the next bucket can be prepared; `finish` waits until all is loaded. Each
+raises WeightSyncError at the deadline or before. After a failure `reset` drops everything that could block the next sync.
 """
 
 from __future__ import annotations
@@ -38,27 +38,35 @@ from torl_mega.serving.sync.control import POLL_S, Call, Deadline, call_all, run
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One server process that takes part in a sync."""
+    """A server process that takes part in a sync."""
 
     url: str
-    num_ranks: int
-    started: str  # its own start-up record: a server that was started again is another member
+    num_ranks: int  # its tensor-parallel size
+    started: str  # its start-up time: a restarted server is another member, and has left the process group
 
 
 class Transport(Protocol):
     in_session: bool  # its updates must lie between begin_weight_update and end_weight_update
 
-    def open(self, members: Sequence[Member], deadline: Deadline) -> None: ...
+    def open(self, members: Sequence[Member], deadline: Deadline) -> None:
+        """Prepares a sync into these servers."""
+        ...
 
-    def send(self, bucket: Bucket, deadline: Deadline) -> None: ...
+    def send(self, bucket: Bucket, deadline: Deadline) -> None:
+        """Starts moving a bucket; the one before has been sent. Its tensors must stay unchanged until the next call."""
+        ...
 
-    def finish(self, deadline: Deadline) -> None: ...
+    def finish(self, deadline: Deadline) -> None:
+        """Waits until every server has loaded every bucket."""
+        ...
 
-    def reset(self) -> None: ...
+    def reset(self) -> None:
+        """Drops a sync that failed, whatever state it is in; does not block."""
+        ...
 
 
 class Broadcast:
-    """One group over all servers, kept between syncs as long as the servers are the same processes."""
+    """A process group of rank 0 and all server ranks, kept between syncs while the servers are the same processes."""
 
     in_session = True
 
@@ -71,9 +79,9 @@ class Broadcast:
         self._name = ""
         self._members: tuple[Member, ...] = ()
         self._works: list[Any] = []
-        self._in_flight: list[torch.Tensor] = []  # what the works send
+        self._in_flight: list[torch.Tensor] = []  # the memory that the works read
         self._calls: list[Call] = []
-        self._stuck: list[Any] = []  # groups given up with work in flight: freeing one would wait for that work
+        self._stuck: list[Any] = []  # abandoned groups; destroying one blocks until its work ends
 
     def open(self, members: Sequence[Member], deadline: Deadline) -> None:
         self._calls, self._works = [], []
@@ -96,7 +104,7 @@ class Broadcast:
             call.result()
 
     def _join(self, world_size: int, limit: timedelta) -> Any:
-        """A group beside the default one. Source: sglang srt/utils/common.py init_custom_process_group, which cannot be
+        """Rank 0 of a group beside the default one. Source: sglang srt/utils/common.py init_custom_process_group, which cannot be
         imported here without loading all of SGLang into the trainer."""
         store = c10d.PrefixStore(self._name, self._store)
         group, _ = c10d._new_process_group_helper(
@@ -108,7 +116,7 @@ class Broadcast:
     def send(self, bucket: Bucket, deadline: Deadline) -> None:
         body = {"names": bucket.names, "dtypes": bucket.dtypes, "shapes": bucket.shapes, "group_name": self._name}
         body |= {"flush_cache": False, "load_format": IN_PLACE, "torch_empty_cache": False}
-        # the servers take up this call when they are done with the last bucket, so it may go out before that one is sent
+        # a server takes up this call after it has loaded the bucket before, so the call may go out early
         self._calls += [Call(m.url, "/update_weights_from_distributed", body, deadline) for m in self._members]
         self._wait_until_sent(deadline)
         self._in_flight = [tensor.to(self._device).view(-1).view(torch.uint8) for _, tensor in bucket.named]
@@ -148,7 +156,7 @@ class Broadcast:
 
 
 def _listening_store(host: str, limit: timedelta) -> TCPStore:
-    """A rendezvous on `host` alone; TCPStore by itself listens on every interface."""
+    """The group's rendezvous, listening on `host` alone; TCPStore by itself listens on every interface."""
     listener = socket.create_server((host, 0))
     port = listener.getsockname()[1]
     return TCPStore(
@@ -157,6 +165,7 @@ def _listening_store(host: str, limit: timedelta) -> TCPStore:
 
 
 def _abort(group: Any) -> None:
+    """Ends an abandoned group; either call may fail, or block for long, on peers that are gone."""
     with contextlib.suppress(RuntimeError, AttributeError, ValueError, KeyError, AssertionError):
         group.abort()
     with contextlib.suppress(RuntimeError, AttributeError, ValueError, KeyError, AssertionError):
@@ -164,7 +173,7 @@ def _abort(group: Any) -> None:
 
 
 class Handles:
-    """`update_weights_from_tensor`: by value on a CPU, by CUDA IPC handle on GPUs that rank 0 and the servers share."""
+    """`update_weights_from_tensor`: by CUDA IPC handle on GPUs that rank 0 shares with the servers, by value on a CPU."""
 
     in_session = True
 
@@ -186,7 +195,7 @@ class Handles:
             self._calls.append(Call(member.url, "/update_weights_from_tensor", body, deadline))
 
     def _by_value(self, bucket: Bucket) -> tuple[str, None]:
-        """SGLang's own serialiser passes file descriptors, which works only between related processes."""
+        """Pickled tensors; SGLang's own serialiser passes file descriptors, which only related processes can."""
         named = [(name, tensor.cpu().clone()) for name, tensor in bucket.named]
         return base64.b64encode(pickle.dumps(named)).decode(), None
 
@@ -199,8 +208,8 @@ class Handles:
         flat = bucket.flatten_into(torch.empty(bucket.num_bytes, dtype=torch.uint8, device=self._device))
         torch.cuda.current_stream().synchronize()
         self._in_flight = [flat]
-        layout = FlattenedTensorBucket.empty(bucket.names, bucket.dtypes, bucket.shapes, "meta").get_metadata()
-        payload = MultiprocessingSerializer.serialize({"flattened_tensor": flat, "metadata": layout}, output_str=True)
+        metadata = FlattenedTensorBucket.empty(bucket.names, bucket.dtypes, bucket.shapes, "meta").get_metadata()
+        payload = MultiprocessingSerializer.serialize({"flattened_tensor": flat, "metadata": metadata}, output_str=True)
         return str(payload), "flattened_bucket"
 
     def finish(self, deadline: Deadline) -> None:
@@ -213,7 +222,7 @@ class Handles:
 
 
 class Disk:
-    """One safetensors file per bucket and an index, in a folder of its own that is removed afterwards."""
+    """Writes one safetensors file per bucket and an index into a folder of its own, which is removed afterwards."""
 
     in_session = False
 

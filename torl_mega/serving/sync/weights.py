@@ -1,14 +1,14 @@
-"""Puts the policy's weights into every server, and proves it.
+"""Sends the policy's weights to every server and verifies what each one holds.
 
     trainer.weights() ─► buckets ─┬─► transport ─► servers load ─► hash what each rank holds now ─┐
                                   └─► hash what each server rank is to hold ───────────────────────┴─► compare
                                                                                                           │
                                         version recorded, servers take requests again ◄─ all equal ◄──────┘
 
-A server carries policy version V only after every byte of it was compared: the version is set last. The sync is one
-thing: it succeeds on every server that was up when it began, or raises WeightSyncError within serving.sync_timeout_s.
-Servers that are down when it begins are left out, counted, and get all weights at the next sync after they are back;
-when one dies in the middle, the error is `ServerLost` and calling `update` again with fresh tensors goes on without it.
+Contract: a server carries policy version V only after every byte of V on it was compared: the version is set last. A sync
+succeeds on every server that was up when it began, or raises WeightSyncError within serving.sync_timeout_s. Servers that
+are down when it begins are left out, counted, and get all weights at the next sync after they are back. When one dies in
+the middle the error is `ServerLost`: calling `update` again with fresh tensors goes on without it.
 Not covered: speculative (draft) models, pipeline-parallel servers with tied embeddings.
 """
 
@@ -24,10 +24,11 @@ import torch
 from torl_mega.config import ServingConfig
 from torl_mega.errors import ServerLost, WeightSyncError
 from torl_mega.interfaces import NamedTensor, WeightSink
+from torl_mega.serving.fp8 import Fp8Sink
 from torl_mega.serving.sync.buckets import make_buckets
 from torl_mega.serving.sync.control import Call, Deadline, call_all
 from torl_mega.serving.sync.transports import Broadcast, Disk, Handles, Member, Transport
-from torl_mega.serving.sync.verify import Expectation, LayoutCache
+from torl_mega.serving.sync.verify import Expectation, SlicesCache
 
 PROBE_LIMIT_S = 4.0
 NONE_UP_POLL_S = 0.5
@@ -36,23 +37,18 @@ TORN = "torn"
 
 
 def make_weight_sink(
-    config: ServingConfig,
-    urls: Sequence[str],
-    *,
-    rank: int = 0,
-    device: torch.device | str = "cpu",
-    flush_cache: bool = True,
+    config: ServingConfig, urls: Sequence[str], *, device: torch.device | str = "cpu", flush_cache: bool = True
 ) -> WeightSink:
-    """The sink of one trainer rank. Rank 0 sends; the others only step through their iterator, whose collectives rank 0
-    takes part in. `device` is where rank 0 keeps the tensors: `cpu` (gloo, by value) or `cuda:N` (NCCL, CUDA IPC)."""
-    if rank != 0:
-        return IdleSink()
+    """Rank 0's sink; the other ranks have an `IdleSink`. `device` is where rank 0 keeps the tensors: `cpu` (gloo, by
+    value) or `cuda:N` (NCCL, CUDA IPC); `flush_cache` as in `ServerSink`. Raises WeightSyncError without servers."""
     if not urls:
         raise WeightSyncError("no server to send weights to; set serving.urls or serving.num_servers")
-    return ServerSink(config, urls, make_transport(config, torch.device(device)), flush_cache=flush_cache)
+    sink = ServerSink(config, urls, make_transport(config, torch.device(device)), flush_cache=flush_cache)
+    return Fp8Sink(sink) if config.weight_dtype == "fp8_block" else sink
 
 
 def make_transport(config: ServingConfig, device: torch.device) -> Transport:
+    """The transport that `serving.transport` names. Raises WeightSyncError for `disk` without a folder."""
     if config.transport == "broadcast":
         return Broadcast(config.sync_host, device)
     if config.transport == "handles":
@@ -63,7 +59,7 @@ def make_transport(config: ServingConfig, device: torch.device) -> Transport:
 
 
 class IdleSink:
-    """Every rank but 0."""
+    """Of every rank but 0: steps through the tensors, because their collectives need all ranks, and sends nothing."""
 
     def update(self, tensors: Iterable[NamedTensor], *, version: int) -> Mapping[str, float]:
         collections.deque(tensors, maxlen=0)
@@ -71,7 +67,8 @@ class IdleSink:
 
 
 class ServerSink:
-    """Rank 0. `flush_cache` False keeps the servers' cached prefixes: for syncs that running requests sit out paused."""
+    """Rank 0's. `flush_cache` drops the servers' cached prefixes, which the old weights computed; False when requests stay
+    paused during the sync and keep their KV cache."""
 
     def __init__(
         self, config: ServingConfig, urls: Sequence[str], transport: Transport, *, flush_cache: bool = True
@@ -81,7 +78,7 @@ class ServerSink:
         self._config = config
         self._urls = tuple(url.rstrip("/") for url in urls)
         self._transport = transport
-        self._layouts = LayoutCache()
+        self._slices = SlicesCache()
 
     def update(self, tensors: Iterable[NamedTensor], *, version: int) -> Mapping[str, float]:
         """Sends, verifies, records `version`. Returns seconds, bytes and counts. Raises WeightSyncError."""
@@ -90,7 +87,7 @@ class ServerSink:
         up: list[Member] = []
         try:
             up = self._members(deadline)
-            expected = Expectation(self._layouts)
+            expected = Expectation(self._slices)
             urls = [member.url for member in up]
             num_bytes, num_tensors = self._transfer(stream, expected, up, deadline)
             verified = time.monotonic()
@@ -99,7 +96,7 @@ class ServerSink:
             self._publish(version, urls, deadline)
         except WeightSyncError as exc:
             self._clean_up(up)
-            collections.deque(stream, maxlen=0)  # the other ranks wait in collectives behind these tensors
+            collections.deque(stream, maxlen=0)  # other ranks wait in the collectives behind them
             lost = sorted({member.url for member in set(up) - set(self._answering([m.url for m in up]))})
             if lost and len(lost) < len(self._urls):
                 raise ServerLost(f"{exc} (lost in the sync: {', '.join(lost)}; sync again to go on without)") from exc
@@ -108,10 +105,9 @@ class ServerSink:
             self._clean_up(up)
             raise
         sync_s = time.monotonic() - begun
-        return {
-            "sync_s": sync_s, "bytes": num_bytes, "num_tensors": num_tensors, "num_servers": len(up),
-            "num_servers_down": len(self._urls) - len(up), "verify_s": verify_s,
-        }  # fmt: skip
+        down = len(self._urls) - len(up)
+        counts = {"bytes": num_bytes, "num_tensors": num_tensors, "num_servers": len(up), "num_servers_down": down}
+        return {"sync_s": sync_s, **counts, "verify_s": verify_s}
 
     def _transfer(
         self, stream: Iterable[NamedTensor], expected: Expectation, up: Sequence[Member], deadline: Deadline
@@ -122,9 +118,9 @@ class ServerSink:
         self._transport.open(up, deadline)
         num_bytes = num_tensors = 0
         for bucket in make_buckets(stream, self.bucket_bytes):
-            layout = expected.layout(bucket, urls, deadline)
+            held = expected.held(bucket, urls, deadline)
             self._transport.send(bucket, deadline)
-            expected.add(bucket, layout)  # while it is on its way
+            expected.add(bucket, held)  # hashes it while it is on its way
             num_bytes += bucket.num_bytes
             num_tensors += len(bucket.named)
         self._transport.finish(deadline)
@@ -133,7 +129,7 @@ class ServerSink:
         return num_bytes, num_tensors
 
     def _begin(self, urls: Sequence[str], deadline: Deadline) -> None:
-        """Opens the session; one that a dead trainer left open is closed first."""
+        """Opens a weight-update session on every server; closes one first that a dead trainer left open."""
         for call in [Call(url, "/begin_weight_update", {"selector": "target"}, deadline) for url in urls]:
             try:
                 call.result()
@@ -144,7 +140,7 @@ class ServerSink:
                 Call(call.url, "/begin_weight_update", {"selector": "target"}, deadline).result()
 
     def _publish(self, version: int, urls: Sequence[str], deadline: Deadline) -> None:
-        """Verified: close the session, forget what the old weights computed, and only then carry the new version."""
+        """After verification: closes the session, flushes the prefix cache, and only then sets the new version."""
         if self._transport.in_session:
             call_all(urls, "/end_weight_update", {}, deadline)
         if self.flush_cache:
@@ -155,15 +151,16 @@ class ServerSink:
                 raise WeightSyncError(f"{url} reports version {info.get('weight_version')!r} after a sync of {version}")
 
     def _members(self, deadline: Deadline) -> list[Member]:
-        """Servers that take part: those that answer now. While none does, all may be starting again: then it waits."""
+        """The servers that take part: those that answer now. While none does, all may be restarting: then it waits."""
         while not (up := self._answering(self._urls)):
             deadline.check(f"no server answers: {', '.join(self._urls)}; see their logs")
             time.sleep(NONE_UP_POLL_S)
         for url in set(self._urls) - {member.url for member in up}:
-            self._layouts.forget(url)  # it may come back as another one
+            self._slices.forget(url)
         return up
 
     def _answering(self, urls: Sequence[str]) -> list[Member]:
+        """Those of `urls` whose scheduler answers within a few seconds."""
         deadline = Deadline(PROBE_LIMIT_S)
         up = []
         for call in [Call(url, "/server_info", None, deadline) for url in urls]:
@@ -175,8 +172,8 @@ class ServerSink:
         return up
 
     def _clean_up(self, up: Sequence[Member]) -> None:
-        """As far as they listen, servers are left out of any session, with a version that no client takes for a policy's:
-        their weights may be a mixture."""
+        """After a failure: marks the servers that still answer as `torn`, a version that no client accepts because the
+        weights may be a mixture, and closes their session."""
         self._transport.reset()
         deadline, torn = Deadline(CLEANUP_LIMIT_S), {"new_version": TORN, "abort_all_requests": False}
         calls = [Call(member.url, "/update_weight_version", torn, deadline) for member in up]

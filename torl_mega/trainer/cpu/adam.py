@@ -1,4 +1,4 @@
-"""AdamW with the state layout of Apex's and Transformer Engine's FusedAdam, for machines that have neither.
+"""AdamW whose state is kept as in Apex's and Transformer Engine's FusedAdam, for machines that have neither.
 
 Megatron's own fallback, torch.optim.AdamW, trains correctly, but its DistributedOptimizer (0.16.1 and 0.19.2) cannot load
 a checkpoint into it: `state_dict()` of a fresh optimizer fails `assert len(steps) == 1`, and loading raises
@@ -53,7 +53,7 @@ class FusedAdam(torch.optim.Optimizer):
 
 
 def install() -> bool:
-    """Put FusedAdam where Megatron looks for the fused ones; False where Megatron found a real one."""
+    """Puts FusedAdam where Megatron looks for the fused ones; False where Megatron found a real one."""
     import megatron.core.optimizer as megatron_optimizer
     import megatron.core.optimizer.distrib_optimizer as distributed
 

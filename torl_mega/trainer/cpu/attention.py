@@ -1,6 +1,7 @@
 """Core attention for the local layer spec: torch SDPA over packed sequences, with or without context parallelism.
 
-Stands where Transformer Engine's attention stands on a GPU. Shapes: t = packed tokens on this rank, h heads, d head_dim.
+Replaces Transformer Engine's attention on a CPU. Shapes: t = packed tokens on this rank, h query heads, g key/value heads,
+d head_dim.
 Sequences of similar length are padded to the longest of their group and go through one SDPA call: a call per sequence
 costs 0.3 ms each way in Python and dispatch, which a few hundred short sequences feel. Padding sits behind the causal
 mask, so it is never seen, and its rows are dropped again: it adds exactly zero to every gradient.
@@ -33,11 +34,9 @@ _PADDED_AREA = 1.3  # a group's padded attention area may exceed the real one by
 
 @dataclass(frozen=True)
 class LengthGroup:
-    """Sequences that share one SDPA call."""
+    """b sequences that share one SDPA call, padded to s tokens; n of the positions hold real tokens."""
 
-    rows: (
-        torch.Tensor
-    )  # [b * s] flat token index of every padded position; padding points at the sequence's first token
+    rows: torch.Tensor  # [b * s] packed index of the token at every position; on padding, of the sequence's first token
     places: torch.Tensor  # [n] index into the padded [b * s] of every real token
     shape: tuple[int, int]  # (b, s)
 
@@ -51,7 +50,7 @@ class CpuPackedSeqParams(PackedSeqParams):
 
 
 def length_groups(lengths: np.ndarray) -> tuple[tuple[LengthGroup, ...], torch.Tensor]:
-    """Group sequences of similar length. Returns the groups and the index that restores packed order."""
+    """Groups sequences of similar length ([n] tokens each). Returns the groups and the [t] index that restores packed order."""
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     order = np.argsort(-lengths, kind="stable")
     groups: list[LengthGroup] = []

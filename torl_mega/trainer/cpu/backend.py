@@ -1,4 +1,4 @@
-"""Lets unmodified Megatron-Core run on a machine without CUDA, over gloo.
+"""Redirects what Megatron-Core asks of CUDA to the CPU, so that it runs unmodified on a machine without a GPU, over gloo.
 
 Megatron-Core has no device abstraction: it asks `torch.cuda.current_device()` where to put tensors, writes
 `device="cuda"` literals, and compares `tensor.type()` with "torch.cuda.*" strings. `install` points exactly those at the
@@ -46,6 +46,8 @@ class _CudaIsCpu(TorchFunctionMode):
 
 
 class _NullStream:
+    """Stands for a CUDA stream: everything is done when it was called."""
+
     def wait_event(self, event: object) -> None: ...
 
     def wait_stream(self, stream: object) -> None: ...
@@ -72,6 +74,7 @@ def install() -> bool:
 
 
 def _patch() -> None:
+    """Points the functions of torch.cuda that Megatron calls by name at the CPU."""
     cuda: Any = torch.cuda
     cuda.current_device = lambda: _CPU
     cuda.synchronize = lambda device=None: None

@@ -1,4 +1,4 @@
-"""Megatron's distributed checkpoints: any layout in, any layout out.
+"""Saves and loads Megatron's distributed checkpoints: saved in any layout, loaded in any other.
 
     <run>/checkpoints/step_000010/      torch_dist files (weights, optimizer, schedule, RNG), fully reshardable
                      .../extra.json     what the loop keeps (steps done, prompt cursor, ...)
@@ -42,6 +42,8 @@ _LOAD_ERRORS = (RuntimeError, KeyError, ValueError, AssertionError, pickle.Unpic
 
 @dataclass(frozen=True, slots=True)
 class _Save:
+    """A checkpoint that is being written."""
+
     temporary: Path
     path: Path
     extra: str  # JSON
@@ -58,7 +60,7 @@ class Checkpoints:
         self._pending: list[_Save] = []  # under way, oldest first
 
     def save(self, path: Path, model: Sequence[Any], optimizer: Any, schedule: Any, extra: Mapping[str, Any]) -> None:
-        """Write a checkpoint to `path`; with async_save return as soon as the state is copied."""
+        """Writes a checkpoint to `path`; with async_save returns as soon as the state is copied."""
         self.poll(wait=True)
         temporary = files.temporary_for(path)
         text = parallel.share(lambda: files.prepare(temporary, extra))
@@ -72,7 +74,7 @@ class Checkpoints:
             self._publish()
 
     def poll(self, *, wait: bool = False) -> None:
-        """Publish a checkpoint whose writing has ended; with `wait`, end it."""
+        """Publishes a checkpoint whose writing has ended; with `wait`, waits for that first."""
         if self._queue is None or not self._pending:
             return
         self._queue.maybe_finalize_async_calls(blocking=wait)
@@ -80,7 +82,7 @@ class Checkpoints:
             self._publish()
 
     def load(self, path: Path, model: Sequence[Any], optimizer: Any, schedule: Any) -> Mapping[str, Any]:
-        """Fill model, optimizer, schedule and RNG; returns `extra`. Raises CheckpointError before anything is changed
+        """Fills model, optimizer, schedule and RNG; returns `extra`. Raises CheckpointError before anything is changed
         when the checkpoint is missing, damaged, of another model or without a training state."""
         manifest = _checked_manifest(path, self.shape)
         if manifest["content"] != "training":
@@ -109,7 +111,7 @@ class Checkpoints:
 
 
 def save_weights(path: Path, chunks: Sequence[Any], shape: ModelShape, hf_config: Mapping[str, Any]) -> None:
-    """Weights alone of bare model chunks, for conversion."""
+    """Saves the weights alone of bare model chunks, for conversion."""
     temporary = files.temporary_for(path)
     text = parallel.share(lambda: files.prepare(temporary, {}))
     metadata = _metadata()
@@ -118,7 +120,7 @@ def save_weights(path: Path, chunks: Sequence[Any], shape: ModelShape, hf_config
 
 
 def load_weights(path: Path, chunks: Sequence[Any], shape: ModelShape) -> None:
-    """Weights alone out of any checkpoint into bare model chunks of any layout."""
+    """Loads the weights alone of any checkpoint into bare model chunks of any layout."""
     _checked_manifest(path, shape)
     with _one_line_errors(path):
         loaded = _read(path, _weights_state(chunks, {**_metadata(), **_content_metadata(path)}))
@@ -138,7 +140,7 @@ def _checked_manifest(path: Path, shape: ModelShape) -> dict[str, Any]:
 
 @contextmanager
 def _one_line_errors(path: Path) -> Iterator[None]:
-    """What Megatron raises while loading, as one CheckpointError on every rank."""
+    """Turns what Megatron raises while loading into one CheckpointError on every rank."""
     error: BaseException | None = None
     try:
         yield
@@ -163,8 +165,8 @@ def _write(folder: Path, state: dict[str, Any], metadata: dict[str, Any], *, asy
 
 
 def _start_helper() -> None:
-    """Megatron's writers hand their results to a helper process that is kept between saves. It is started here, so that it
-    dies with this rank, and once more when something has killed it."""
+    """Starts the process through which Megatron's writers return their results; it is kept between saves. Started as our
+    child so that it dies with this rank; restarted when it is gone."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     with contextlib.suppress(EOFError, OSError):  # it is gone
@@ -189,11 +191,13 @@ def _content_metadata(folder: Path) -> dict[str, Any]:
 
 
 def _fill_weights(chunks: Sequence[Any], loaded: Mapping[str, Any]) -> None:
+    """Copies loaded weights into the model chunks."""
     for n, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded[_chunk_name(n, len(chunks))], strict=True)
 
 
 def _metadata() -> dict[str, Any]:
+    """How Megatron shards the optimizer state: so that any layout can load it."""
     from megatron.core import parallel_state
 
     return {
@@ -227,10 +231,11 @@ def _training_state(
 
 @contextmanager
 def _unpadded_indices(optimizer: Any) -> Iterator[None]:
-    """Megatron (0.16.1 and 0.19.2) gathers the optimizer state with the padding between buckets cut out, then slices it
-    with offsets that count the padding: with several buckets of which an early one is padded (tied embeddings over
-    pipeline stages, or overlap on data-parallel sizes that do not divide a bucket) it saves shifted states and logs
-    "can lead to data corruption". Give it offsets without padding while it saves."""
+    """While entered, the optimizer's buffers give their parameters' offsets without the padding between buckets.
+
+    Megatron (0.16.1 and 0.19.2) gathers the optimizer state without that padding, then slices it with offsets that count
+    it: with several buckets of which an early one is padded (tied embeddings over pipeline stages, or overlap on
+    data-parallel sizes that do not divide a bucket) it saves shifted states and logs "can lead to data corruption"."""
     kept = []
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         for buffer in getattr(part, "buffers", []):

@@ -1,4 +1,4 @@
-"""A checkpoint as a folder: complete or not there, each file known by size and checksum.
+"""The folder of a checkpoint: complete or not there, with size and checksum of every file.
 
     step_000010/manifest.json   {format, content, model, hf_config, files: {name: {size, crc32}}}; written last
 
@@ -44,11 +44,12 @@ def complete(root: Path) -> list[Path]:
 
 
 def temporary_for(path: Path) -> Path:
+    """Where a checkpoint is built before it is renamed to `path`."""
     return path.with_name(f".{path.name}.tmp")
 
 
 def prepare(temporary: Path, extra: Mapping[str, Any]) -> str:
-    """An empty folder to write to; returns `extra` as text. For rank 0 alone."""
+    """Makes an empty folder to write to; returns `extra` as JSON. Called on rank 0. Raises CheckpointError."""
     try:
         text = json.dumps(dict(extra))
     except TypeError as exc:
@@ -64,7 +65,7 @@ def prepare(temporary: Path, extra: Mapping[str, Any]) -> str:
 
 
 def publish(temporary: Path, path: Path, extra: str, record: Mapping[str, Any], keep_last: int | None) -> None:
-    """Collective: checksum, sync to disk, rename, and drop all but the newest `keep_last` steps (None keeps all)."""
+    """Collective: checksums, syncs to disk, renames, and drops all but the newest `keep_last` steps (None keeps all)."""
     parallel.share(lambda: (temporary / EXTRA).write_text(extra))
     files = sorted(p for p in temporary.rglob("*") if p.is_file())
     mine = {str(p.relative_to(temporary)): fingerprint(p) for p in files[_rank() :: parallel.world_size()]}
@@ -100,7 +101,7 @@ def _identity(shape: ModelShape) -> dict[str, Any]:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Raises CheckpointError when the folder is missing, not complete or its manifest is damaged."""
+    """Reads manifest.json. Raises CheckpointError when the folder is missing or not complete, or its manifest is damaged."""
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
@@ -126,7 +127,7 @@ def check_model(path: Path, manifest: Mapping[str, Any], shape: ModelShape) -> N
 
 
 def check_files(path: Path, manifest: Mapping[str, Any]) -> None:
-    """Collective: compare every file with the manifest; raises CheckpointError on all ranks."""
+    """Collective: compares every file with the manifest; raises CheckpointError on all ranks."""
     error: BaseException | None = None
     for name, wanted in sorted(manifest["files"].items())[_rank() :: parallel.world_size()]:
         found = fingerprint(path / name)

@@ -1,4 +1,4 @@
-"""HF folder <-> Megatron checkpoint, in any layout, tensor by tensor; both directions read back what they wrote.
+"""Converts HF folder <-> Megatron checkpoint in any layout, tensor by tensor; both directions read back what they wrote.
 
 Contract: collective over the ranks of the layout; no rank holds more than its shard and one full tensor. The result appears
 under its name only when it is complete and verified. The type is that of the stored weights, so a round trip is
@@ -26,7 +26,7 @@ from torl_mega.config import ParallelConfig, TrainerConfig
 from torl_mega.errors import CheckpointError, ConfigError, TorlError
 from torl_mega.interfaces import NamedTensor
 from torl_mega.layout import ModelShape, check_layout, describe_model, read_hf_config
-from torl_mega.trainer import parallel
+from torl_mega.trainer.parallel import destroy, init_distributed, is_rank0, raise_together, share, world_size
 from torl_mega.trainer.weights import checkpoint
 from torl_mega.trainer.weights.checkpoint_files import read_manifest
 from torl_mega.trainer.weights.hf_io import HfReader, write_hf
@@ -36,10 +36,13 @@ _TRAINER = TrainerConfig(mini_batch_samples=1, micro_batch_tokens=1)
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
-def hf_to_megatron(hf: Path, out: Path, cut: ParallelConfig) -> None:
-    """Raises ConfigError for a bad source or layout, CheckpointError when what was written reads back differently."""
+def hf_to_megatron(hf: Path, out: Path, parallel: ParallelConfig) -> None:
+    """Writes the weights of HF folder `hf` as a checkpoint. Raises ConfigError for a bad source or layout, CheckpointError
+    when what was written reads back differently."""
     hf_config = read_hf_config(hf)
-    chunks, weight_map, shape = _build(hf_config, cut, lambda shape: HfReader(hf, shape).get(EMBEDDING.hf[0]).dtype)
+    chunks, weight_map, shape = _build(
+        hf_config, parallel, lambda shape: HfReader(hf, shape).get(EMBEDDING.hf[0]).dtype
+    )
     reader = HfReader(hf, shape)
     weight_map.load(reader)
     checkpoint.save_weights(out, chunks, shape, hf_config)
@@ -55,16 +58,17 @@ def hf_to_megatron(hf: Path, out: Path, cut: ParallelConfig) -> None:
     if differing:
         shutil.rmtree(out, ignore_errors=True)
         error = CheckpointError(f"{out}: {differing[0]} reads back differently; nothing is left there")
-    parallel.raise_together(error)
+    raise_together(error)
 
 
 def megatron_to_hf(
-    source: Path, out: Path, cut: ParallelConfig, *, tokenizer: Path | None, max_file_bytes: int
+    source: Path, out: Path, parallel: ParallelConfig, *, tokenizer: Path | None, max_file_bytes: int
 ) -> None:
-    """Raises CheckpointError for a damaged source or when what was written reads back differently."""
-    manifest = parallel.share(lambda: read_manifest(source))
+    """Writes the weights of checkpoint `source` as an HF folder; `tokenizer` lends its files. Raises CheckpointError for a
+    damaged source or when what was written reads back differently."""
+    manifest = share(lambda: read_manifest(source))
     hf_config = manifest["hf_config"]
-    chunks, weight_map, shape = _build(hf_config, cut, lambda _: _stored_dtype(source))
+    chunks, weight_map, shape = _build(hf_config, parallel, lambda _: _stored_dtype(source))
     checkpoint.load_weights(source, chunks, shape)
     digests: dict[str, str] = {}
 
@@ -76,21 +80,21 @@ def megatron_to_hf(
 
     tensors = _recording(_progress(weight_map.gather(), shape, "write"), digests)
     error: BaseException | None = None
-    if parallel.is_rank0():
+    if is_rank0():
         try:
             write_hf(out, tensors, config=hf_config, source=tokenizer, max_file_bytes=max_file_bytes, verify=verify)
         except TorlError as exc:
             error = exc
     for _ in tensors:
         pass
-    parallel.raise_together(error)
+    raise_together(error)
 
 
 def _build(
-    hf_config: Mapping[str, Any], cut: ParallelConfig, find_dtype: Callable[[ModelShape], torch.dtype]
+    hf_config: Mapping[str, Any], parallel: ParallelConfig, find_dtype: Callable[[ModelShape], torch.dtype]
 ) -> tuple[list[Any], Any, ModelShape]:
     """Bare model chunks of this rank, on the CPU or the GPU as the trainer would build them."""
-    problems = check_layout(hf_config, cut, parallel.world_size())
+    problems = check_layout(hf_config, parallel, world_size())
     if problems:
         raise ConfigError("; ".join(problems))
     from torl_mega.trainer.cpu import backend as cpu_backend
@@ -104,8 +108,8 @@ def _build(
     dtype = find_dtype(shape)
     if dtype not in _DTYPES:
         raise ConfigError(f"weights of type {dtype} are not converted; supported: {', '.join(_DTYPES.values())}")
-    config = transformer_config(shape, cut, _TRAINER, dtype, choose_spec())
-    chunks = build_chunks(shape, config, cut, choose_spec())
+    config = transformer_config(shape, parallel, _TRAINER, dtype, choose_spec())
+    chunks = build_chunks(shape, config, parallel, choose_spec())
     return chunks, WeightMap(chunks, shape), shape
 
 
@@ -125,13 +129,14 @@ def _digest(tensor: torch.Tensor) -> str:
 
 
 def _recording(tensors: Iterable[NamedTensor], digests: dict[str, str]) -> Iterator[NamedTensor]:
+    """Passes tensors on and keeps their digests."""
     for name, tensor in tensors:
         digests[name] = _digest(tensor)
         yield name, tensor
 
 
 def _progress(tensors: Iterator[NamedTensor], shape: ModelShape, what: str) -> Iterator[NamedTensor]:
-    if not parallel.is_rank0():
+    if not is_rank0():
         return tensors
     from tqdm import tqdm
 
@@ -141,23 +146,24 @@ def _progress(tensors: Iterator[NamedTensor], shape: ModelShape, what: str) -> I
 # ------------------------------------------------------------------------------------------------ as a program
 
 
-def run(cut: ParallelConfig, work: Callable[[], None]) -> int:
-    """Entry of both tools: one rank, or a rank of torchrun, or - for a larger layout - this program again under torchrun.
+def run(parallel: ParallelConfig, work: Callable[[], None]) -> int:
+    """Runs `work` as one rank, as a rank of torchrun, or, for a larger layout, starts this program again under torchrun.
 
     Returns the exit code; what the user can mend is printed as one line.
     """
     warnings.filterwarnings("ignore")  # torch and Megatron deprecate things at each other
-    if "RANK" not in os.environ and cut.world_size > 1:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={cut.world_size}"]
+    if "RANK" not in os.environ and parallel.world_size > 1:
+        ranks = f"--nproc_per_node={parallel.world_size}"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", ranks]
         quiet = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
         return subprocess.run([*command, *sys.argv], env=quiet).returncode
     try:
-        parallel.init_distributed(cut, _TRAINER)
+        init_distributed(parallel, _TRAINER)
         work()
     except TorlError as exc:
-        if parallel.is_rank0():
+        if is_rank0():
             print(f"error: {exc}", file=sys.stderr)
         return 1
     finally:
-        parallel.destroy()
+        destroy()
     return 0

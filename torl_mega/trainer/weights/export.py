@@ -23,13 +23,13 @@ def main() -> int:
     parser.add_argument("--vpp", type=int, default=1, help="model chunks per stage")
     parser.add_argument("--max-file-mb", type=float, default=5120, help="size of one safetensors file")
     args = parser.parse_args()
-    cut = ParallelConfig(tensor=args.tp, pipeline=args.pp, virtual_pipeline=args.vpp)
+    parallel = ParallelConfig(tensor=args.tp, pipeline=args.pp, virtual_pipeline=args.vpp)
 
     def work() -> None:
         limit = int(args.max_file_mb * 2**20)
-        megatron_to_hf(args.checkpoint, args.out, cut, tokenizer=args.tokenizer, max_file_bytes=limit)
+        megatron_to_hf(args.checkpoint, args.out, parallel, tokenizer=args.tokenizer, max_file_bytes=limit)
 
-    return run(cut, work)
+    return run(parallel, work)
 
 
 if __name__ == "__main__":

@@ -67,6 +67,7 @@ class HfReader:
         return self._file(self._where[name])
 
     def get(self, name: str) -> torch.Tensor:
+        """The tensor, on the CPU, in the type it is stored in."""
         try:
             return self._open(name).get_tensor(name)
         except SafetensorError as exc:
@@ -82,11 +83,10 @@ def write_hf(
     max_file_bytes: int = 5 << 30,
     verify: Callable[[Path], None] | None = None,
 ) -> int:
-    """Write an HF folder from a stream of tensors; `source` lends tokenizer and generation files. Returns bytes of weights.
+    """Writes an HF folder from a stream of tensors; `source` lends tokenizer and generation files. Returns bytes of weights.
 
-    `verify` looks at the finished temporary folder and raises what keeps it from taking the target's place.
-
-    An existing `target` is replaced only when the new one is complete. Raises CheckpointError when the disk refuses.
+    An existing `target` is replaced only when the new one is complete and `verify`, called with the finished temporary
+    folder, has not raised. Raises CheckpointError when the disk refuses.
     """
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -114,7 +114,7 @@ def _write_files(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_
     pending: dict[str, torch.Tensor] = {}
     size = total = 0
 
-    def flush() -> None:
+    def flush() -> None:  # final names hold the number of files, which is known at the end
         save_file(pending, folder / f"part-{len(parts):05d}", metadata={"format": "pt"})
         parts.append(list(pending))
         pending.clear()

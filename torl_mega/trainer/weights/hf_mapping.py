@@ -26,12 +26,15 @@ Kind = Literal["whole", "rows", "columns", "qkv", "gate_up"]
 
 @dataclass(frozen=True, slots=True)
 class Rule:
+    """One row of the table."""
+
     hf: tuple[str, ...]
     megatron: str
     kind: Kind
     te: str | None = None  # the name under Transformer Engine where it differs
 
     def name(self, te: bool) -> str:
+        """Megatron's name under the local (False) or Transformer Engine's layers."""
         return self.te if te and self.te else self.megatron
 
 
@@ -75,7 +78,7 @@ def all_names(shape: ModelShape) -> list[str]:
 
 def hf_shape(name: str, shape: ModelShape) -> tuple[int, ...]:
     """The full, unpadded shape of an HF tensor."""
-    q, kv = shape.num_heads * shape.head_dim, shape.num_kv_groups * shape.head_dim
+    q, kv = shape.q_width, shape.kv_width
     module, _, leaf = name.rpartition(".")
     part = module.rpartition(".")[2]
     rows = {"q_proj": q, "k_proj": kv, "v_proj": kv, "gate_proj": shape.ffn, "up_proj": shape.ffn}
@@ -91,7 +94,7 @@ def hf_shape(name: str, shape: ModelShape) -> tuple[int, ...]:
 def to_shard(
     rule: Rule, tensors: Sequence[torch.Tensor], shape: ModelShape, rank: int, size: int, padded_rows: int
 ) -> torch.Tensor:
-    """Full HF tensors -> what tensor rank `rank` of `size` holds."""
+    """Full HF tensors -> what tensor rank `rank` of `size` holds; `padded_rows` of the vocabulary."""
     if rule.kind == "whole":
         return tensors[0]
     if rule.kind == "rows":
@@ -129,6 +132,7 @@ def from_shards(rule: Rule, shards: torch.Tensor, shape: ModelShape) -> Iterator
 
 
 def _merge_qkv(tensors: Sequence[torch.Tensor], shape: ModelShape) -> torch.Tensor:
+    """q, k, v -> per key/value group its queries, its k, its v, so that a tensor rank's rows are whole groups."""
     groups, dim = shape.num_kv_groups, shape.head_dim
     rest = tensors[0].shape[1:]
     return torch.cat([t.view(groups, -1, dim, *rest) for t in tensors], dim=1).reshape(-1, *rest)

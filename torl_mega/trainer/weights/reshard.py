@@ -1,4 +1,4 @@
-"""Moves weights between HF tensors and this rank's shards, a tensor at a time, whatever the layout.
+"""Moves weights between HF tensors and this rank's shards, one tensor at a time, in any layout.
 
 Contract: `load` fills every parameter of this rank from an HF folder; `gather` is a collective over the ranks of
 data-parallel and context-parallel rank 0 that yields HF-named, unpadded tensors on global rank 0, in the order of the
@@ -35,7 +35,7 @@ def _uses_te(names: Sequence[str]) -> bool:
 
 
 class WeightMap:
-    """Which parameter of which chunk of which pipeline stage each rule of the table stands for."""
+    """Finds the parameter (of which chunk of which pipeline stage) that each rule of the table stands for."""
 
     def __init__(self, chunks: Sequence[Any], shape: ModelShape) -> None:
         self.shape = shape
@@ -66,7 +66,7 @@ class WeightMap:
 
     @torch.no_grad()
     def load(self, reader: HfReader) -> None:
-        """Fill every parameter of this rank. Asserts that none is left out."""
+        """Fills every parameter of this rank from an HF folder. Asserts that none is left out."""
         done: set[int] = set()
         for rule, prefix, _, parameter in self.entries():
             if parameter is not None:
@@ -85,7 +85,7 @@ class WeightMap:
         parameter.copy_(shard)
 
     def gather(self) -> Iterator[NamedTensor]:
-        """Collective; every rank iterates it to the end. Yields on global rank 0 only.
+        """HF-named full tensors. Collective: every rank iterates to the end; yields on global rank 0 only.
 
         Not under `no_grad`, whose wrapper of generators keeps each tensor until the next one is there.
         """
@@ -110,7 +110,7 @@ class WeightMap:
         return shards
 
     def _to_rank0(self, prefix: str, rule: Rule, stage: int, shards: torch.Tensor | None) -> Iterator[NamedTensor]:
-        """Assemble on the owning stage's tensor rank 0 and send to stage 0. Yields on global rank 0 only."""
+        """Assembles a rule's tensors on the owning stage's tensor rank 0 and sends them to stage 0. Yields on global rank 0."""
         group: Any = parallel_state.get_pipeline_model_parallel_group()
         if shards is not None:
             named = from_shards(rule, shards, self.shape)

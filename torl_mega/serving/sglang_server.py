@@ -1,6 +1,6 @@
-"""One SGLang server: its command line, its environment, and how to tell that it is up.
+"""One SGLang server as a program: its command line, its environment, and how to tell that it is up.
 
-Nothing here imports sglang: the server is a program that is started and spoken to over HTTP.
+Contract: imports no sglang; the server is started as a process and spoken to over HTTP. serve.py keeps one running.
 """
 
 from __future__ import annotations
@@ -51,20 +51,19 @@ def launch_command(config: Config, *, host: str, port: int, on_gpu: bool) -> lis
 
 
 def launch_env(config: Config, *, gpu_ids: Sequence[int], base: dict[str, str] | None = None) -> dict[str, str]:
-    """The server's environment: ours, without what belongs to a trainer rank."""
+    """The server's environment: ours (or `base`) without what belongs to a trainer rank; no `gpu_ids` means the CPU."""
     env = dict(os.environ if base is None else base)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SGLANG_USE_CPU_ENGINE"):
         env.pop(name, None)
-    env["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"  # for CONTEXT_SLACK only; _check_context sees to the rest
+    env["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"  # for CONTEXT_SLACK; _check_context refuses more
     env["TORL_SYNC_TIMEOUT_S"] = str(config.serving.sync_timeout_s)
     if gpu_ids:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpu_ids))
         return env
     env.setdefault("OMP_NUM_THREADS", "1")
-    env.setdefault(
-        "TORCHDYNAMO_DISABLE", "1"
-    )  # the seeded sampler is decorated with torch.compile; eager is the CPU's way
-    # glibc maps and unmaps every large block anew, which costs more than copying a weight bucket; keep them instead.
+    # the seeded sampler is decorated with torch.compile; on a CPU it runs eagerly
+    env.setdefault("TORCHDYNAMO_DISABLE", "1")
+    # by default glibc maps and unmaps every large block anew, which costs more than copying a weight bucket
     env.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 32))
     env.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 32))
     if config.serving.tensor > 1:  # SGLang insists on a NUMA map otherwise
@@ -75,7 +74,7 @@ def launch_env(config: Config, *, gpu_ids: Sequence[int], base: dict[str, str] |
 
 
 def _fp8_arguments(*, on_gpu: bool) -> list[str]:
-    """A model of block-wise FP8 that waits for its weights: what lies at `model.path` has no scales."""
+    """Loads a model of block-wise FP8 with dummy weights until the first sync: what lies at `model.path` has no scales."""
     if not on_gpu:
         raise ServerError("serving.weight_dtype = fp8_block needs GPUs: SGLang has no FP8 kernels for CPUs; take model")
     override = json.dumps({"quantization_config": QUANTIZATION_CONFIG})
@@ -120,6 +119,7 @@ async def wait_ready(
 
 
 async def is_ready(session: aiohttp.ClientSession, url: str) -> bool:
+    """Whether the server answers `/ready` with 200; False while it starts or is gone."""
     try:
         async with session.get(f"{url}/ready") as answer:
             return answer.status == 200

@@ -1,0 +1,76 @@
+"""Step 0's comparison of a real server with a trainer, whose part Hugging Face plays."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from live_server import LiveServer
+from reference import Reference, random_weights
+
+from torl_mega.config import Config
+from torl_mega.data.tokenizer import Tokenizer
+from torl_mega.errors import ServerError
+from torl_mega.serving.probe import check_engines
+from torl_mega.serving.sync.weights import make_weight_sink
+from torl_mega.types import Sample, TrainSample
+
+
+@dataclass(frozen=True)
+class Rank0:
+    tokenizer: Any
+    server_urls: tuple[str, ...]
+    run: Any = asyncio.run
+
+
+class ReferenceTrainer:
+    """Scores as the trainer does: nothing predicts the first token."""
+
+    def __init__(self, reference: Reference) -> None:
+        self.reference = reference
+
+    def old_logprobs(self, samples: Sequence[Sample]) -> list[TrainSample]:
+        ids = [sample.token_ids.tolist() for sample in samples]
+        rows = [np.array([0.0, *self.reference.logprobs(i[:1], i[1:]).tolist()], np.float32) for i in ids]
+        return [TrainSample(s, row, np.zeros_like(row)) for s, row in zip(samples, rows, strict=True)]
+
+
+class Shifted:
+    """A tokenizer of another model: every id is one higher."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        return [token + 1 for token in self.tokenizer.encode(text)]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self.tokenizer.decode([token - 1 for token in token_ids])
+
+
+def test_trainer_and_server_that_disagree_are_found(
+    live_server: LiveServer, tiny_config: Config, reference: Reference
+) -> None:
+    weights = random_weights(reference.original(), 101)
+    make_weight_sink(tiny_config.serving, [live_server.url]).update(iter(weights.items()), version=101)
+    reference.load(weights)
+    trainer: Any = ReferenceTrainer(reference)
+    tokenizer = Tokenizer(tiny_config.model.path)
+
+    def check(tokenizer: Any, *urls: str) -> None:
+        check_engines(trainer, Rank0(tokenizer, urls), tiny_config, lambda make: make())
+
+    check(tokenizer, live_server.url)
+    with pytest.raises(ServerError, match=rf"{live_server.url} and the trainer encode .* differently from token 0 on"):
+        check(Shifted(tokenizer), live_server.url)
+    swapped = dict(weights)  # gate for up: the shapes fit, so only the numbers show it
+    gate, up = (f"model.layers.1.mlp.{part}_proj.weight" for part in ("gate", "up"))
+    swapped[gate], swapped[up] = weights[up], weights[gate]
+    reference.load(swapped)
+    with pytest.raises(ServerError, match=rf"{live_server.url} and the trainer disagree on the probe text: token \d+"):
+        check(tokenizer, live_server.url)
+    check(Shifted(tokenizer))  # a replay has no servers: nothing is asked
