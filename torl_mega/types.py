@@ -40,7 +40,7 @@ class Prompt:
 
 
 class ExecutionStatus(StrEnum):
-    """How a snippet ended, told out of band (never parsed from its output)."""
+    """How a program ended, reported beside its output and never parsed from it."""
 
     OK = "ok"  # return code 0
     ERROR = "error"  # uncaught exception or non-zero exit; `return_code` says which
@@ -49,7 +49,7 @@ class ExecutionStatus(StrEnum):
     MEMORY = "memory"
     OUTPUT_LIMIT = "output_limit"
     SIGNAL = "signal"  # killed by a signal of its own making; `return_code` is minus the signal number
-    INFRA = "infra"  # the sandbox failed, not the snippet: retried, counted, never shown to the model
+    INFRA = "infra"  # the sandbox failed, not the program: retried, counted, never shown to the model
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,11 +213,11 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class Rollout:
-    """What one collection brought home."""
+class CollectedGroups:
+    """What one collection sampled and scored, in the order of its prompts."""
 
     groups: tuple[Group, ...]
-    faults: Mapping[str, int]  # kind -> count, e.g. {"sandbox_infra": 2, "generation_retry": 1}
+    faults: Mapping[str, int]  # kind -> count, e.g. {"SandboxFault_retry": 2, "grader_lost": 1}
     wall_s: float
 
 

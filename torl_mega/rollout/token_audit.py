@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from torl_mega.errors import DataError
-from torl_mega.rollout.code_block import STOP
+from torl_mega.rollout.python_tool import STOP
 from torl_mega.rollout.recorder import read_rows, trajectory_from_json
 from torl_mega.types import StopReason, Trajectory, Turn
 

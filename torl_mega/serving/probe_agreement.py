@@ -6,14 +6,18 @@ learn. So the probe text must survive encode and decode on both sides, and one p
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from torl_mega.config import Config
 from torl_mega.data.tokenizer import PROBE_TEXT
 from torl_mega.errors import ServerError
 from torl_mega.interfaces import Share, Trainer
-from torl_mega.rollout.build import Rank0
 from torl_mega.types import Sample
+
+if TYPE_CHECKING:
+    from torl_mega.train import Rank0
 
 
 def check_engines(trainer: Trainer, rank0: Rank0 | None, config: Config, share: Share) -> None:

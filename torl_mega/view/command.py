@@ -6,18 +6,17 @@ Both return an exit code, print where they wrote, and raise DataError with one l
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 
 from torl_mega.data.tokenizer import Tokenizer
 from torl_mega.errors import DataError
-from torl_mega.rollout.recorder import read_rows, step_path, trajectory_from_json
+from torl_mega.rollout.recorder import parse_rows, read_rows, step_path
 from torl_mega.rollout.token_audit import Audit, audit_files
-from torl_mega.view.page import Scored, trajectories_page
+from torl_mega.run.files import write_text
+from torl_mega.view.page import trajectories_page
 
 
 def view(
@@ -41,18 +40,13 @@ def view(
     path = paths[-1]
     codec, note = _tokenizer(run, tokenizer)
     rows = list(read_rows(path))
-    scored = []
-    for line, row in enumerate(islice(rows, limit), 1):
-        try:
-            scored.append(Scored(*trajectory_from_json(row), float(row["advantage"])))
-        except (KeyError, TypeError, ValueError, AttributeError) as exc:
-            raise DataError(f"{path}:{line}: not a trajectory: {type(exc).__name__} {exc}") from None
+    shown = list(parse_rows(path, rows[:limit]))
     number = _number(path)
     decode = codec.decode if codec else None
-    page = trajectories_page(run.name, number, scored, num_recorded=len(rows), decode=decode, note=note)
+    page = trajectories_page(run.name, number, shown, num_recorded=len(rows), decode=decode, note=note)
     target = out or run / "view" / f"step_{number:05d}.html"
     write_text(target, page)
-    _say({"html": str(target), "step": number, "shown": len(scored), "recorded": len(rows)}, as_json, str(target))
+    _say({"html": str(target), "step": number, "shown": len(shown), "recorded": len(rows)}, as_json, str(target))
     return 0
 
 
@@ -72,14 +66,6 @@ def report(runs: Sequence[Path], out: Path | None = None, *, png: Path | None = 
         written["png"] = str(png)
     _say(written, as_json, "\n".join(written.values()))
     return 0
-
-
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(temporary, path)
 
 
 def _audit(paths: Sequence[Path], tokenizer: Path, as_json: bool) -> int:

@@ -39,14 +39,10 @@ def make_weight_sink(
     config: ServingConfig,
     urls: Sequence[str],
     *,
-    rank: int = 0,
     device: torch.device | str = "cpu",
     flush_cache: bool = True,
 ) -> WeightSink:
-    """The sink of one trainer rank. Rank 0 sends; the others only step through their iterator, whose collectives rank 0
-    takes part in. `device` is where rank 0 keeps the tensors: `cpu` (gloo, by value) or `cuda:N` (NCCL, CUDA IPC)."""
-    if rank != 0:
-        return IdleSink()
+    """Rank 0's sink. `device` is where it keeps the tensors: `cpu` (gloo, by value) or `cuda:N` (NCCL, CUDA IPC)."""
     if not urls:
         raise WeightSyncError("no server to send weights to; set serving.urls or serving.num_servers")
     return ServerSink(config, urls, make_transport(config, torch.device(device)), flush_cache=flush_cache)
@@ -60,14 +56,6 @@ def make_transport(config: ServingConfig, device: torch.device) -> Transport:
     if config.disk_dir is None:
         raise WeightSyncError("serving.transport = disk needs serving.disk_dir, a folder that both sides see")
     return Disk(Path(config.disk_dir))
-
-
-class IdleSink:
-    """Every rank but 0."""
-
-    def update(self, tensors: Iterable[NamedTensor], *, version: int) -> Mapping[str, float]:
-        collections.deque(tensors, maxlen=0)
-        return {}
 
 
 class ServerSink:
