@@ -13,14 +13,50 @@ class Unreadable(Exception):
 
 
 FUNCTIONS = {
-    **{f: f for f in "sin cos tan cot sec csc sinh cosh tanh coth exp ln log lg asin acos atan max min gcd".split()},
-    **{f"arc{f}": f"a{f}" for f in "sin cos tan cot sec csc".split()},
+    **{
+        name: name
+        for name in ["sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "coth", "exp", "ln", "log", "lg"]
+    },
+    **{f"arc{name}": f"a{name}" for name in ("sin", "cos", "tan", "cot", "sec", "csc")},
+    **{name: name for name in ("asin", "acos", "atan", "max", "min", "gcd")},
 }
 UNEVALUATED = {"max", "min", "gcd"}  # read as words that are not understood
-GREEK = """
-    alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi omega
-    Gamma Delta Theta Lambda Xi Sigma Upsilon Phi Psi Omega ell hbar
-""".split()
+GREEK = [
+    "alpha",
+    "beta",
+    "gamma",
+    "delta",
+    "epsilon",
+    "zeta",
+    "eta",
+    "theta",
+    "iota",
+    "kappa",
+    "lambda",
+    "mu",
+    "nu",
+    "xi",
+    "rho",
+    "sigma",
+    "tau",
+    "upsilon",
+    "phi",
+    "chi",
+    "psi",
+    "omega",
+    "Gamma",
+    "Delta",
+    "Theta",
+    "Lambda",
+    "Xi",
+    "Sigma",
+    "Upsilon",
+    "Phi",
+    "Psi",
+    "Omega",
+    "ell",
+    "hbar",
+]
 _TOKEN = re.compile(
     r"""\s*(?:
       (?P<repeat>[0-9]*\.[0-9]*\\(?:overline|bar|dot)\s*\{[0-9]+\}) |
@@ -36,9 +72,34 @@ _TOKEN = re.compile(
     re.VERBOSE | re.ASCII,
 )
 _WORDS = frozenset(
-    """
-    odd yes no not all any none one two six ten red sun mon tue wed thu fri sat day or and is the for if
-""".split()
+    [
+        "odd",
+        "yes",
+        "no",
+        "not",
+        "all",
+        "any",
+        "none",
+        "one",
+        "two",
+        "six",
+        "ten",
+        "red",
+        "sun",
+        "mon",
+        "tue",
+        "wed",
+        "thu",
+        "fri",
+        "sat",
+        "day",
+        "or",
+        "and",
+        "is",
+        "the",
+        "for",
+        "if",
+    ]
 )
 _WORD_RUN = re.compile(r"[A-Za-z]+", re.ASCII)
 
