@@ -12,7 +12,7 @@ class ConfigError(TorlError):
 
 
 class DataError(TorlError):
-    """A data file is missing, empty or not in a known layout."""
+    """A data file is missing, empty or not in a known format."""
 
 
 class GenerationError(TorlError):

@@ -28,6 +28,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Loop:
+    """One run's parts and the numbers that pace it."""
+
     trainer: Trainer
     sink: WeightSink
     collector: Collector

@@ -58,6 +58,7 @@ class Rank0:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code of one rank. `argv`: the config file and its overrides."""
     args = list(sys.argv[1:] if argv is None else argv)
     process.forks_die_with_parent()  # Megatron writes checkpoints in forks
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")

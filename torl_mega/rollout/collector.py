@@ -27,6 +27,8 @@ EVAL_STEP = "eval"
 
 @dataclass(slots=True)
 class LiveCollector:
+    """See `Collector`. A step that fails or is dropped leaves the prompt cursor where it was."""
+
     config: Config
     folder: RunFolder
     prompts: PromptSource

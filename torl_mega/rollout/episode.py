@@ -20,6 +20,8 @@ from torl_mega.types import FinishReason, GenerationRequest, Prompt, StopReason,
 
 @dataclass(frozen=True, slots=True)
 class EpisodeSettings:
+    """How every attempt samples and when it ends."""
+
     temperature: float  # 0 = greedy
     top_p: float
     max_response_tokens: int  # sampled plus inserted

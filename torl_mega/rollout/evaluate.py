@@ -42,6 +42,8 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class BenchmarkResult:
+    """The scores of one benchmark."""
+
     name: str
     num_problems: int
     num_samples: int  # attempts scored, overlong problems included as wrong ones
@@ -58,6 +60,8 @@ class BenchmarkResult:
 
 @dataclass(frozen=True, slots=True)
 class EvalReport:
+    """The scores of all benchmarks under one policy."""
+
     temperature: float
     benchmarks: tuple[BenchmarkResult, ...]
     overall: Mapping[str, float]  # rollout metrics over all attempts
@@ -69,6 +73,7 @@ class EvalReport:
         return sum(b.accuracy.value for b in self.benchmarks) / len(self.benchmarks)
 
     def to_json(self) -> dict[str, Any]:
+        """Everything, as `eval/step_NNNNN.json` holds it."""
         return {**asdict(self), "mean_accuracy": self.mean_accuracy}
 
     def metrics(self) -> dict[str, float]:

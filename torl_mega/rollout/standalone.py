@@ -1,4 +1,4 @@
-"""Programs that collect without a trainer: `torl eval` and `torl rollout`. The servers serve what `model.path` holds."""
+"""`torl eval` and `torl rollout`: collecting without a trainer, from servers that serve what `model.path` holds."""
 
 from __future__ import annotations
 

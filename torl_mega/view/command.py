@@ -1,6 +1,6 @@
-"""What `torl view` and `torl report` do: from run folders to one static page, a picture, or the verdict of an audit.
+"""`torl view` and `torl report`: from run folders to one static page, a picture, or the verdict of an audit.
 
-Both return an exit code, print where they wrote, and raise DataError with one line for a folder that holds no run.
+Both return an exit code, print the paths they wrote, and raise DataError with one line for a folder that holds no run.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _number(path: Path) -> int:
 
 
 def _model_path(run: Path) -> Path:
-    """Where the run's config says its model is; relative paths count from the working folder, as in training."""
+    """`model.path` of the run's config; a relative one counts from the working folder, as in training."""
     config = run / "config.json"
     try:
         return Path(json.loads(config.read_text())["config"]["model"]["path"])
@@ -117,7 +117,8 @@ def _model_path(run: Path) -> Path:
 
 
 def _tokenizer(run: Path, given: Path | None) -> tuple[Tokenizer | None, str]:
-    """A page can do without; then it says so. A tokenizer that was asked for by name must be there."""
+    """The tokenizer and a note for the page. Without the run's own tokenizer the page shows whole turns and says why; one that
+    was named must exist."""
     if given is not None:
         return Tokenizer(given), ""
     try:

@@ -75,6 +75,7 @@ def trajectories_page(
 
 
 def environment() -> jinja2.Environment:
+    """Templates of this folder; everything that is filled in is escaped, and a missing value is an error."""
     loader = jinja2.FunctionLoader(lambda name: (files("torl_mega.view") / name).read_text("utf-8"))
     return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
 
