@@ -18,7 +18,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,13 +86,8 @@ def train(config: Config) -> int:
             trainer = MegatronTrainer(config)
             latest = parallel.share(lambda: checkpoint.latest(folder.checkpoints))
             saved: Mapping[str, Any] = trainer.load(latest) if latest else {"steps_done": 0, "rollouts": None}
-            rank0: Rank0 | None = None
-
-            def build() -> None:
-                nonlocal rank0
-                rank0 = stack.enter_context(build_rank0(config, folder, saved, stop, device=parallel.device()))
-
-            parallel.share(build)  # what it raises on rank 0 ends every rank
+            device = parallel.device()
+            rank0 = _on_rank0(lambda: stack.enter_context(build_rank0(config, folder, saved, stop, device=device)))
             loop = _loop(config, folder, trainer, rank0, stop)
             start = int(saved["steps_done"])
             loop.log.first_sync(start, loop.sync(start))
@@ -108,6 +103,20 @@ def train(config: Config) -> int:
             return EXIT_DONE
     finally:
         parallel.destroy()
+
+
+def _on_rank0(build: Callable[[], Rank0]) -> Rank0 | None:
+    """What `build` makes on rank 0, None elsewhere; what it raises is raised on every rank."""
+    from torl_mega.trainer import parallel
+
+    built: Rank0 | None = None
+
+    def keep() -> None:  # shares the outcome, not the Rank0, which holds sockets and processes
+        nonlocal built
+        built = build()
+
+    parallel.share(keep)
+    return built
 
 
 @contextlib.contextmanager
