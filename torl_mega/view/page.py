@@ -132,9 +132,8 @@ def _tool_class(trajectory: Trajectory) -> str:
 
 def _call(call: ToolCall) -> tuple[str, str]:
     code = "" if call.return_code in (None, 0) else f" ({call.return_code})"
-    return (
-        "ok" if call.status is ExecutionStatus.OK else "bad"
-    ), f"{call.status.value}{code} · {call.wall_s * 1e3:.0f} ms"
+    kind = "ok" if call.status is ExecutionStatus.OK else "bad"
+    return kind, f"{call.status.value}{code} · {call.wall_s * 1e3:.0f} ms"
 
 
 def _tiles(shown: Sequence[Recorded]) -> list[tuple[str, str]]:

@@ -56,9 +56,6 @@ from torl_mega.reward.answers.scalars import (
 from torl_mega.reward.answers.symbolic import ask_math_verify
 from torl_mega.reward.answers.syntax import Node, symbols
 from torl_mega.reward.answers.tokens import Unreadable
-from torl_mega.reward.extract import extract_answer
-
-__all__ = ["check", "extract_answer", "grade", "is_finished", "is_understood", "warm_up"]
 
 MAX_ANSWER_CHARS = 1000
 
