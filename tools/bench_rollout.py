@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import multiprocessing
 import resource
@@ -30,9 +31,10 @@ from aiohttp import web
 
 from torl_mega.config_file import load_config
 from torl_mega.process import start as process
-from torl_mega.rollout.build import AsyncRunner
-from torl_mega.rollout.collector import AsyncCollector
+from torl_mega.rollout.build import GC_THRESHOLDS, AsyncRunner
 from torl_mega.rollout.episode import Episode, EpisodeSettings
+from torl_mega.rollout.python_tool import Limits, PythonTool
+from torl_mega.rollout.scheduler import EpisodeScheduler
 from torl_mega.serving.client import SGLangClient
 from torl_mega.serving.sglang_server import wait_ready
 from torl_mega.types import (
@@ -104,8 +106,8 @@ def prompts(count: int) -> list[Prompt]:
     return [Prompt(Problem(f"bench/{i}", "", "", "bench"), PROMPT_IDS) for i in range(count)]
 
 
-def settings(calls: int) -> EpisodeSettings:
-    return EpisodeSettings(1.0, 1.0, 4096, calls, LIMIT_S, LIMIT_S, 512, 65536)
+def tool(seed: int) -> PythonTool:
+    return PythonTool(TimedSandbox(seed), Limits(LIMIT_S, LIMIT_S, memory_mb=512, output_bytes=65536))
 
 
 def encode(text: str) -> tuple[int, ...]:
@@ -116,11 +118,11 @@ async def free(url: str, count: int, tokens: int, calls: int, seed: int) -> tupl
     """Our collector: (wall seconds, tokens sampled)."""
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2)) as session:
         generator = FixedLength(session, url, tokens // (calls + 1))
-        episode = Episode(generator, TimedSandbox(seed), encode, settings(calls))
-        collector = AsyncCollector(NoReward(), asyncio.run, 4096, 600.0)
-        rollout = await collector.collect_async(episode, prompts(count), 1, seed)
-        assert not rollout.faults, rollout.faults
-        return rollout.wall_s, generator.num_tokens
+        episode = Episode(generator, tool(seed), encode, EpisodeSettings(1.0, 1.0, 4096, calls))
+        scheduler = EpisodeScheduler(NoReward(), asyncio.run, 4096, 600.0)
+        collected = await scheduler.collect_async(episode, prompts(count), 1, seed)
+        assert not collected.faults, collected.faults
+        return collected.wall_s, generator.num_tokens
 
 
 async def barrier(url: str, count: int, tokens: int, calls: int, seed: int) -> tuple[float, int]:
@@ -227,12 +229,11 @@ async def drive(url: str, trajectories: int, tokens: int) -> None:
     config = load_config("conf/quickstart.yaml")
     async with SGLangClient([url], config.serving, vocab_size=1000) as client:
         client.expect_version(0)
-        over = EpisodeSettings(1.0, 1.0, tokens, 0, 5, 5, 64, 1000)
-        episode = Episode(client, TimedSandbox(0), encode, over)
-        collector = AsyncCollector(NoReward(), asyncio.run, trajectories, 600.0)
+        episode = Episode(client, tool(0), encode, EpisodeSettings(1.0, 1.0, tokens, 0))
+        scheduler = EpisodeScheduler(NoReward(), asyncio.run, trajectories, 600.0)
         for round_number in range(ROUNDS):
-            rollout = await collector.collect_async(episode, prompts(trajectories // 16), 16, round_number)
-            assert sum(len(g.trajectories) for g in rollout.groups) == trajectories, rollout.faults
+            collected = await scheduler.collect_async(episode, prompts(trajectories // 16), 16, round_number)
+            assert sum(len(g.trajectories) for g in collected.groups) == trajectories, collected.faults
 
 
 def client_alone(trajectories: int, tokens: int) -> None:
@@ -241,6 +242,7 @@ def client_alone(trajectories: int, tokens: int) -> None:
     child.start()
     try:
         url = f"http://127.0.0.1:{ours.recv()}"
+        gc.set_threshold(*GC_THRESHOLDS)
         run = AsyncRunner(None)
         before, begun = time.process_time(), time.monotonic()
         run(drive(url, trajectories, tokens))

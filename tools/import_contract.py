@@ -1,10 +1,10 @@
 """A contract for import-linter (`make lint`): which imports a room may have, everything else being refused.
 
-    [[tool.importlinter.contracts]]
-    type = "imports_only"
-    modules = ["torl_mega.sandbox.jail"]     the room
-    allowed = ["torl_mega.sandbox.jail"]     what it may import of this project
-    libraries = []                           third-party packages, "*" for any; the standard library is always allowed
+[[tool.importlinter.contracts]]
+type = "imports_only"
+modules = ["torl_mega.sandbox.jail"]     the room
+allowed = ["torl_mega.sandbox.jail"]     what it may import of this project
+libraries = []                           third-party packages, "*" for any; the standard library is always allowed
 """
 
 from __future__ import annotations

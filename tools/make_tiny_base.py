@@ -16,11 +16,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -42,6 +40,7 @@ from transformers import (
 )
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
+from torl_mega.run.files import replace_folder, temporary_for
 from torl_mega.types import Problem
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # Qwen2's own, after all other ids as in Qwen2
@@ -201,20 +200,16 @@ def card(model: Qwen2ForCausalLM, recipe: Recipe, seed: int, measured: dict[str,
 
 def write(out: Path, model: Qwen2ForCausalLM, tokenizer: Any, readme: str) -> None:
     """Writes the folder beside `out` and swaps it in; whatever else lay in `out` goes."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    fresh = temporary_for(out)
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
     try:
-        fresh.chmod(0o755)
         model.save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)
         (fresh / "README.md").write_text(readme, encoding="utf-8")
         for file in fresh.iterdir():
             file.chmod(0o644)  # save_pretrained writes weights for the owner alone
-        old = fresh.with_name(fresh.name + ".old")
-        if out.exists():
-            os.rename(out, old)
-        os.rename(fresh, out)
-        shutil.rmtree(old, ignore_errors=True)
+        replace_folder(fresh, out)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 

@@ -2,10 +2,10 @@
 
     python tools/prepare_data.py --input a.jsonl numina/ deepscaler.json --eval torl_test.parquet --out train.parquet
 
-Reads ToRL/verl parquet, jsonl, json and folders of local HF data sets (NuminaMath, MATH, DeepScaleR layouts). Drops proofs,
+Reads ToRL/verl parquet, jsonl, json and folders of local HF data sets (NuminaMath, MATH, DeepScaleR formats). Drops proofs,
 golds that cannot be checked, repeats, and whatever stands in an evaluation set. Writes
 
-    train.parquet         ToRL/verl layout, 1,024 rows a row group
+    train.parquet         ToRL/verl format, 1,024 rows a row group
     train.manifest.json   inputs with hashes, counts per source and reason, settings
     train.dropped.jsonl   one line per dropped row: file, row, reason, detail
 
@@ -34,6 +34,7 @@ from torl_mega.data.cleaning import NGRAM, Benchmarks, fingerprint, limr_scores,
 from torl_mega.data.prompts import load_problems
 from torl_mega.data.readers import Row, place, read_rows, to_problem
 from torl_mega.errors import DataError, TorlError
+from torl_mega.run.files import write_json
 from torl_mega.types import Problem
 
 ROWS_PER_GROUP = 1024
@@ -184,9 +185,7 @@ class Preparation:
         saved = {
             k: getattr(self.state, k) for k in ("file", "row", "kept", "parts", "counts", "sources", "dropped_bytes")
         }
-        temporary = self.work / "state.tmp"
-        temporary.write_text(json.dumps({**saved, "settings": self.settings}))
-        os.replace(temporary, self.work / "state.json")
+        write_json(self.work / "state.json", {**saved, "settings": self.settings})
 
     def _part(self, number: int) -> Path:
         return self.work / f"part-{number:06d}.parquet"
@@ -246,7 +245,7 @@ def _dropped(out: Path) -> Path:
 
 
 def verl_row(problem: Problem) -> dict[str, Any]:
-    """The problem in ToRL/verl layout: the bare problem as the user's message, templated when it is trained on."""
+    """The problem in ToRL/verl format: the bare problem as the user's message, templated when it is trained on."""
     return {
         "data_source": problem.source,
         "prompt": [{"role": "user", "content": problem.problem}],

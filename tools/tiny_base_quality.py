@@ -16,7 +16,7 @@ from transformers import Qwen2ForCausalLM
 
 from torl_mega.data.arithmetic import problems
 from torl_mega.data.tokenizer import PROBE_TEXT
-from torl_mega.rollout.code_block import NO_CODE, STOP, frame, last_code_block
+from torl_mega.rollout.python_tool import NO_CODE, STOP, frame, last_code_block
 from torl_mega.types import Problem
 
 NUM_MEASURED = 512  # held-out problems

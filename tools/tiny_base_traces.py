@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from torl_mega.data.arithmetic import problems
-from torl_mega.rollout.code_block import NO_OUTPUT, STOP, frame
+from torl_mega.rollout.python_tool import NO_OUTPUT, STOP, frame
 from torl_mega.types import Problem
 
 TEMPLATE = "Q: {problem}=?\nA:"  # as in conf/quickstart.yaml

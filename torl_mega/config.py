@@ -25,7 +25,7 @@ class ModelConfig(Section):
 
 class DataConfig(Section):
     train: str
-    """Training problems: a .parquet file in ToRL/verl layout, a .jsonl file, or `arithmetic:SEED` (generated)."""
+    """Training problems: a .parquet file in ToRL/verl format, a .jsonl file, or `arithmetic:SEED` (generated)."""
     template: str
     """`torl` (the released code's bytes), `torl_paper` (without the line feed after `Assistant:`), or any text with `{problem}`."""
     max_prompt_tokens: PositiveInt

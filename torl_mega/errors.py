@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class TorlError(Exception):
-    """What a user can mend: the message says the value, what was expected and the remedy, on one line."""
+    """Something a user can mend: the message says the value, what was expected and the remedy, on one line."""
 
 
 class ConfigError(TorlError):
@@ -12,7 +12,7 @@ class ConfigError(TorlError):
 
 
 class DataError(TorlError):
-    """A data file is missing, empty or not in a known layout."""
+    """A data file is missing, empty or not in a known format."""
 
 
 class GenerationError(TorlError):
@@ -20,11 +20,19 @@ class GenerationError(TorlError):
 
 
 class StaleServers(GenerationError):
-    """No server holds weights that may be sampled from; a weight sync mends it."""
+    """Every server holds weights of another version than may be sampled from; a weight sync mends it."""
+
+
+class ToolFault(TorlError):
+    """A tool's infrastructure failed on every try; the policy never sees it."""
+
+
+class SandboxFault(ToolFault):
+    """The sandbox could not say how a program ended."""
 
 
 class ServerError(TorlError):
-    """A server did not come up, died, or answered what it must not."""
+    """A server did not come up, died, or gave an answer that contradicts itself or the trainer."""
 
 
 class WeightSyncError(TorlError):
@@ -32,7 +40,7 @@ class WeightSyncError(TorlError):
 
 
 class ServerLost(WeightSyncError):
-    """A server died during a weight sync while others live: the same sync, made again, goes on without it."""
+    """A server died during a weight sync while others live; calling the sync again leaves it out."""
 
 
 class CheckpointError(TorlError):

@@ -1,4 +1,4 @@
-"""The RL loop, on one page. It sees Protocols only; every rank runs it.
+"""The RL loop. It sees Protocols only; every rank runs it.
 
     weights ─► collect (rank 0, shared) ─► old log-probs ─► (forward_backward, optim_step)* ─► weights ─► log, eval, save
 
@@ -9,16 +9,18 @@ the next `collect` for a verified sync. A step that was collected but not saved 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from typing import TypeVar
+
+import numpy as np
 
 from torl_mega.algo.correction import mismatch
 from torl_mega.errors import Preempted, ServerLost, StaleServers, WeightSyncError
-from torl_mega.interfaces import Rollouts, RunLog, Share, Trainer, WeightSink
-from torl_mega.rollout.samples import split_mini_batches
-from torl_mega.types import StepBatch
+from torl_mega.interfaces import Collector, RunLog, Share, Trainer, WeightSink
 
 SAMPLING_TRIES = 3
 T = TypeVar("T")
@@ -26,9 +28,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Loop:
+    """One run's parts and the numbers that pace it."""
+
     trainer: Trainer
     sink: WeightSink
-    rollouts: Rollouts
+    collector: Collector
     share: Share
     log: RunLog
     check_guards: Callable[[int, Mapping[str, float]], None]
@@ -40,8 +44,8 @@ class Loop:
     save_every: int  # 0 = only at the end
 
     def run(self, start: int, *, evaluate_first: bool) -> bool:
-        """Steps `start` to the end, the servers holding version `start`. True when the run is complete, False when it
-        was told to stop and saved."""
+        """Runs the steps from `start` on; the servers hold version `start`. Returns True when the run is complete, False
+        when it was told to stop and saved."""
         done = start
         try:
             if evaluate_first:
@@ -58,7 +62,7 @@ class Loop:
                 if done == self.num_steps or due(done, self.save_every):
                     self.save(done)
         except Preempted:
-            pass  # what was being collected is dropped
+            pass  # the step that was being collected is dropped
         else:
             if done == self.num_steps:
                 return True
@@ -68,7 +72,7 @@ class Loop:
     def _step(self, step: int) -> dict[str, float]:
         times: dict[str, float] = {}
         with _timed(times, "rollout_s"):
-            batch = self._collect(step)
+            batch = self._on_rank0(lambda: self.collector.collect(step), version=step)
         with _timed(times, "train_s"):
             train_samples = self.trainer.old_logprobs(batch.samples)
             updates = [
@@ -86,47 +90,56 @@ class Loop:
             "step_s": sum(times.values()),
         }
 
-    def _collect(self, step: int) -> StepBatch:
-        return self._sampled(step, lambda: self.rollouts.collect(step))
+    def _evaluate(self, done: int) -> None:
+        self.log.evaluation(done, self._on_rank0(lambda: self.collector.evaluate(done), version=done))
 
-    def _sampled(self, version: int, sample: Callable[[], T]) -> T:
-        """What rank 0 sampled. Servers that came back from a crash hold other weights: they are sent the policy's."""
-        for tries_left in range(SAMPLING_TRIES - 1, -1, -1):
+    def _on_rank0(self, sample: Callable[[], T], *, version: int) -> T:
+        """Runs `sample` on rank 0 and shares the result. On StaleServers (restarted servers hold the checkpoint's weights)
+        syncs and tries again."""
+        for _ in range(SAMPLING_TRIES - 1):
             try:
                 return self.share(sample)
             except StaleServers:
-                if not tries_left:
-                    raise
                 self.sync(version)
-        raise AssertionError("unreachable")
+        return self.share(sample)
 
     def sync(self, version: int) -> Mapping[str, float]:
-        """Sends the weights; once more without a server that died in the middle. Errors are raised on every rank."""
-        for tries_left in (1, 0):
-            failure: WeightSyncError | None = None
-            report: Mapping[str, float] = {}
-            try:
-                report = self.sink.update(self.trainer.weights(), version=version)
-            except WeightSyncError as exc:  # on the rank that sends
-                failure = exc
-            if not self.share(lambda failure=failure, left=tries_left: _try_again(failure, left)):
-                break
+        """Sends the weights as policy version `version`, a second time when a server died over the first while others live.
+        Raises WeightSyncError on every rank."""
+        report, failure = self._try_sync(version)
+        if self.share(partial(_must_repeat, failure)):
+            report, failure = self._try_sync(version)
+            self.share(partial(_raise_if, failure))
         return report
 
-    def _evaluate(self, done: int) -> None:
-        self.log.evaluation(done, self._sampled(done, lambda: self.rollouts.evaluate(done)))
+    def _try_sync(self, version: int) -> tuple[Mapping[str, float], WeightSyncError | None]:
+        """The sink's report, or the failure, which only the rank that sends knows of."""
+        try:
+            return self.sink.update(self.trainer.weights(), version=version), None
+        except WeightSyncError as exc:
+            return {}, exc
 
 
-def _try_again(failure: WeightSyncError | None, tries_left: int) -> bool:
-    if failure is None:
-        return False
-    if isinstance(failure, ServerLost) and tries_left:
-        return True
-    raise failure
+def _must_repeat(failure: WeightSyncError | None) -> bool:
+    if failure is not None and not isinstance(failure, ServerLost):
+        raise failure
+    return failure is not None
+
+
+def _raise_if(failure: WeightSyncError | None) -> None:
+    if failure is not None:
+        raise failure
 
 
 def due(done: int, every: int) -> bool:
+    """Whether something that happens every `every` steps (0: never) happens after `done` steps."""
     return every > 0 and done % every == 0
+
+
+def split_mini_batches(items: Sequence[T], num_mini_batches: int) -> list[list[T]]:
+    """Consecutive mini-batches, as equal as the count allows (faults can leave a step short)."""
+    bounds = np.linspace(0, len(items), num_mini_batches + 1).round().astype(int)
+    return [list(items[a:b]) for a, b in pairwise(bounds) if b > a]
 
 
 def _combine(updates: list[dict[str, float]]) -> dict[str, float]:

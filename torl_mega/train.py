@@ -3,42 +3,61 @@
     python -m torl_mega.train CONF [a.b=value …]      with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT (torchrun's names)
                                                       and TORL_SERVERS, TORL_SANDBOX in the environment
 
-        config ──► trainer (all ranks) ────────────────┐
-               └─► rank 0: clients, reward, prompts ───┴─► Loop.run ──► summary.json, hf/
+        config ──► trainer (all ranks) ──────────────────┐
+               └─► rank 0: collector, weight sink, log ──┴─► Loop.run ──► summary.json, hf/
 
 Exit codes: 0 done, 1 an error in one line, 85 stopped by SIGTERM/SIGUSR1 after a checkpoint (requeue me).
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import gc
 import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from torl_mega.config import Config
 from torl_mega.config_file import config_hash, load_config
+from torl_mega.data.tokenizer import Tokenizer
 from torl_mega.errors import TorlError
-from torl_mega.interfaces import Rollouts, RunLog, Trainer, WeightSink
+from torl_mega.interfaces import Collector, NamedTensor, RunLog, Trainer, WeightSink
 from torl_mega.loop import Loop, due
 from torl_mega.process import start as process
 from torl_mega.process.stop_flag import StopFlag
-from torl_mega.rollout.build import Rank0, build_rank0
-from torl_mega.rollout.replay import NoServers
+from torl_mega.rollout.ahead import SamplingAhead
+from torl_mega.rollout.build import GC_THRESHOLDS, AsyncRunner, addresses, build_collector, wait_for_servers
+from torl_mega.rollout.replay import ReplayCollector
+from torl_mega.run.files import write_json
 from torl_mega.run.folder import RunFolder, open_run
 from torl_mega.run.limits import check_guards
-from torl_mega.run.metrics import Silent, summarize, write_json
+from torl_mega.run.metrics import RunMetrics, summarize
 from torl_mega.serving.probe import check_engines
+from torl_mega.serving.sync.paused import DrainedSink, PausedSink
+from torl_mega.serving.sync.weights import make_weight_sink
 
 EXIT_DONE, EXIT_ERROR, EXIT_REQUEUE = 0, 1, 85
 
-T = TypeVar("T")
+
+@dataclass(frozen=True, slots=True)
+class Rank0:
+    """What rank 0 alone has."""
+
+    collector: Collector
+    sink: WeightSink
+    log: RunMetrics
+    tokenizer: Tokenizer
+    server_urls: tuple[str, ...]  # empty when recorded trajectories are replayed
+    run: AsyncRunner
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code of one rank. `argv`: the config file and its overrides."""
     args = list(sys.argv[1:] if argv is None else argv)
     process.forks_die_with_parent()  # Megatron writes checkpoints in forks
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
@@ -66,9 +85,8 @@ def train(config: Config) -> int:
             trainer = MegatronTrainer(config)
             latest = parallel.share(lambda: checkpoint.latest(folder.checkpoints))
             saved: Mapping[str, Any] = trainer.load(latest) if latest else {"steps_done": 0, "rollouts": None}
-            rank0 = _on_rank0(
-                lambda: stack.enter_context(build_rank0(config, folder, saved, stop, device=parallel.device()))
-            )
+            device = parallel.device()
+            rank0 = _on_rank0(lambda: stack.enter_context(build_rank0(config, folder, saved, stop, device=device)))
             loop = _loop(config, folder, trainer, rank0, stop)
             start = int(saved["steps_done"])
             loop.log.first_sync(start, loop.sync(start))
@@ -86,23 +104,75 @@ def train(config: Config) -> int:
         parallel.destroy()
 
 
-def _loop(config: Config, folder: RunFolder, trainer: Trainer, rank0: Rank0 | None, stop: StopFlag) -> Loop:
-    from torl_mega.serving.sync.weights import IdleSink
+def _on_rank0(build: Callable[[], Rank0]) -> Rank0 | None:
+    """What `build` makes on rank 0, None elsewhere; what it raises is raised on every rank."""
     from torl_mega.trainer import parallel
 
-    rollouts: Rollouts = rank0.rollouts if rank0 else _Elsewhere()
-    log: RunLog = rank0.log if rank0 else Silent()
-    sink: WeightSink = NoServers() if config.rollout.replay else rank0.sink if rank0 else IdleSink()
+    built: Rank0 | None = None
+
+    def keep() -> None:  # shares the outcome, not the Rank0, which holds sockets and processes
+        nonlocal built
+        built = build()
+
+    parallel.share(keep)
+    return built
+
+
+@contextlib.contextmanager
+def build_rank0(
+    config: Config, folder: RunFolder, saved: Mapping[str, Any], stop: StopFlag, *, device: str
+) -> Iterator[Rank0]:
+    """Everything of rank 0, closed again on the way out. `saved`: what the checkpoint keeps for the loop; `device`: where the
+    trainer's tensors are. Raises TorlError before anything is sampled."""
+    gc.set_threshold(*GC_THRESHOLDS)
+    with contextlib.ExitStack() as stack:
+        run = AsyncRunner(stop)
+        stack.callback(run.close)
+        tokenizer = Tokenizer(config.model.path)
+        tokenizer.check_lossless()
+        log = RunMetrics(
+            folder.path,
+            num_steps=config.num_steps,
+            resume_at=int(saved["steps_done"]),
+            tensorboard=config.logging.tensorboard,
+        )
+        stack.callback(log.close)
+        if config.rollout.replay is not None:
+            yield Rank0(ReplayCollector(config), NoServers(), log, tokenizer, (), run)
+            return
+        urls = addresses("TORL_SERVERS")
+        in_flight = config.rollout.max_staleness > 1  # trajectories are being sampled during a sync
+        flush_cache = not (in_flight and config.rollout.pause == "in_place")
+        sink = make_weight_sink(config.serving, urls, device=device, flush_cache=flush_cache)
+        if config.rollout.max_staleness == 0:
+            collector: Collector = build_collector(config, folder, tokenizer, run, stack)
+        else:
+            collector = stack.enter_context(contextlib.closing(SamplingAhead(config, folder, stop)))
+            pause = config.rollout.pause
+            sink = PausedSink(sink, urls, pause) if in_flight else DrainedSink(sink, collector.drain)
+        if saved["rollouts"] is not None:
+            collector.restore(saved["rollouts"])
+        wait_for_servers(config, run)
+        yield Rank0(collector, sink, log, tokenizer, urls, run)
+
+
+def _loop(config: Config, folder: RunFolder, trainer: Trainer, rank0: Rank0 | None, stop: StopFlag) -> Loop:
+    from torl_mega.trainer import parallel
+
+    other = OtherRank()
+    collector: Collector = rank0.collector if rank0 else other
+    log: RunLog = rank0.log if rank0 else other
+    sink: WeightSink = NoServers() if config.rollout.replay else rank0.sink if rank0 else other
 
     def save(done: int) -> None:
-        state = parallel.share(lambda: {"steps_done": done, "rollouts": dict(rollouts.state())})
+        state = parallel.share(lambda: {"steps_done": done, "rollouts": dict(collector.state())})
         trainer.save(folder.checkpoint(done), extra=state)
 
     rollout = config.rollout
     return Loop(
         trainer=trainer,
         sink=sink,
-        rollouts=rollouts,
+        collector=collector,
         share=parallel.share,
         log=log,
         check_guards=lambda step, metrics: check_guards(step, metrics, config.guards),
@@ -116,7 +186,7 @@ def _loop(config: Config, folder: RunFolder, trainer: Trainer, rank0: Rank0 | No
 
 
 def _lacks_evaluation(config: Config, rank0: Rank0 | None, start: int) -> bool:
-    """Whether the evaluation that belongs to the first weights of this process was not made yet."""
+    """Whether the weights that this process starts from are to be evaluated and were not yet. The same on every rank."""
     from torl_mega.trainer import parallel
 
     wanted = start in (0, config.num_steps) or due(start, config.eval.every_steps)
@@ -132,29 +202,36 @@ def _finish(config: Config, folder: RunFolder, rank0: Rank0, wall_s: float) -> N
     print(f"done: {folder.summary}", flush=True)
 
 
-def _on_rank0(make: Callable[[], T]) -> T | None:
-    """`make()` on rank 0, None elsewhere; what it raises is raised on every rank."""
-    from torl_mega.trainer import parallel
+class OtherRank:
+    """Collector, log and weight sink of the ranks other than 0, which collect, log and send nothing."""
 
-    made: list[T] = []
-    parallel.share(lambda: made.append(make()))
-    return made[0] if made else None
+    def update(self, tensors: Iterable[NamedTensor], *, version: int) -> Mapping[str, float]:
+        collections.deque(tensors, maxlen=0)  # rank 0 takes part in the collectives behind these tensors
+        return {}
 
+    def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
-class _Elsewhere:
-    """The rollouts of ranks other than 0: they wait in `share`."""
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def first_sync(self, step: int, report: Mapping[str, float]) -> None: ...
 
     def collect(self, step: int) -> Any:
-        raise AssertionError("only rank 0 collects")
+        raise AssertionError("only rank 0 collects; the others wait in `share`")
 
-    def evaluate(self, step: int) -> Any:
-        raise AssertionError("only rank 0 evaluates")
+    evaluate = collect
 
-    def state(self) -> Mapping[str, Any]:
+    def state(self) -> Any:
         raise AssertionError("only rank 0 has a cursor")
 
     def restore(self, state: Mapping[str, Any]) -> None:
         raise AssertionError("only rank 0 has a cursor")
+
+
+class NoServers:
+    """The weight sink of every rank in a replay: nobody serves, so nothing is gathered or sent."""
+
+    def update(self, tensors: Iterable[NamedTensor], *, version: int) -> Mapping[str, float]:
+        return {}
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ class Prompt:
 
 
 class ExecutionStatus(StrEnum):
-    """How a snippet ended, told out of band (never parsed from its output)."""
+    """How a program ended, reported beside its output and never parsed from it."""
 
     OK = "ok"  # return code 0
     ERROR = "error"  # uncaught exception or non-zero exit; `return_code` says which
@@ -49,7 +49,7 @@ class ExecutionStatus(StrEnum):
     MEMORY = "memory"
     OUTPUT_LIMIT = "output_limit"
     SIGNAL = "signal"  # killed by a signal of its own making; `return_code` is minus the signal number
-    INFRA = "infra"  # the sandbox failed, not the snippet: retried, counted, never shown to the model
+    INFRA = "infra"  # the sandbox failed, not the program: retried, counted, never shown to the model
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,8 @@ class ExecutionRequest:
 
 @dataclass(frozen=True, slots=True)
 class ExecutionResult:
+    """How one program ended and what it printed, cut to its limits."""
+
     status: ExecutionStatus
     return_code: int | None  # None when the program was killed by a limit
     stdout: str
@@ -100,6 +102,8 @@ class StopReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
+    """One continuation asked of the policy."""
+
     token_ids: tuple[int, ...]  # [P] everything so far: prompt, sampled tokens, observations
     max_new_tokens: int
     temperature: float
@@ -122,7 +126,7 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """One program the policy wrote and what it was told in return."""
+    """One program the policy wrote and the observation it got."""
 
     code: str
     status: ExecutionStatus
@@ -174,6 +178,7 @@ class Trajectory:
 
     @property
     def tool_calls(self) -> tuple[ToolCall, ...]:
+        """In order; at most one a turn."""
         return tuple(t.tool_call for t in self.turns if t.tool_call is not None)
 
     @property
@@ -188,6 +193,8 @@ class Trajectory:
 
 
 class GraderStatus(StrEnum):
+    """Whether an answer could be judged."""
+
     OK = "ok"
     NO_ANSWER = "no_answer"  # no final \boxed{}
     TIMEOUT = "timeout"  # the grader hung on this answer; counted as wrong and as grader_timeout
@@ -196,6 +203,8 @@ class GraderStatus(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Reward:
+    """What a trajectory earned."""
+
     value: float  # what the advantage is computed from
     correct: bool
     status: GraderStatus
@@ -213,11 +222,11 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class Rollout:
-    """What one collection brought home."""
+class CollectedGroups:
+    """What one collection sampled and scored, in the order of its prompts."""
 
     groups: tuple[Group, ...]
-    faults: Mapping[str, int]  # kind -> count, e.g. {"sandbox_infra": 2, "generation_retry": 1}
+    faults: Mapping[str, int]  # kind -> count, e.g. {"SandboxFault_retry": 2, "grader_lost": 1}
     wall_s: float
 
 
@@ -242,7 +251,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """What rank 0 hands to every rank for one step."""
+    """One step's training data and metrics, as rank 0 shares them with every rank."""
 
     samples: tuple[Sample, ...]
     metrics: Mapping[str, float]
@@ -250,7 +259,7 @@ class StepBatch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainSample:
-    """A Sample with what the trainer said of it before the update."""
+    """A Sample with the trainer's log-probs before the update."""
 
     sample: Sample
     old_logprobs: np.ndarray  # [T] float32, position t is log p(token t | tokens < t); 0 where not sampled

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torl_mega.config_file import load_config
 from torl_mega.errors import DataError
 from torl_mega.trainer import parallel
-from torl_mega.types import Group, Problem, Prompt, Reward, Rollout, Sample, StopReason, Trajectory, Turn
+from torl_mega.types import CollectedGroups, Group, Problem, Prompt, Reward, Sample, StopReason, Trajectory, Turn
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,7 +26,7 @@ class Odd(Exception):
         super().__init__(f"odd {a} {b}")
 
 
-def make_rollout(count: int, length: int) -> Rollout:
+def make_rollout(count: int, length: int) -> CollectedGroups:
     rng = np.random.default_rng(0)
     groups = []
     for g in range(count // 16):
@@ -42,7 +42,7 @@ def make_rollout(count: int, length: int) -> Rollout:
             trajectories.append(Trajectory(prompt, i, (turn,), StopReason.EOS))
         rewards = tuple(Reward(1.0, True, "ok", "2", {"answer": 1.0}) for _ in range(16))  # type: ignore[arg-type]
         groups.append(Group(prompt, tuple(trajectories), rewards))
-    return Rollout(tuple(groups), {}, 1.5)
+    return CollectedGroups(tuple(groups), {}, 1.5)
 
 
 def main(out: Path) -> None:

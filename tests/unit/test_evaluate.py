@@ -9,16 +9,28 @@ from pathlib import Path
 
 import pytest
 
-from torl_mega.config import DataConfig, EvalConfig
+from torl_mega.config import Config, DataConfig, EvalConfig
+from torl_mega.config_file import load_config
 from torl_mega.data.prompts import PromptSource
-from torl_mega.rollout.evaluate import Evaluation, canonical_name, estimate, evaluate, load_benchmarks, pass_at_k
+from torl_mega.rollout.collector import LiveCollector
+from torl_mega.rollout.episode import Episode, EpisodeSettings
+from torl_mega.rollout.evaluate import (
+    Benchmark,
+    EvalReport,
+    canonical_name,
+    estimate,
+    load_benchmarks,
+    pass_at_k,
+    score,
+)
+from torl_mega.run.folder import RunFolder
 from torl_mega.types import (
+    CollectedGroups,
     ExecutionStatus,
     GraderStatus,
     Group,
     Prompt,
     Reward,
-    Rollout,
     StopReason,
     ToolCall,
     Trajectory,
@@ -42,13 +54,18 @@ def settings(tmp_path: Path, rows: list[dict], **changes) -> tuple[EvalConfig, D
 
 
 class Policy:
-    """Attempts whose outcome is decided by `right(problem, sample)`; every other attempt runs a program that works."""
+    """A scheduler whose attempts' outcome is decided by `right(problem, sample)`; every other attempt runs a program."""
 
     def __init__(self, right, *, lose: int = 0) -> None:
         self.right, self.lose, self.calls = right, lose, []
 
-    def __call__(self, prompts: Sequence[Prompt], *, temperature: float, samples_per_prompt: int) -> Rollout:
-        self.calls.append((len(prompts), temperature, samples_per_prompt))
+    def collect(
+        self, episode: Episode, prompts: Sequence[Prompt], *, group_size: int, seed: int, keep: int | None = None
+    ) -> CollectedGroups:
+        self.calls.append((len(prompts), episode.settings.temperature, group_size, seed))
+        return self.attempt(prompts, group_size)
+
+    def attempt(self, prompts: Sequence[Prompt], samples_per_prompt: int) -> CollectedGroups:
         groups, lost = [], self.lose
         for prompt in prompts:
             attempts = []
@@ -63,7 +80,21 @@ class Policy:
                 reward = Reward(1.0 if correct else -1.0, correct, GraderStatus.OK, "1", {"answer": 1.0})
                 attempts.append((Trajectory(prompt, sample, (turn,), StopReason.EOS), reward))
             groups.append(Group(prompt, tuple(t for t, _ in attempts), tuple(r for _, r in attempts)))
-        return Rollout(tuple(groups), {"lost": self.lose} if self.lose else {}, 1.0)
+        return CollectedGroups(tuple(groups), {"lost": self.lose} if self.lose else {}, 1.0)
+
+
+def report_on(benchmarks: Sequence[Benchmark], policy: Policy, *, samples: int = 1) -> EvalReport:
+    collected = policy.attempt([prompt for b in benchmarks for prompt in b.prompts], samples)
+    return score(benchmarks, collected, temperature=0.7, samples_per_problem=samples, max_tool_calls=1)
+
+
+def collector(policy: Policy, config: Config, folder: Path) -> LiveCollector:
+    """The collector of a run, with `policy` in the place of everything that samples."""
+    episode = Episode(None, None, encode, EpisodeSettings(1.0, 1.0, 100, 1))  # type: ignore[arg-type]
+    source = PromptSource(config.data, encode, seed=1)
+    benchmarks = load_benchmarks(config.eval, config.data, encode)
+    run = RunFolder(folder)
+    return LiveCollector(config, run, source, benchmarks, episode, policy, lambda version: None, dict)  # type: ignore[arg-type]
 
 
 def row(source: str, problem: str) -> dict:
@@ -74,10 +105,7 @@ def test_accuracy_repeats_and_pass_at_k(tmp_path: Path) -> None:
     rows = [row("AIME_2024", "p0"), row("AIME_2024", "p 1"), row("AIME_2024", "p  1"), row("amc23", "q0")]
     config, data = settings(tmp_path, rows)
     policy = Policy(lambda problem, sample: problem.startswith("p0") or (problem == "p 1" and sample == 0))
-    report = evaluate(
-        load_benchmarks(config, data, encode), policy, temperature=0.7, samples_per_problem=2, max_tool_calls=1
-    )
-    assert policy.calls == [(4, 0.7, 2)]
+    report = report_on(load_benchmarks(config, data, encode), policy, samples=2)
     aime, amc = report.benchmarks
     assert (aime.name, aime.num_problems, aime.num_samples, aime.samples_per_problem) == ("aime24", 2, 6, 2)
     assert aime.accuracy.value == pytest.approx((2 / 2 + 1 / 4) / 2)  # p0: 2 of 2; p1: 1 of the 4 of its two rows
@@ -113,13 +141,7 @@ def test_intervals_cover_and_shrink() -> None:
 
 def test_long_prompts_count_as_wrong_and_lost_attempts_are_left_out(tmp_path: Path) -> None:
     config, data = settings(tmp_path, [row("s", "p" * 60), row("s", "short"), row("s", "other")])
-    report = evaluate(
-        load_benchmarks(config, data, encode),
-        Policy(lambda p, s: True, lose=1),
-        temperature=0.0,
-        samples_per_problem=1,
-        max_tool_calls=1,
-    )
+    report = report_on(load_benchmarks(config, data, encode), Policy(lambda p, s: True, lose=1))
     [s] = report.benchmarks
     assert s.accuracy.value == pytest.approx(1 / 2)  # one right, one too long, one lost
     assert any("1 problems over data.max_prompt_tokens" in w for w in s.warnings)
@@ -128,15 +150,18 @@ def test_long_prompts_count_as_wrong_and_lost_attempts_are_left_out(tmp_path: Pa
 
 
 def test_a_run_writes_report_table_and_transcripts_and_repeats_exactly(tmp_path: Path) -> None:
-    config, data = settings(
-        tmp_path, [row("math500", f"p{i}") for i in range(6)], samples_per_problem=2, max_problems=4
+    eval_config, data = settings(
+        tmp_path, [row("math500", f"p{i}") for i in range(6)], samples_per_problem=2, max_problems=4, temperature=0.25
     )
+    config = load_config("conf/base.yaml").model_copy(update={"eval": eval_config, "data": data})
+    policy = Policy(lambda p, s: p in ("p0", "p1"))
     written = []
     for name in ("a", "b"):
-        evaluation = Evaluation(config, data, encode, tmp_path / name, max_tool_calls=1)
-        metrics = evaluation.run(Policy(lambda p, s: p in ("p0", "p1")), 7)
+        metrics = collector(policy, config, tmp_path / name).evaluate(7)
         assert metrics["math500/accuracy"] == pytest.approx(0.5)
-        written.append({p.name: p.read_text() for p in sorted((tmp_path / name).iterdir())})
+        written.append({p.name: p.read_text() for p in sorted((tmp_path / name / "eval").iterdir())})
+    assert [call[:3] for call in policy.calls] == [(4, 0.25, 2)] * 2
+    assert policy.calls[0] == policy.calls[1]  # the same seed at every evaluation
     assert written[0] == written[1]
     assert set(written[0]) == {"step_00007.json", "step_00007.md", "step_00007.jsonl"}
     report = json.loads(written[0]["step_00007.json"])
@@ -152,27 +177,25 @@ def test_a_run_writes_report_table_and_transcripts_and_repeats_exactly(tmp_path:
 
 
 def test_no_benchmarks_no_evaluation_and_the_cursor_is_not_touched(tmp_path: Path) -> None:
-    config, data = settings(tmp_path, [row("s", f"p{i}") for i in range(5)])
-    source = PromptSource(data, encode, seed=1)
-    source.next(2)
-    before = source.state()
-    Evaluation(config, data, encode, tmp_path / "e").run(Policy(lambda p, s: True), 0)
-    assert source.state() == before
-    none = EvalConfig.model_validate({"temperature": 0.0})
-    assert Evaluation(none, data, encode, tmp_path / "e").run(Policy(lambda p, s: True), 0) == {}
+    eval_config, data = settings(tmp_path, [row("s", f"p{i}") for i in range(5)])
+    config = load_config("conf/base.yaml").model_copy(update={"eval": eval_config, "data": data})
+    policy = Policy(lambda p, s: True)
+    with_benchmarks = collector(policy, config, tmp_path / "e")
+    with_benchmarks.prompts.next(2)
+    before = with_benchmarks.state()
+    assert with_benchmarks.evaluate(0)["accuracy"] == 1.0
+    assert with_benchmarks.state() == before
+    none = config.model_copy(update={"eval": EvalConfig.model_validate({"temperature": 0.0})})
+    assert collector(policy, none, tmp_path / "n").evaluate(0) == {}
+    assert len(policy.calls) == 1
+    assert not (tmp_path / "n").exists()
 
 
 @pytest.mark.skipif(not TORL_TEST.exists(), reason="needs the released test file")
 def test_the_released_file_is_told_with_its_doubts(tmp_path: Path) -> None:
     config = EvalConfig.model_validate({"data": (str(TORL_TEST),), "temperature": 0.0})
     data = DataConfig.model_validate({"train": str(TORL_TEST), "template": "torl", "max_prompt_tokens": 4000})
-    report = evaluate(
-        load_benchmarks(config, data, encode),
-        Policy(lambda p, s: True),
-        temperature=0.0,
-        samples_per_problem=1,
-        max_tool_calls=1,
-    )
+    report = report_on(load_benchmarks(config, data, encode), Policy(lambda p, s: True))
     by_name = {b.name: b for b in report.benchmarks}
     assert {n: (b.num_problems, b.samples_per_problem) for n, b in by_name.items()} == {
         "aime24": (30, 4), "aime25": (30, 4), "math500": (134, 1),

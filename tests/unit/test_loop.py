@@ -7,8 +7,9 @@ import pytest
 
 from torl_mega.config import GuardsConfig
 from torl_mega.errors import GuardError, Preempted, ServerLost, StaleServers, WeightSyncError
-from torl_mega.loop import Loop
+from torl_mega.loop import Loop, split_mini_batches
 from torl_mega.run.limits import check_guards
+from torl_mega.train import NoServers, OtherRank
 from torl_mega.types import Sample, StepBatch, TrainSample
 
 
@@ -18,7 +19,7 @@ def sample():
 
 
 class Recorder:
-    """Trainer, sink, rollouts and log in one, writing down every call."""
+    """Trainer, sink, collector and log in one, writing down every call."""
 
     def __init__(self, *, preempt_at: int | None = None, stop_after: int | None = None) -> None:
         self.calls: list[str] = []
@@ -69,7 +70,7 @@ def loop(fake, **over):
     return Loop(
         trainer=fake,
         sink=fake,
-        rollouts=fake,
+        collector=fake,
         share=lambda make: make(),
         log=fake,
         check_guards=lambda step, metrics: None,
@@ -161,6 +162,11 @@ def test_a_server_lost_in_a_sync_is_left_out_and_any_other_sync_error_ends_the_r
         loop(fake).sync(4)
 
 
+def test_mini_batches_are_consecutive_and_complete():
+    assert split_mini_batches(list(range(10)), 3) == [[0, 1, 2], [3, 4, 5, 6], [7, 8, 9]]
+    assert split_mini_batches([1], 2) == [[1]]
+
+
 def test_guards_name_metric_setting_and_remedy():
     check_guards(3, {"fault_rate": 0.1, "max_abs_logprob_diff": 9.0}, GuardsConfig())
     with pytest.raises(GuardError, match=r"step 3: fault_rate = 0.2 is above guards.max_fault_rate = 0.1; see faults/"):
@@ -174,3 +180,17 @@ def test_guards_warn_before_they_stop(caplog):
     assert not caplog.records
     check_guards(3, {"truncated_ratio": 0.41}, GuardsConfig(max_truncated_ratio=0.8))
     assert "truncated_ratio = 0.41 comes near guards.max_truncated_ratio = 0.8" in caplog.text
+
+
+def test_ranks_beside_rank_0_step_through_their_weights_and_say_nothing(capsys):
+    tensors = iter([("a", None), ("b", None)])
+    other = OtherRank()
+    assert NoServers().update(tensors, version=1) == {}  # a replay gathers nothing
+    assert other.update(tensors, version=1) == {}
+    assert list(tensors) == []
+    other.step(0, {"accuracy": 1.0})
+    other.evaluation(0, {"accuracy": 1.0})
+    other.first_sync(0, {"bytes": 1.0})
+    assert capsys.readouterr().out == ""
+    with pytest.raises(AssertionError, match="only rank 0 collects"):
+        other.collect(0)

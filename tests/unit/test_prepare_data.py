@@ -1,4 +1,4 @@
-"""The data tool on made-up inputs of each layout: counts, contamination, broken rows, resuming, selection."""
+"""The data tool on made-up inputs of each format: counts, contamination, broken rows, resuming, selection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data sets into prompts: templates byte for byte, layouts, cursor and epochs, and every complaint names file and row."""
+"""Data sets into prompts: templates byte for byte, formats, cursor and epochs, and every complaint names file and row."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_a_row_that_carries_the_prompt_already_gives_the_bare_problem_back(tmp_p
         ({"problem": "p", "answer": "5", "source": "cn_k12", "solution": "s"}, "5", "cn_k12"),
     ],
 )
-def test_public_layouts(tmp_path: Path, row: dict, answer: str, source: str) -> None:
+def test_public_formats(tmp_path: Path, row: dict, answer: str, source: str) -> None:
     (tmp_path / "amc23").mkdir()
     [problem] = load_problems(str(write_jsonl(tmp_path / "amc23" / "test.jsonl", [row])))
     assert (problem.answer, problem.source, problem.problem) == (answer, source, "p")
@@ -187,7 +187,7 @@ def test_overlong_prompts_stop_or_are_dropped_and_counted(tmp_path: Path) -> Non
         ("a.jsonl", ['{"prompt": [{"role": "user", "content": "x"}], "reward_model": {}}'], "ground_truth is missing"),
         ("a.jsonl", [], "no problems in it"),
         ("a.parquet", ["not parquet"], "not readable as parquet"),
-        ("a.csv", ["p,1"], "'.csv' is not a known data layout"),
+        ("a.csv", ["p,1"], "'.csv' is not a known data format"),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, name: str, lines: list[str], message: str) -> None:

@@ -10,8 +10,7 @@ from pydantic import ValidationError
 
 from torl_mega.config import RewardConfig
 from torl_mega.errors import ConfigError
-from torl_mega.reward.function import AnswerReward
-from torl_mega.reward.shaping import overlong, shaping_parts, tool_cost
+from torl_mega.reward.function import AnswerReward, overlong, shaping_parts, tool_cost
 from torl_mega.types import (
     ExecutionStatus,
     GraderStatus,

@@ -1,4 +1,4 @@
-"""Episodes, collector, samples and recorder with a scripted generator: exact budgets, masks, faults, round trips."""
+"""Episodes, scheduler, samples and recorder with a scripted generator: exact budgets, masks, faults, round trips."""
 
 import asyncio
 import dataclasses
@@ -10,25 +10,26 @@ import pytest
 
 from torl_mega.config_file import load_config
 from torl_mega.errors import DataError, GenerationError, StaleServers
-from torl_mega.rollout.collector import AsyncCollector, lost_trajectories
 from torl_mega.rollout.episode import Episode, EpisodeSettings, sampling_seed
+from torl_mega.rollout.python_tool import Limits, PythonTool
 from torl_mega.rollout.recorder import read_groups, read_rows, step_path, write_step
-from torl_mega.rollout.samples import make_samples, split_mini_batches
+from torl_mega.rollout.samples import make_samples
+from torl_mega.rollout.scheduler import EpisodeScheduler, lost_trajectories
 from torl_mega.types import (
     ExecutionResult,
     ExecutionStatus,
     FinishReason,
     Generation,
     GraderStatus,
+    Group,
     Problem,
     Prompt,
     Reward,
     StopReason,
 )
 
-SETTINGS = EpisodeSettings(
-    1.0, 1.0, max_response_tokens=100, max_tool_calls=1, wall_s=5, cpu_s=5, memory_mb=64, output_bytes=999
-)
+SETTINGS = EpisodeSettings(1.0, 1.0, max_response_tokens=100, max_tool_calls=1)
+LIMITS = Limits(wall_s=5, cpu_s=5, memory_mb=64, output_bytes=999)
 CALL = "```python\nprint(6*7)\n```\n```output"
 
 
@@ -78,7 +79,7 @@ PROMPT = Prompt(Problem("arithmetic/1/0", "6*7", "42", "arithmetic"), encode("Q:
 
 
 def episode(script, box=None, **settings):
-    return Episode(script, box or Box(), encode, dataclasses.replace(SETTINGS, **settings))
+    return Episode(script, PythonTool(box or Box(), LIMITS), encode, dataclasses.replace(SETTINGS, **settings))
 
 
 def run(script, box=None, **settings):
@@ -133,8 +134,8 @@ def test_a_call_without_a_program_runs_nothing():
 
 def collect(script, box=None, *, prompts=(PROMPT,), group_size=1, deadline_s=5.0, keep=None):
     with asyncio.Runner() as runner:
-        collector = AsyncCollector(Judge(), runner.run, max_concurrency=8, deadline_s=deadline_s)
-        return collector.collect(episode(script, box), list(prompts), group_size=group_size, seed=7, keep=keep)
+        scheduler = EpisodeScheduler(Judge(), runner.run, max_concurrency=8, deadline_s=deadline_s)
+        return scheduler.collect(episode(script, box), list(prompts), group_size=group_size, seed=7, keep=keep)
 
 
 def test_a_failed_trajectory_is_tried_again_then_left_out():
@@ -147,9 +148,9 @@ def test_a_failed_trajectory_is_tried_again_then_left_out():
 
 
 def test_a_sandbox_fault_never_becomes_an_observation():
-    rollout = collect(Script(CALL, CALL), Box(status=ExecutionStatus.INFRA))
-    assert rollout.groups[0].trajectories == ()
-    assert rollout.faults == {"SandboxFault_retry": 1, "SandboxFault_lost": 1}
+    collected = collect(Script(CALL, CALL), Box(status=ExecutionStatus.INFRA))
+    assert collected.groups[0].trajectories == ()
+    assert collected.faults == {"SandboxFault_retry": 1, "SandboxFault_lost": 1}
 
 
 class OneSlow:
@@ -171,11 +172,11 @@ def test_with_enough_complete_groups_the_slow_ones_are_cut_off():
     problems = [dataclasses.replace(PROMPT.problem, problem_id=f"p{i}") for i in range(4)]
     generator = OneSlow("p1")
     prompts = [dataclasses.replace(PROMPT, problem=problem) for problem in problems]
-    rollout = collect(generator, prompts=prompts, group_size=2, keep=3)
-    assert [g.prompt.problem.problem_id for g in rollout.groups] == ["p0", "p2", "p3"]
-    assert all(len(g.trajectories) == 2 for g in rollout.groups)
+    collected = collect(generator, prompts=prompts, group_size=2, keep=3)
+    assert [g.prompt.problem.problem_id for g in collected.groups] == ["p0", "p2", "p3"]
+    assert all(len(g.trajectories) == 2 for g in collected.groups)
     assert generator.cancelled == 2
-    assert rollout.faults == {}
+    assert collected.faults == {}
 
 
 def test_a_bug_is_not_taken_for_a_fault():
@@ -195,16 +196,16 @@ class Hanging:
 
 
 def test_the_deadline_drops_a_hanging_trajectory():
-    rollout = collect(Hanging(), deadline_s=0.05)
-    assert rollout.faults == {"deadline_retry": 1, "deadline_lost": 1}
+    collected = collect(Hanging(), deadline_s=0.05)
+    assert collected.faults == {"deadline_retry": 1, "deadline_lost": 1}
 
 
 def test_samples_align_masks_logprobs_and_versions():
     script = Script(CALL, " \\boxed{42}", "\\boxed{41}")
-    rollout = collect(script, group_size=2)
-    samples = make_samples(rollout.groups, load_config("conf/base.yaml").algo)
+    collected = collect(script, group_size=2)
+    samples = make_samples(collected.groups, load_config("conf/base.yaml").algo)
     assert [s.advantage for s in samples] == pytest.approx([math.sqrt(0.5), -math.sqrt(0.5)], rel=1e-5)
-    first, trajectory = samples[0], rollout.groups[0].trajectories[0]
+    first, trajectory = samples[0], collected.groups[0].trajectories[0]
     n = len(PROMPT.token_ids)
     assert not first.loss_mask[:n].any()
     assert tuple(first.token_ids) == PROMPT.token_ids + trajectory.response_ids
@@ -215,30 +216,38 @@ def test_samples_align_masks_logprobs_and_versions():
 
 
 def test_filters_mask_the_sample_but_keep_the_baseline():
-    rollout = collect(Script("only words", "\\boxed{42}"), group_size=2)
+    collected = collect(Script("only words", "\\boxed{42}"), group_size=2)
     algo = load_config("conf/base.yaml", ["algo.void_turns=mask"]).algo
-    samples = make_samples(rollout.groups, algo)
+    samples = make_samples(collected.groups, algo)
     by_advantage = sorted(samples, key=lambda s: s.advantage)
     assert not by_advantage[0].loss_mask.any()
     assert by_advantage[1].loss_mask.any()
     assert by_advantage[1].advantage == pytest.approx(math.sqrt(0.5), rel=1e-5)
 
 
-def test_mini_batches_are_consecutive_and_complete():
-    assert split_mini_batches(list(range(10)), 3) == [[0, 1, 2], [3, 4, 5, 6], [7, 8, 9]]
-    assert split_mini_batches([1], 2) == [[1]]
-
-
 def test_recorded_groups_come_back_equal(tmp_path):
-    rollout = collect(Script(CALL, " \\boxed{42}", "\ud800 lone surrogate \x00 <|endoftext|>"), group_size=2)
-    write_step(tmp_path, 4, rollout.groups, [0.5, -0.5])
+    collected = collect(Script(CALL, " \\boxed{42}", "\ud800 lone surrogate \x00 <|endoftext|>"), group_size=2)
+    write_step(tmp_path, 4, collected.groups, [0.5, -0.5])
     path = step_path(tmp_path, 4)
     again = read_groups(path)
-    assert again[0].prompt == rollout.groups[0].prompt
-    assert again[0].rewards == rollout.groups[0].rewards
-    assert again[0].trajectories[0] == rollout.groups[0].trajectories[0]
+    assert again[0].prompt == collected.groups[0].prompt
+    assert again[0].rewards == collected.groups[0].rewards
+    assert again[0].trajectories[0] == collected.groups[0].trajectories[0]
     assert [row["advantage"] for row in read_rows(path)] == [0.5, -0.5]
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_groups_are_told_apart_by_their_number_and_in_older_recordings_by_a_guess(tmp_path):
+    import zstandard
+
+    one = collect(Script("\\boxed{42}", "\\boxed{42}", "\\boxed{41}"), group_size=3).groups[0]
+    first, second = (Group(one.prompt, one.trajectories[a:b], one.rewards[a:b]) for a, b in ((0, 1), (1, 3)))
+    path = write_step(tmp_path, 0, (first, second, one), [0.0] * 6)
+    assert read_groups(path) == (first, second, one)
+    rows = list(read_rows(path))
+    assert [row.pop("group") for row in rows] == [0, 1, 1, 2, 2, 2]
+    path.write_bytes(zstandard.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    assert read_groups(path) == (one, one)  # sample indices 0 1 2 | 0 1 2
 
 
 def test_a_damaged_record_is_named_with_its_line(tmp_path):

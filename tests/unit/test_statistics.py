@@ -6,13 +6,13 @@ import pytest
 
 from torl_mega.rollout.statistics import rollout_metrics
 from torl_mega.types import (
+    CollectedGroups,
     ExecutionStatus,
     GraderStatus,
     Group,
     Problem,
     Prompt,
     Reward,
-    Rollout,
     StopReason,
     ToolCall,
     Trajectory,
@@ -38,7 +38,7 @@ def reward(correct: bool, status: GraderStatus = GraderStatus.OK, **parts: float
 
 
 @pytest.fixture
-def rollout() -> Rollout:
+def rollout() -> CollectedGroups:
     """Six responses in three groups: code that works, code that fails then works, code written but never called, no code,
     an answer before its code, and a truncated one."""
     works = attempt(0, turn(CODE, 10, ExecutionStatus.OK, 3), turn("so \\boxed{2}", 5))
@@ -56,7 +56,7 @@ def rollout() -> Rollout:
         Group(PROMPT, (never_called, no_code), (reward(True), reward(True))),
         Group(PROMPT, (answer_first, truncated), (reward(True), reward(False, GraderStatus.NO_ANSWER))),
     )
-    return Rollout(groups, {}, 1.0)
+    return CollectedGroups(groups, {}, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -87,15 +87,15 @@ def rollout() -> Rollout:
         ("reward/code_error", -0.5 / 6),
     ],
 )
-def test_the_quantities(rollout: Rollout, name: str, value: float) -> None:
+def test_the_quantities(rollout: CollectedGroups, name: str, value: float) -> None:
     assert rollout_metrics(rollout, max_tool_calls=2)[name] == pytest.approx(value)
 
 
-def test_an_empty_rollout_has_the_same_names_at_zero(rollout: Rollout) -> None:
-    empty = rollout_metrics(Rollout((), {}, 0.0), max_tool_calls=1)
+def test_an_empty_rollout_has_the_same_names_at_zero(rollout: CollectedGroups) -> None:
+    empty = rollout_metrics(CollectedGroups((), {}, 0.0), max_tool_calls=1)
     assert set(empty) == {n for n in rollout_metrics(rollout, max_tool_calls=1) if not n.startswith("reward/")}
     assert set(empty.values()) == {0.0}
 
 
-def test_without_tool_calls_nothing_is_at_the_limit(rollout: Rollout) -> None:
+def test_without_tool_calls_nothing_is_at_the_limit(rollout: CollectedGroups) -> None:
     assert rollout_metrics(rollout, max_tool_calls=0)["tool_calls_at_limit_ratio"] == 0.0

@@ -25,7 +25,7 @@ from tiny_base_traces import TEMPLATE, Mix, interpret, trace, training_problems 
 
 from torl_mega.data.arithmetic import problems  # noqa: E402
 from torl_mega.data.tokenizer import Tokenizer  # noqa: E402
-from torl_mega.rollout.code_block import last_code_block  # noqa: E402
+from torl_mega.rollout.python_tool import last_code_block  # noqa: E402
 
 SHIPPED = ROOT / "conf/quickstart"
 

@@ -26,7 +26,8 @@ from torl_mega.data.arithmetic import problems
 from torl_mega.data.tokenizer import Tokenizer
 from torl_mega.errors import DataError
 from torl_mega.rollout.episode import Episode, EpisodeSettings
-from torl_mega.rollout.recorder import read_rows, step_path, write_step
+from torl_mega.rollout.python_tool import Limits, PythonTool
+from torl_mega.rollout.recorder import Recorded, read_rows, step_path, to_row, write_step
 from torl_mega.rollout.token_audit import audit_files, audit_row
 from torl_mega.types import (
     ExecutionRequest,
@@ -101,8 +102,8 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(scope="module")
 def groups(tokenizer: Tokenizer) -> tuple[Group, ...]:
     """Three problems, six attempts each, sampled with C = 1."""
-    settings = EpisodeSettings(1.0, 1.0, 128, 1, wall_s=5, cpu_s=5, memory_mb=64, output_bytes=999)
-    episode = Episode(ModelGenerator(tokenizer), Sums(), tokenizer.encode, settings)
+    tool = PythonTool(Sums(), Limits(wall_s=5, cpu_s=5, memory_mb=64, output_bytes=999))
+    episode = Episode(ModelGenerator(tokenizer), tool, tokenizer.encode, EpisodeSettings(1.0, 1.0, 128, 1))
     return tuple(
         _group([asyncio.run(episode.run(prompt, i, seed=1)) for i in range(6)])
         for p in islice(problems(4), 3)
@@ -192,6 +193,17 @@ def test_limit_step_and_json(tmp_path: Path, groups: tuple[Group, ...], capsys: 
         view(tmp_path, step=5)
     with pytest.raises(DataError, match=r"give a run folder"):
         view(tmp_path / "nothing")
+
+
+def test_the_page_has_a_section_for_each_recorded_group(
+    tmp_path: Path, groups: tuple[Group, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = groups[0]
+    halves = [Group(first.prompt, first.trajectories[a:b], first.rewards[a:b]) for a, b in ((0, 2), (2, 6))]
+    _write(tmp_path, (*halves, groups[1]))
+    view(tmp_path)
+    page = Page(Path(capsys.readouterr().out.strip()).read_text())
+    assert sum(tag == "section" for tag, _ in page.tags) == 3
 
 
 HOSTILE = (
@@ -363,10 +375,8 @@ def test_a_token_may_run_past_the_stop_string_and_no_further(groups: tuple[Group
 
 
 def _row_with_call(groups: tuple[Group, ...]) -> Row:
-    from torl_mega.rollout.recorder import trajectory_to_json
-
     pairs = [(t, r) for g in groups for t, r in zip(g.trajectories, g.rewards, strict=True) if t.tool_calls]
-    return json.loads(json.dumps(trajectory_to_json(STEP, *pairs[0], 0.0)))
+    return json.loads(json.dumps(to_row(STEP, Recorded(0, *pairs[0], 0.0))))
 
 
 # ------------------------------------------------------------------------------------------------ report

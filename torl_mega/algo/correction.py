@@ -19,7 +19,7 @@ def correction_weights(item: TrainSample, config: AlgoConfig) -> np.ndarray:
     """[T] float32 factors for the loss weights; 1 everywhere for `none`.
 
     `tis`: min(ratio, high), truncated importance sampling (fengyao.notion.site/off-policy-rl);
-    `mis`: ratio where low <= ratio <= high, else 0 (masked importance sampling, 2503.23383's follow-ups);
+    `mis`: ratio where low <= ratio <= high, else 0, masked importance sampling (IcePop, 2510.18855);
     `geo`: 1 where the sequence's geometric-mean ratio lies in [low, high], else 0 for the whole sequence.
     """
     mask = item.sample.loss_mask

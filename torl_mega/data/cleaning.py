@@ -1,4 +1,4 @@
-"""What makes a row fit for training: it has one gold answer that can be checked, it is new, and no benchmark holds it.
+"""Decides whether a row is fit for training: its gold answer can be checked, it is new, and no benchmark contains it.
 
 Pure functions over text; `tools/prepare_data.py` runs them over files and reports every row they refuse.
 """
@@ -84,6 +84,7 @@ def _grams(words: Sequence[str], n: int) -> Iterable[int]:
 
 
 def hash_words(words: Sequence[str]) -> int:
+    """64 bits over a run of words."""
     return int.from_bytes(hashlib.blake2b(" ".join(words).encode(), digest_size=8).digest(), "big")
 
 

@@ -99,7 +99,7 @@ class PromptSource:
     def __init__(self, config: DataConfig, encode: Encode, *, seed: int) -> None:
         self._config = config
         self._encode = encode
-        self._waiting: list[Problem] = []  # were handed out and came back
+        self._waiting: list[Problem] = []  # handed out and put back
         arithmetic_seed = _arithmetic_seed(config.train)
         if arithmetic_seed is None:
             self._cursor: _EpochCursor | _StreamCursor = self._open_file(seed)
@@ -238,7 +238,7 @@ def open_problems(spec: str) -> ProblemFile:
 
 
 class _MemoryFile:
-    """The layouts that cannot be read in pieces (.json, .arrow of a saved data set)."""
+    """The formats that cannot be read in pieces (.json, .arrow of a saved data set)."""
 
     def __init__(self, path: Path) -> None:
         self._problems = load_problems(str(path))

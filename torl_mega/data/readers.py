@@ -1,6 +1,6 @@
-"""Reads problems out of files: one function per layout, streaming, with the file and the row in every complaint.
+"""Reads problems out of files: one function per format, streaming; every error names the file and the row.
 
-Layouts, told apart by the file's ending and by the columns of its rows:
+Formats, recognised by the file's ending and by the columns of its rows:
 
     ToRL / verl     data_source, prompt: [{role, content}], reward_model: {ground_truth}, extra_info: {id}
     plain           problem | question, answer | final_answer | ground_truth; optional id, source
@@ -50,7 +50,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
         yield from _arrow_rows(path)
     else:
         raise DataError(
-            f"{path}: ending {path.suffix!r} is not a known data layout; expected .parquet, .jsonl, .json or .arrow"
+            f"{path}: ending {path.suffix!r} is not a known data format; expected .parquet, .jsonl, .json or .arrow"
         )
 
 
@@ -116,7 +116,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
 
 
 def to_problem(row: Row, *, path: Path, number: int) -> Problem:
-    """The problem in one row of any known layout. Raises DataError with file and row when a part is missing or of a wrong type."""
+    """The problem in one row of any known format. Raises DataError with file and row when a part is missing or of a wrong type."""
     where = place(path, number)
     row = {str(key).lower(): value for key, value in row.items()}  # AIME's public files write Problem and Answer
     if "reward_model" in row or isinstance(row.get("prompt"), list):
@@ -145,7 +145,7 @@ def _default_source(path: Path) -> str:
 def _verl_problem(row: Row, *, where: str, default_source: str, number: int) -> Problem:
     messages, reward_model = row.get("prompt"), row.get("reward_model")
     if not isinstance(messages, list) or not messages:
-        raise DataError(f"{where}: prompt = {messages!r} is not a list of chat messages, as in the verl layout")
+        raise DataError(f"{where}: prompt = {messages!r} is not a list of chat messages, as in the verl format")
     user = [
         m for m in messages if isinstance(m, Mapping) and m.get("role") == "user" and isinstance(m.get("content"), str)
     ]

@@ -29,9 +29,11 @@ class Tokenizer:
         self.vocab_size: int = len(self._hf)
 
     def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of plain text; text that looks like a special token is encoded as text."""
         return tuple(self._hf.encode(text, add_special_tokens=False, split_special_tokens=True))
 
     def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of any ids, special tokens included, with no character added or taken away."""
         return self._hf.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def check_lossless(self) -> None:

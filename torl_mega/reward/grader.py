@@ -1,8 +1,9 @@
-"""Checks answers without ever blocking the caller: an asyncio client of the grader process in `pool.py`.
+"""Checks answers without blocking the caller: an asyncio client of the grader process in `grader_process.py`.
 
 Contract: `check` returns a verdict for every pair, or `FAULT` when the grader process failed on it twice; it never
-raises for what an answer does. A hang costs its own limit. Repeated pairs are answered from memory; timeouts and faults
-are not remembered. Nothing of math-verify or sympy is imported into the caller's process.
+raises for what an answer does. An answer that hangs is killed after `timeout_s`; no other answer waits for it. Repeated
+pairs are answered from memory; timeouts and faults are not remembered. Nothing of math-verify or sympy is imported into
+the caller's process.
 
 One event loop at a time: `start` binds to the running loop, `close` ends the process; then `start` may be called again.
 """
@@ -25,6 +26,8 @@ _START_TIMEOUT_S = 120.0
 
 
 class Verdict(StrEnum):
+    """What the grader process says of one answer."""
+
     RIGHT = "right"
     WRONG = "wrong"
     TIMEOUT = "timeout"
@@ -69,7 +72,7 @@ class Grader:
                 await self._reader
 
     async def check(self, answer: str, gold: str, problem: str = "") -> Verdict:
-        """`answers.grade` on one answer: RIGHT or WRONG, TIMEOUT when it took too long or too much, FAULT as above."""
+        """`answers.check.grade` on one answer: RIGHT or WRONG, TIMEOUT when it took too much time or memory, FAULT as above."""
         pair = (answer, gold, problem)
         known = self._cache.get(pair)
         if known is not None:
@@ -136,7 +139,7 @@ class Grader:
         return process
 
     async def _read(self, process: asyncio.subprocess.Process) -> None:
-        """Hands replies to those who wait; when the process ends, whoever still waits on it gets a FAULT."""
+        """Resolves the future of each reply; when the process ends, those still open become FAULT."""
         assert process.stdout is not None
         while line := await process.stdout.readline():
             identity, outcome = json.loads(line)

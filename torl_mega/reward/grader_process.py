@@ -10,7 +10,7 @@ A child that dies of itself has its answer tried once more in a fresh child. Whe
 memory limit, the answer did it and counts as `timeout`; when something killed it from outside, it is a `fault`.
 
 An answer that runs longer than `_ASIDE_S` is set aside: it keeps running at low priority while a fresh child takes its
-place, so hanging answers wait for their limit side by side and never in a queue. Of those that wait the longest text goes
+place, so hanging answers run into their limits side by side and never in a queue. Waiting requests are served longest text
 first: what is likely to take long begins early, and its limit ends early.
 
 The limit is wall-clock time, but no answer times out before it had `timeout_s / 50` seconds of CPU or three times
@@ -52,13 +52,6 @@ class _Job:
     problem: str
     tries: int = 0
 
-    def __lt__(self, other: _Job) -> bool:
-        """Longer ones first, then in the order of their coming: for the heap of those that wait."""
-        return (-len(self.answer) - len(self.gold), self.identity) < (
-            -len(other.answer) - len(other.gold),
-            other.identity,
-        )
-
 
 @dataclass(slots=True, eq=False)
 class _Child:
@@ -79,7 +72,9 @@ class _Pool:
     timeout_s: float
     memory_mb: int
     selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
-    waiting: list[_Job] = field(default_factory=list)  # a heap
+    waiting: list[tuple[int, int, _Job]] = field(
+        default_factory=list
+    )  # a heap: longest first, then in order of arrival
     children: list[_Child] = field(default_factory=list)
     dying: list[int] = field(default_factory=list)  # pids that were killed and must still be reaped
     pending: bytes = b""
@@ -87,7 +82,7 @@ class _Pool:
     # ---------------------------------------------------------------- main loop
 
     def serve(self) -> None:
-        """Until stdin closes or the parent is gone."""
+        """Serves requests until stdin closes or the parent is gone."""
         parent = os.getppid()
         os.set_blocking(0, False)
         self.selector.register(0, selectors.EVENT_READ, None)
@@ -111,7 +106,7 @@ class _Pool:
             os.waitpid(pid, 0)
 
     def _wait_s(self) -> float:
-        """Until the next clock that `_watch_clocks` looks at; a second when none runs, for a parent that has gone."""
+        """Seconds until `_watch_clocks` has something to do; at most 1, so that a parent that ended is noticed."""
         now, next_s = time.monotonic(), 0.05 if self.dying else 1.0
         for child in self.children:
             if child.job is not None:
@@ -129,17 +124,21 @@ class _Pool:
             return False
         *lines, self.pending = (self.pending + data).split(b"\n")
         for line in lines:
-            heapq.heappush(self.waiting, _Job(*json.loads(line)))
+            self._enqueue(_Job(*json.loads(line)))
         return True
 
+    def _enqueue(self, job: _Job) -> None:
+        heapq.heappush(self.waiting, (-len(job.answer) - len(job.gold), job.identity, job))
+
     def _assign(self) -> None:
+        """Gives waiting requests to idle children, forking one for each child that was set aside."""
         while self.waiting:
             child = next((c for c in self.children if c.job is None), None)
             if child is None:
                 if sum(not c.aside for c in self.children) >= self.workers:
                     return
                 child = self._fork()
-            job = heapq.heappop(self.waiting)
+            *_, job = heapq.heappop(self.waiting)
             job.tries += 1
             child.job, child.started, child.cpu_at_start = job, time.monotonic(), _cpu_s(child.pid)
             request = json.dumps([job.answer, job.gold, job.problem]).encode() + b"\n"
@@ -166,7 +165,7 @@ class _Pool:
             self._kill(child)
 
     def _lost(self, child: _Child) -> None:
-        """The child died of itself: its answer gets one more try."""
+        """The child died of itself: its answer is tried once more in another child."""
         job = child.job
         self._forget(child)
         with contextlib.suppress(ProcessLookupError):  # it has closed its pipe, so it is ending
@@ -175,7 +174,7 @@ class _Pool:
         if job is None:
             return
         if job.tries < 2:
-            heapq.heappush(self.waiting, job)
+            self._enqueue(job)
         else:
             _reply(job, "fault" if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL else "timeout")
 
@@ -216,7 +215,7 @@ class _Pool:
         return child
 
     def _kill(self, child: _Child) -> None:
-        """Ends a child. It is reaped later: one of many that compute at low priority takes a while to be gone."""
+        """Kills a child. `_reap` collects it later: one that computes at low priority takes a while to end."""
         self._forget(child)
         os.kill(child.pid, signal.SIGKILL)
         self.dying.append(child.pid)
@@ -269,7 +268,7 @@ def _cpu_s(pid: int) -> float:
         with open(f"/proc/{pid}/stat") as file:
             fields = file.read().rpartition(")")[2].split()
     except OSError:
-        return float("inf")  # it is gone: the pipe says so next
+        return float("inf")  # it has ended: its pipe is read as closed next
     return (int(fields[11]) + int(fields[12])) / _TICKS
 
 

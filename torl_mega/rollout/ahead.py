@@ -1,24 +1,25 @@
-"""Sampling the next steps while the trainer updates: the rollouts live in a child process of rank 0.
+"""Sampling ahead: a child process of rank 0 collects the next steps while the trainer updates. Implements `Collector`.
 
-    rank 0 (trainer's GIL)                 child (rollouts' GIL)
+    rank 0 (trainer's GIL)                  child (rollouts' GIL)
       collect(s) ──────── batch s ◄──────── collected step s
-         └─ asks for s+1 … s+k ───────────► collects them one after another
+         └─ requests s+1 … s+k ───────────► collects them one after another
       train on s  (meanwhile)               sampling
       sync s+1: k = 1: waits for step s+1 first, so each batch has one policy version (one-step-off)
                 k > 1: servers pause, take the weights, go on; a trajectory then has several versions
 
-A child that dies is replaced: the new one starts at the cursor of the last batch that came home and collects what was
-under way again, so nothing is lost or trained twice.
-
-Bound: step b is asked for after sync b-k, so no token of it is older than b-k; the client refuses any other, and every
-sample carries the version of each of its tokens. Resume: batches that were collected but not trained are read back from
-the recorded trajectories, unfinished ones are collected again; nothing is trained twice.
+Bound: step b is requested after sync b-k, so no token of it is older than b-k; the client refuses any other, and every
+sample carries the version of each of its tokens. k is `rollout.max_staleness`.
+Crash: a child that dies is replaced; the new one starts at the cursor of the last batch received and collects what was in
+flight again, so no step is lost or trained twice.
+Resume: batches that were collected but not trained are read back from the recorded trajectories, unfinished ones are
+collected again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import logging
 import multiprocessing
 import signal
@@ -27,9 +28,12 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from torl_mega.config import Config
+from torl_mega.data.tokenizer import Tokenizer
 from torl_mega.errors import Preempted, StaleServers, TorlError
 from torl_mega.process import start as process
 from torl_mega.process.stop_flag import StopFlag
+from torl_mega.rollout.build import GC_THRESHOLDS, AsyncRunner, build_collector
+from torl_mega.rollout.collector import LiveCollector
 from torl_mega.rollout.recorder import read_groups, step_path
 from torl_mega.rollout.samples import make_samples
 from torl_mega.run.folder import RunFolder
@@ -46,31 +50,33 @@ class _ChildLost(Exception):
     """The child ended without an answer."""
 
 
-class OverlappedRollouts:
-    """Implements `Rollouts`. `drain` must be called before a weight sync when `max_staleness` is 1."""
+class SamplingAhead:
+    """The parent's half. `drain` must be called before a weight sync when `max_staleness` is 1."""
 
     def __init__(self, config: Config, folder: RunFolder, stop: StopFlag) -> None:
         self._config, self._folder, self._stop = config, folder, stop
         self._ready: dict[int, StepBatch] = {}
-        self._cursor: Any = None  # after the last batch that came home
-        self._asked = 0  # steps below it need not be asked for
-        self._in_flight: list[int] = []
-        self._num_restarts = self._restarts_told = 0
+        self._cursor: Any = None  # after the last batch received
+        self._next_to_request = 0  # a step
+        self._in_flight: list[int] = []  # steps requested and not received, in order
+        self._num_restarts = self._restarts_reported = 0
         self._start_child()
         try:
             self._cursor = self._receive()
         except _ChildLost as lost:
             raise TorlError(f"{lost} before it had sampled anything; see its traceback above") from None
 
-    # ------------------------------------------------------------------------------------------------ Rollouts
+    # ------------------------------------------------------------------------------------------------ Collector
 
     def collect(self, step: int) -> StepBatch:
-        ahead = min(step + self._config.rollout.max_staleness, self._config.num_steps - 1)
-        self._asked = max(self._asked, step)  # what lies before was trained, by this process or the one it resumes
-        self._ask(step)
+        last_ahead = min(step + self._config.rollout.max_staleness, self._config.num_steps - 1)
+        self._next_to_request = max(
+            self._next_to_request, step
+        )  # the steps before it were trained, here or before a resume
+        self._request_up_to(step)
         while step not in self._ready:
-            self._take()
-        self._ask(ahead)
+            self._receive_batch()
+        self._request_up_to(last_ahead)
         return self._with_restarts(self._ready.pop(step))
 
     def evaluate(self, step: int) -> Mapping[str, float]:
@@ -78,9 +84,11 @@ class OverlappedRollouts:
         return self._command("evaluate", step)
 
     def state(self) -> Mapping[str, Any]:
-        with contextlib.suppress(StaleServers):  # the next `collect` asks again, and says so
+        with contextlib.suppress(
+            StaleServers
+        ):  # the failed step is requested again by the next `collect`, which raises
             while self._in_flight and self._pipe.poll():
-                self._take()
+                self._receive_batch()
         return {"cursor": self._cursor, "collected": {str(s): dict(b.metrics) for s, b in self._ready.items()}}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -93,13 +101,14 @@ class OverlappedRollouts:
     # ------------------------------------------------------------------------------------------------ the child
 
     def drain(self) -> None:
-        """Waits until nothing is being sampled. What could not be, for servers with other weights, is asked for again
-        later: the sync that comes now gives them the policy's."""
+        """Waits for all requested batches. One that failed with StaleServers is requested again by the next `collect`, after
+        the sync the caller makes now."""
         with contextlib.suppress(StaleServers):
             while self._in_flight:
-                self._take()
+                self._receive_batch()
 
     def close(self) -> None:
+        """Ends the child, by force after CLOSE_S."""
         self._send("close", None)
         self._child.join(CLOSE_S)
         if self._child.is_alive():
@@ -107,17 +116,17 @@ class OverlappedRollouts:
             self._child.join()
         self._pipe.close()
 
-    def _ask(self, last: int) -> None:
-        """Everything up to `last` that is neither home nor under way, in order."""
-        first = max([self._asked, *(s + 1 for s in self._ready)], default=0)
+    def _request_up_to(self, last: int) -> None:
+        """Requests every step up to `last` that is neither ready nor in flight, in order."""
+        first = max([self._next_to_request, *(s + 1 for s in self._ready)], default=0)
         for step in range(first, last + 1):
             self._send("collect", step)
             self._in_flight.append(step)
-        self._asked = max(first, last + 1)
+        self._next_to_request = max(first, last + 1)
 
-    def _take(self) -> None:
-        """The next batch comes home, or the child is replaced and asked for it again. If the batch failed, what was asked
-        for after it is dropped, to be asked for later."""
+    def _receive_batch(self) -> None:
+        """Waits for the next batch in flight. Where the child died, replaces it and returns without one. Where the step
+        failed, discards what was requested after it, so that both are requested again, and raises what the step raised."""
         step = self._in_flight[0]
         try:
             batch, cursor = self._receive()
@@ -125,22 +134,23 @@ class OverlappedRollouts:
             self._replace_child(lost)
             return
         except TorlError:
-            self._drop_in_flight()
-            self._asked = step
+            self._discard_in_flight()
+            self._next_to_request = step
             self._command("restore", self._cursor)
             raise
         self._in_flight.pop(0)
         self._ready[step], self._cursor = batch, cursor
 
-    def _drop_in_flight(self) -> None:
-        """The answer to the first one was taken; those to the others are waited for and thrown away."""
+    def _discard_in_flight(self) -> None:
+        """Discards the answers to all outstanding requests (the first was read already)."""
         waiting, self._in_flight = self._in_flight[1:], []
         for _ in waiting:
-            with contextlib.suppress(TorlError, _ChildLost):  # a lost child is found by the next command
+            with contextlib.suppress(TorlError, _ChildLost):  # the next command finds that the child is lost
                 self._receive()
 
     def _command(self, name: str, value: Any) -> Any:
-        """Asks while nothing is in flight; asks the next child if this one is lost over it."""
+        """The child's answer to a command, given while nothing is in flight; a child that dies over it is replaced and asked
+        again."""
         while True:
             self._send(name, value)
             try:
@@ -149,7 +159,7 @@ class OverlappedRollouts:
                 self._replace_child(lost)
 
     def _send(self, name: str, value: Any) -> None:
-        with contextlib.suppress(BrokenPipeError):  # a lost child shows when its answer is awaited
+        with contextlib.suppress(BrokenPipeError):  # a lost child is noticed when its answer is awaited
             self._pipe.send((name, value))
 
     def _start_child(self) -> None:
@@ -161,7 +171,7 @@ class OverlappedRollouts:
         theirs.close()
 
     def _replace_child(self, lost: _ChildLost) -> None:
-        """A new child at the cursor of the last batch that came home, asked for everything that was under way."""
+        """Starts a child at the cursor of the last batch received and requests again what was in flight."""
         while True:
             self._num_restarts += 1
             if self._num_restarts > MAX_RESTARTS:
@@ -182,19 +192,19 @@ class OverlappedRollouts:
 
     def _with_restarts(self, batch: StepBatch) -> StepBatch:
         """The batch, with the children lost since the one before it in its metrics."""
-        new, self._restarts_told = self._num_restarts - self._restarts_told, self._num_restarts
+        new, self._restarts_reported = self._num_restarts - self._restarts_reported, self._num_restarts
         if not new:
             return batch
         return dataclasses.replace(batch, metrics={**batch.metrics, "faults/collector_restarted": float(new)})
 
     def _receive(self) -> Any:
-        """The child's next answer. What it raised is raised here; a stop request ends the wait."""
+        """The child's next answer. Raises what the child raised, `_ChildLost` when it ended, `Preempted` on a stop request."""
         while not wait([self._pipe, self._child.sentinel], timeout=POLL_S):
             if self._stop.requested:
                 raise Preempted
         try:
             ok, value = self._pipe.recv()
-        except (EOFError, OSError):  # OSError: in the middle of an answer
+        except (EOFError, OSError):  # OSError: it ended in the middle of an answer
             self._child.join(CLOSE_S)
             raise _ChildLost(f"the rollout process ended with code {self._child.exitcode}") from None
         if not ok:
@@ -203,44 +213,41 @@ class OverlappedRollouts:
 
 
 def _serve(config: Config, folder: RunFolder, pipe: Connection) -> None:
-    """The child: one command at a time, in order."""
+    """The child: answers with its cursor once it is built, then executes one command at a time, in order."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     assert parent.pid is not None
     process.die_with_parent(parent.pid)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # rank 0 decides when to stop
+    gc.set_threshold(*GC_THRESHOLDS)
     with contextlib.ExitStack() as stack:
-        commands: dict[str, Callable[[Any], Any]] = {}
-        _answer(pipe, lambda _: _build(config, folder, commands, stack), None)
-        while commands:
+        try:
+            collector = _build(config, folder, stack)
+        except TorlError as exc:
+            pipe.send((False, exc))
+            return
+        pipe.send((True, collector.state()))
+        verbs: dict[str, Callable[[Any], Any]] = {
+            "collect": lambda step: (collector.collect(step), collector.state()),
+            "evaluate": collector.evaluate,
+            "restore": collector.restore,
+        }
+        while True:
             try:
                 command, value = pipe.recv()
             except EOFError:
                 return
             if command == "close":
                 return
-            _answer(pipe, commands[command], value)
+            try:
+                answer = (True, verbs[command](value))
+            except TorlError as exc:
+                answer = (False, exc)
+            pipe.send(answer)
 
 
-def _build(
-    config: Config, folder: RunFolder, commands: dict[str, Callable[[Any], Any]], stack: contextlib.ExitStack
-) -> Any:
-    """Makes the rollouts, fills in what can be asked of them, returns their cursor."""
-    from torl_mega.data.tokenizer import Tokenizer
-    from torl_mega.rollout.build import AsyncRunner, build_rollouts
-
+def _build(config: Config, folder: RunFolder, stack: contextlib.ExitStack) -> LiveCollector:
     run = AsyncRunner(None)
     stack.callback(run.close)
-    rollouts = build_rollouts(config, folder, Tokenizer(config.model.path), run, stack)
-    commands["collect"] = lambda step: (rollouts.collect(step), rollouts.state())
-    commands["evaluate"] = lambda step: dict(rollouts.evaluate(step))
-    commands["restore"] = rollouts.restore
-    return rollouts.state()
-
-
-def _answer(pipe: Connection, command: Callable[[Any], Any], value: Any) -> None:
-    try:
-        pipe.send((True, command(value)))
-    except TorlError as exc:
-        pipe.send((False, exc))
+    return build_collector(config, folder, Tokenizer(config.model.path), run, stack)

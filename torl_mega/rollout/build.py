@@ -1,14 +1,14 @@
-"""What rank 0 alone has: the clients of servers, sandbox and graders, the prompts, the log and the weight sink."""
+"""Builds the collecting half: prompts, clients of servers and sandbox, graders, episodes. Used by rank 0, by the child that
+samples ahead, and by `torl eval` and `torl rollout`.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import os
 from collections import Counter
-from collections.abc import Awaitable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Awaitable
 from typing import Any, TypeVar
 
 import uvloop
@@ -17,46 +17,31 @@ from torl_mega.config import Config
 from torl_mega.data.prompts import PromptSource
 from torl_mega.data.tokenizer import Tokenizer
 from torl_mega.errors import ConfigError, Preempted
-from torl_mega.interfaces import Rollouts, WeightSink
 from torl_mega.layout import read_hf_config
 from torl_mega.process.stop_flag import StopFlag
 from torl_mega.reward.function import AnswerReward
-from torl_mega.rollout.ahead import OverlappedRollouts
-from torl_mega.rollout.collector import AsyncCollector
+from torl_mega.rollout.collector import LiveCollector
 from torl_mega.rollout.episode import Episode, EpisodeSettings
-from torl_mega.rollout.evaluate import Evaluation
-from torl_mega.rollout.replay import NoServers, ReplayRollouts
-from torl_mega.rollout.service import RolloutService
+from torl_mega.rollout.evaluate import load_benchmarks
+from torl_mega.rollout.python_tool import Limits, PythonTool
+from torl_mega.rollout.scheduler import EpisodeScheduler
 from torl_mega.run.folder import RunFolder
-from torl_mega.run.metrics import RunMetrics
 from torl_mega.serving.client import SGLangClient
 from torl_mega.serving.sglang_server import wait_ready
-from torl_mega.serving.sync.paused import DrainedSink, PausedSink
-from torl_mega.serving.sync.weights import make_weight_sink
 
 T = TypeVar("T")
 
-
-@dataclass(frozen=True, slots=True)
-class Rank0:
-    rollouts: Rollouts
-    sink: WeightSink
-    log: RunMetrics
-    tokenizer: Tokenizer
-    server_urls: tuple[str, ...]  # empty when recorded trajectories are replayed
-    run: AsyncRunner
-
-
 GC_THRESHOLDS = (100_000, 50, 100)
-"""Thousands of trajectories are a million live objects; Python's own (700, 10, 10) spends half of the client's time on them."""
+"""For `gc.set_threshold` in a process that collects: thousands of trajectories are a million live objects, and with Python's
+own (700, 10, 10) half of the client's time goes to them."""
 
 
 class AsyncRunner:
-    """The event loop that every client of rank 0 belongs to. A stop request cancels what runs on it: `Preempted`."""
+    """The event loop that all clients of a process belong to. Calling it runs a coroutine to its end and returns its result;
+    a stop request cancels the coroutine, and the call raises `Preempted`."""
 
     def __init__(self, stop: StopFlag | None) -> None:
         self._runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
-        gc.set_threshold(*GC_THRESHOLDS)
         self._stop = stop
 
     def __call__(self, work: Awaitable[T]) -> T:
@@ -76,44 +61,7 @@ class AsyncRunner:
         self._runner.close()
 
 
-@contextlib.contextmanager
-def build_rank0(
-    config: Config, folder: RunFolder, saved: Mapping[str, Any], stop: StopFlag, *, device: str
-) -> Iterator[Rank0]:
-    """Everything of rank 0, closed again on the way out. `device` is where the trainer's tensors are. Raises TorlError
-    before anything was sampled."""
-    with contextlib.ExitStack() as stack:
-        run = AsyncRunner(stop)
-        stack.callback(run.close)
-        tokenizer = Tokenizer(config.model.path)
-        tokenizer.check_lossless()
-        log = RunMetrics(
-            folder.path,
-            num_steps=config.num_steps,
-            resume_at=int(saved["steps_done"]),
-            tensorboard=config.logging.tensorboard,
-        )
-        stack.callback(log.close)
-        if config.rollout.replay is not None:
-            yield Rank0(ReplayRollouts(config), NoServers(), log, tokenizer, (), run)
-            return
-        urls = addresses("TORL_SERVERS")
-        in_flight = config.rollout.max_staleness > 1  # trajectories are under way during a sync
-        flush_cache = not (in_flight and config.rollout.pause == "in_place")
-        sink = make_weight_sink(config.serving, urls, device=device, flush_cache=flush_cache)
-        if config.rollout.max_staleness == 0:
-            rollouts: Rollouts = build_rollouts(config, folder, tokenizer, run, stack)
-        else:
-            rollouts = stack.enter_context(contextlib.closing(OverlappedRollouts(config, folder, stop)))
-            pause = config.rollout.pause
-            sink = PausedSink(sink, urls, pause) if in_flight else DrainedSink(sink, rollouts.drain)
-        if saved["rollouts"] is not None:
-            rollouts.restore(saved["rollouts"])
-        wait_for_servers(config, run)
-        yield Rank0(rollouts, sink, log, tokenizer, urls, run)
-
-
-def build_rollouts(
+def build_collector(
     config: Config,
     folder: RunFolder,
     tokenizer: Tokenizer,
@@ -121,12 +69,11 @@ def build_rollouts(
     stack: contextlib.ExitStack,
     *,
     any_version: bool = False,
-) -> RolloutService:
-    """The collecting half alone. `any_version`: no trainer sends weights, the servers hold what they loaded."""
+) -> LiveCollector:
+    """A collector whose parts are started on `run` and closed by `stack`. `any_version`: no trainer sends weights, the servers
+    hold what they loaded. Raises TorlError for data, addresses or services that are not there."""
     prompts = PromptSource(config.data, tokenizer.encode, seed=config.seed)  # a wrong data file shows before any wait
-    evaluation = Evaluation(
-        config.eval, config.data, tokenizer.encode, folder.path / "eval", max_tool_calls=config.rollout.max_tool_calls
-    )
+    benchmarks = load_benchmarks(config.eval, config.data, tokenizer.encode)
     vocab_size = int(read_hf_config(config.model.path)["vocab_size"])  # the model's: it may sample padding ids
     client = SGLangClient(addresses("TORL_SERVERS"), config.serving, vocab_size=vocab_size)
     sandbox = _sandbox(config)
@@ -138,38 +85,32 @@ def build_rollouts(
     def expect(version: int) -> None:
         client.expect_version(version, oldest=max(0, version - config.rollout.max_staleness))
 
-    return RolloutService(
+    limits = config.sandbox
+    tool = PythonTool(sandbox, Limits(limits.wall_s, limits.cpu_s, limits.memory_mb, limits.output_bytes))
+    rollout = config.rollout
+    return LiveCollector(
         config=config,
+        folder=folder,
         prompts=prompts,
-        episode=Episode(client, sandbox, tokenizer.encode, _episode_settings(config)),
-        collector=AsyncCollector(
-            reward, run, max_concurrency=config.rollout.max_concurrency, deadline_s=config.rollout.trajectory_deadline_s
+        benchmarks=benchmarks,
+        episode=Episode(
+            client,
+            tool,
+            tokenizer.encode,
+            EpisodeSettings(rollout.temperature, rollout.top_p, rollout.max_response_tokens, rollout.max_tool_calls),
         ),
-        run_evaluation=evaluation.run,
-        trajectories_dir=folder.trajectories,
+        scheduler=EpisodeScheduler(
+            reward, run, max_concurrency=rollout.max_concurrency, deadline_s=rollout.trajectory_deadline_s
+        ),
         expect_version=(lambda _: client.expect_version(None)) if any_version else expect,
         counters=lambda: Counter(client.counters) + Counter(sandbox.counters) + reward.counters,
     )
 
 
 def wait_for_servers(config: Config, run: AsyncRunner) -> None:
-    """Returns when all of them answer. Raises ServerError for the first that does not."""
+    """Returns when every server answers. Raises ServerError for the first that does not within its start-up time."""
     for url in addresses("TORL_SERVERS"):
         run(wait_ready(url, config.serving.startup_timeout_s))
-
-
-def _episode_settings(config: Config) -> EpisodeSettings:
-    rollout, sandbox = config.rollout, config.sandbox
-    return EpisodeSettings(
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-        max_response_tokens=rollout.max_response_tokens,
-        max_tool_calls=rollout.max_tool_calls,
-        wall_s=sandbox.wall_s,
-        cpu_s=sandbox.cpu_s,
-        memory_mb=sandbox.memory_mb,
-        output_bytes=sandbox.output_bytes,
-    )
 
 
 def _sandbox(config: Config) -> Any:
@@ -181,7 +122,7 @@ def _sandbox(config: Config) -> Any:
 
 
 def addresses(variable: str) -> tuple[str, ...]:
-    """What the launcher put into the environment."""
+    """The addresses that the launcher put into the environment, separated by commas. Raises ConfigError without any."""
     value = os.environ.get(variable, "")
     if not value:
         raise ConfigError(

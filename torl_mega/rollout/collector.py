@@ -1,116 +1,103 @@
-"""Prompts in, scored groups out: every trajectory is a task of its own, with no barrier between them.
-
-One asyncio loop drives all of them. A trajectory that meets a fault is started again once; if that fails too it is
-counted, logged and left out. Contract: `collect` returns only whole trajectories, each exactly once. With `keep` it
-returns as soon as that many groups are complete and cuts the others off.
-Not covered: sampling while the trainer updates (see `max_staleness`).
-"""
+"""Collects from live servers: next prompts, episodes, rewards, record, samples. Implements `Collector`."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import time
-from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from torl_mega.errors import GenerationError, StaleServers
-from torl_mega.interfaces import RewardFn
-from torl_mega.rollout.episode import Episode, SandboxFault
-from torl_mega.types import GraderStatus, Group, Prompt, Reward, Rollout, Trajectory
+import numpy as np
 
-log = logging.getLogger(__name__)
+from torl_mega.config import Config
+from torl_mega.data.prompts import PromptSource
+from torl_mega.rollout.benchmark_table import write_report
+from torl_mega.rollout.episode import Episode, sampling_seed
+from torl_mega.rollout.evaluate import Benchmark, score
+from torl_mega.rollout.recorder import write_step
+from torl_mega.rollout.samples import make_samples
+from torl_mega.rollout.scheduler import EpisodeScheduler, lost_trajectories
+from torl_mega.rollout.statistics import rollout_metrics
+from torl_mega.run.folder import RunFolder
+from torl_mega.types import CollectedGroups, StepBatch
 
-ATTEMPTS = 2
+EVAL_STEP = "eval"
 
 
 @dataclass(slots=True)
-class AsyncCollector:
-    """`run` executes a coroutine on the loop that the episode's clients belong to."""
+class LiveCollector:
+    """See `Collector`. A step that fails or is dropped leaves the prompt cursor where it was."""
 
-    reward_fn: RewardFn
-    run: Callable[[Coroutine[Any, Any, Rollout]], Rollout]
-    max_concurrency: int
-    deadline_s: float
-    progress: Callable[[int, int], None] | None = None  # (finished, total) trajectories
-    _faults: Counter[str] = field(default_factory=Counter)
+    config: Config
+    folder: RunFolder
+    prompts: PromptSource
+    benchmarks: Sequence[Benchmark]
+    episode: Episode
+    scheduler: EpisodeScheduler
+    expect_version: Callable[[int], None]  # tells the generator which weights its answers must come from
+    counters: Callable[[], Mapping[str, int]]  # the clients' fault counters, since start
 
-    def collect(
-        self, episode: Episode, prompts: Sequence[Prompt], *, group_size: int, seed: int, keep: int | None = None
-    ) -> Rollout:
-        """`group_size` attempts at each prompt, of which the first `keep` complete groups are returned (None: all of them),
-        in the order of `prompts`. `seed` must differ between steps."""
-        return self.run(self.collect_async(episode, prompts, group_size, seed, keep))
-
-    async def collect_async(
-        self, episode: Episode, prompts: Sequence[Prompt], group_size: int, seed: int, keep: int | None = None
-    ) -> Rollout:
-        start, total, finished = time.monotonic(), len(prompts) * group_size, 0
-        keep = len(prompts) if keep is None else keep
-        self._faults = Counter()
-        slots = asyncio.Semaphore(self.max_concurrency)
-        open_in_group = [group_size] * len(prompts)
-
-        async def one(number: int, index: int) -> tuple[Trajectory, Reward] | None:
-            nonlocal finished
-            async with slots:
-                scored = await self._attempt(episode, prompts[number], index, seed)
-            finished += 1
-            open_in_group[number] -= 1
-            if self.progress:
-                self.progress(finished, total)
-            if open_in_group.count(0) == keep < len(prompts):
-                for late in (task for group in groups for task in group if not task.done()):
-                    if late is not asyncio.current_task():
-                        late.cancel()
-            return scored
-
+    def collect(self, step: int) -> StepBatch:
+        settings = self.config.rollout
+        self.expect_version(step)
+        cursor, before = self.prompts.state(), dict(self.counters())
         try:
-            async with asyncio.TaskGroup() as tasks:
-                groups = [[tasks.create_task(one(n, i)) for i in range(group_size)] for n in range(len(prompts))]
-        except BaseExceptionGroup as failed:
-            stale = failed.subgroup(StaleServers)
-            if stale is None:
-                raise
-            raise StaleServers(str(stale.exceptions[0])) from None  # nothing can be sampled before a weight sync
-        whole = [n for n, group in enumerate(groups) if not any(task.cancelled() for task in group)][:keep]
-        done = {n: [scored for task in groups[n] if (scored := task.result())] for n in whole}
-        return Rollout(
-            groups=tuple(_group(prompts[n], scored) for n, scored in done.items()),
-            faults=dict(self._faults),
-            wall_s=time.monotonic() - start,
+            prompts = self.prompts.next(math.ceil(settings.prompts_per_step * settings.oversample))
+            seed = sampling_seed(self.config.seed, "step", step, 0)
+            collected = self.scheduler.collect(
+                self.episode, prompts, group_size=settings.group_size, seed=seed, keep=settings.prompts_per_step
+            )
+        except BaseException:
+            self.prompts.restore(cursor)  # a dropped step is collected again with the same prompts
+            raise
+        kept = {id(group.prompt) for group in collected.groups}
+        self.prompts.put_back([prompt for prompt in prompts if id(prompt) not in kept])
+        samples = make_samples(collected.groups, self.config.algo)
+        if self.config.logging.trajectories:
+            write_step(self.folder.trajectories, step, collected.groups, [s.advantage for s in samples])
+        return StepBatch(tuple(samples), self._metrics(collected, before))
+
+    def evaluate(self, step: int) -> Mapping[str, float]:
+        settings = self.config.eval
+        self.expect_version(step)
+        if not self.benchmarks:
+            return {}
+        collected = self.scheduler.collect(
+            dataclasses.replace(
+                self.episode, settings=dataclasses.replace(self.episode.settings, temperature=settings.temperature)
+            ),
+            [prompt for benchmark in self.benchmarks for prompt in benchmark.prompts],
+            group_size=settings.samples_per_problem,
+            seed=sampling_seed(self.config.seed, EVAL_STEP, 0, 0),
         )
+        report = score(
+            self.benchmarks,
+            collected,
+            temperature=settings.temperature,
+            samples_per_problem=settings.samples_per_problem,
+            max_tool_calls=self.config.rollout.max_tool_calls,
+        )
+        write_report(self.folder.evaluations, f"step_{step:05d}", report, collected)
+        return report.metrics()
 
-    async def _attempt(
-        self, episode: Episode, prompt: Prompt, index: int, seed: int
-    ) -> tuple[Trajectory, Reward] | None:
-        for attempt in range(ATTEMPTS):
-            try:
-                async with asyncio.timeout(self.deadline_s):
-                    trajectory = await episode.run(prompt, index, seed=seed)
-                    reward = await self.reward_fn.score(trajectory)
-            except StaleServers:
-                raise
-            except (GenerationError, SandboxFault, TimeoutError) as exc:
-                kind = "deadline" if isinstance(exc, TimeoutError) else type(exc).__name__
-                self._faults[f"{kind}_retry" if attempt + 1 < ATTEMPTS else f"{kind}_lost"] += 1
-                log.warning("%s, sample %d: %s: %s", prompt.problem.problem_id, index, kind, exc)
-                continue
-            if reward.status is GraderStatus.FAULT:
-                self._faults["grader_lost"] += 1
-                return None
-            if reward.status is GraderStatus.TIMEOUT:
-                self._faults["grader_timeout"] += 1
-            return trajectory, reward
-        return None
+    def state(self) -> Mapping[str, Any]:
+        return {"prompts": self.prompts.state()}
 
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.prompts.restore(state["prompts"])
 
-def lost_trajectories(faults: dict[str, int]) -> int:
-    """Trajectories that were left out, among the fault counts of a rollout."""
-    return sum(count for kind, count in faults.items() if kind.endswith("_lost"))
-
-
-def _group(prompt: Prompt, scored: Sequence[tuple[Trajectory, Reward]]) -> Group:
-    return Group(prompt, tuple(t for t, _ in scored), tuple(r for _, r in scored))
+    def _metrics(self, collected: CollectedGroups, before: Mapping[str, int]) -> dict[str, float]:
+        faults = dict(collected.faults)
+        for name, count in self.counters().items():
+            if count > before.get(name, 0):
+                faults[name] = faults.get(name, 0) + count - before.get(name, 0)
+        wanted = self.config.rollout.prompts_per_step * self.config.rollout.group_size
+        tokens = sum(int(np.sum(t.loss_mask)) for g in collected.groups for t in g.trajectories)
+        return {
+            **rollout_metrics(collected, max_tool_calls=self.config.rollout.max_tool_calls),
+            **{f"faults/{name}": count for name, count in sorted(faults.items())},
+            "fault_rate": lost_trajectories(faults) / wanted,
+            "num_sampled_tokens": tokens,
+            "rollout_tokens_per_s": tokens / max(collected.wall_s, 1e-9),
+        }

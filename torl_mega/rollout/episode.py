@@ -1,11 +1,11 @@
-"""One attempt at one prompt: generate, run the code, insert the observation, go on. Token in, token out.
+"""One attempt at one prompt: generate, call the tool, insert the observation, go on. Token in, token out.
 
-    prompt ─► generate ──(stop string)──► last code block ─► sandbox ─► observation, encoded on its own ─┐
-                 ▲                                                                                       │
-                 └───────────────────────────────────────────────────────────────────────────────────────┘
+    prompt ─► generate ──(stop string)──► Tool.call ─► observation, encoded on its own ─┐
+                 ▲                                                                      │
+                 └──────────────────────────────────────────────────────────────────────┘
 
 The ids that were sampled are the ids that are trained; nothing is decoded and encoded again. A fault of the
-infrastructure raises (`SandboxFault`, `GenerationError`): the policy never sees one.
+infrastructure raises (`ToolFault`, `GenerationError`): the policy never sees one.
 """
 
 from __future__ import annotations
@@ -14,36 +14,18 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torl_mega.errors import TorlError
-from torl_mega.interfaces import Generator, Sandbox
-from torl_mega.rollout.code_block import NO_CODE, STOP, frame, last_code_block, render_observation
-from torl_mega.types import (
-    ExecutionRequest,
-    ExecutionStatus,
-    FinishReason,
-    GenerationRequest,
-    Prompt,
-    StopReason,
-    ToolCall,
-    Trajectory,
-    Turn,
-)
-
-
-class SandboxFault(TorlError):
-    """The sandbox could not say how a program ended, after its own retries."""
+from torl_mega.interfaces import Generator, Tool
+from torl_mega.types import FinishReason, GenerationRequest, Prompt, StopReason, Trajectory, Turn
 
 
 @dataclass(frozen=True, slots=True)
 class EpisodeSettings:
+    """How every attempt samples and when it ends."""
+
     temperature: float  # 0 = greedy
     top_p: float
     max_response_tokens: int  # sampled plus inserted
-    max_tool_calls: int
-    wall_s: float
-    cpu_s: float
-    memory_mb: int
-    output_bytes: int
+    max_tool_calls: int  # C; after so many calls the stop string is not set
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +33,12 @@ class Episode:
     """What every trajectory shares; `run` is one trajectory."""
 
     generator: Generator
-    sandbox: Sandbox
+    tool: Tool
     encode: Callable[[str], tuple[int, ...]]
     settings: EpisodeSettings
 
     async def run(self, prompt: Prompt, sample_index: int, *, seed: int) -> Trajectory:
+        """Attempt `sample_index` at `prompt`, within `max_response_tokens` exactly. `seed`: of the step, see `sampling_seed`."""
         s = self.settings
         turns: list[Turn] = []
         response: list[int] = []
@@ -68,7 +51,7 @@ class Episode:
                     max_new_tokens=s.max_response_tokens - len(response),
                     temperature=s.temperature,
                     top_p=s.top_p,
-                    stop=(STOP,) if num_calls < s.max_tool_calls else (),
+                    stop=self.tool.stop if num_calls < s.max_tool_calls else (),
                     seed=sampling_seed(seed, prompt.problem.problem_id, sample_index, len(turns)),
                     route_key=prompt.problem.problem_id,
                 )
@@ -86,25 +69,12 @@ class Episode:
         return Trajectory(prompt, sample_index, tuple(turns), stop_reason)
 
     async def _with_observation(self, turn: Turn, before: list[Turn], *, room: int) -> Turn:
-        """The turn with its call run. An observation that does not fit is left out, which ends the trajectory."""
-        call = await self._call("".join(t.text for t in before) + turn.text)
+        """The turn with its call made. An observation over `room` tokens is left out, which ends the trajectory."""
+        call = await self.tool.call("".join(t.text for t in before) + turn.text)
         ids = self.encode(call.observation)
         return Turn(
             turn.token_ids, turn.logprobs, turn.policy_versions, turn.text, call, ids if len(ids) <= room else ()
         )
-
-    async def _call(self, written: str) -> ToolCall:
-        s = self.settings
-        code = last_code_block(written)
-        if code is None:
-            return ToolCall("", ExecutionStatus.ERROR, None, frame(NO_CODE), 0.0)
-        result = await self.sandbox.run(
-            ExecutionRequest(code, wall_s=s.wall_s, cpu_s=s.cpu_s, memory_mb=s.memory_mb, output_bytes=s.output_bytes)
-        )
-        if result.status is ExecutionStatus.INFRA:
-            raise SandboxFault(f"sandbox: {result.message}")
-        observation = render_observation(result, wall_s=s.wall_s, memory_mb=s.memory_mb)
-        return ToolCall(code, result.status, result.return_code, observation, result.wall_s)
 
 
 def sampling_seed(run_seed: int, problem_id: str, sample_index: int, turn_index: int) -> int:

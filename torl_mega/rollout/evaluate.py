@@ -1,51 +1,39 @@
-"""Benchmarks: greedy or sampled attempts at fixed problems, scored as in training, told per benchmark with its doubts.
+"""Benchmarks: greedy or sampled attempts at fixed problems, scored as in training, reported per benchmark, with warnings
+about its data.
 
-    eval.data ─► load_benchmarks ─► collect (all problems at once) ─► evaluate ─► EvalReport ─► JSON, markdown, transcripts
+    eval.data ─► load_benchmarks ─► prompts (all at once) ─► attempts, collected ─► score ─► EvalReport ─► benchmark_table
 
 A benchmark is the rows of one source ("aime24"). Rows that state the same problem are one problem with several samples:
 the released test file holds each AIME problem four times. Every oddity of the data (too few problems, repeats, prompts
 over the limit) becomes a warning in the report, next to the numbers it touches.
 
-Contract: the same weights, problems and seeds give the same report. Nothing here draws from or moves the training
-cursor or its seeds: problems are read on their own, `collect` is handed in. A problem whose prompt is too long counts as
-wrong; an attempt lost to the infrastructure is left out and counted.
+Contract: the same attempts give the same report. Problems are read apart from the training data, so the training cursor
+does not move. A problem whose prompt is too long counts as wrong; an attempt lost to the infrastructure is left out and
+counted. Nothing is sampled or written here.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torl_mega.config import DataConfig, EvalConfig
 from torl_mega.data.prompts import Encode, encode_prompts, load_problems
 from torl_mega.errors import ConfigError
 from torl_mega.rollout.statistics import rollout_metrics
-from torl_mega.types import Group, Problem, Prompt, Reward, Rollout, Trajectory
+from torl_mega.types import CollectedGroups, Group, Problem, Prompt
 
 KNOWN_SIZES = {"aime24": 30, "aime25": 30, "math500": 500, "olympiadbench": 675, "amc23": 40}
-PAPER_TABLE_3 = {  # arXiv 2503.23383, accuracy in %; the averages are those of the columns (7B is printed as 62.1)
-    "ToRL-1.5B (paper)": {"aime24": 26.7, "aime25": 26.7, "math500": 77.8, "olympiadbench": 44.0, "amc23": 67.5},
-    "ToRL-7B (paper)": {"aime24": 43.3, "aime25": 30.0, "math500": 82.2, "olympiadbench": 49.9, "amc23": 75.0},
-}
 _Z95 = 1.959964
-
-
-class Collect(Protocol):
-    """Attempts at prompts with the current weights; `temperature` 0 is greedy. Groups may lack what was lost to faults."""
-
-    def __call__(self, prompts: Sequence[Prompt], *, temperature: float, samples_per_prompt: int) -> Rollout: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A share with its 95 % interval."""
+    """A share in [0, 1] with its 95 % interval."""
 
     value: float
     low: float
@@ -54,6 +42,8 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class BenchmarkResult:
+    """The scores of one benchmark."""
+
     name: str
     num_problems: int
     num_samples: int  # attempts scored, overlong problems included as wrong ones
@@ -70,6 +60,8 @@ class BenchmarkResult:
 
 @dataclass(frozen=True, slots=True)
 class EvalReport:
+    """The scores of all benchmarks under one policy."""
+
     temperature: float
     benchmarks: tuple[BenchmarkResult, ...]
     overall: Mapping[str, float]  # rollout metrics over all attempts
@@ -81,6 +73,7 @@ class EvalReport:
         return sum(b.accuracy.value for b in self.benchmarks) / len(self.benchmarks)
 
     def to_json(self) -> dict[str, Any]:
+        """Everything, as `eval/step_NNNNN.json` holds it."""
         return {**asdict(self), "mean_accuracy": self.mean_accuracy}
 
     def metrics(self) -> dict[str, float]:
@@ -91,12 +84,6 @@ class EvalReport:
             flat[f"{b.name}/code_ratio"] = b.code_ratio
             flat |= {f"{b.name}/pass_at_{k}": e.value for k, e in b.pass_at.items() if k > 1}
         return flat
-
-    def to_markdown(self, *, name: str) -> str:
-        """One row for this model next to the paper's, one row per benchmark with intervals, then the warnings."""
-        return (
-            "\n".join([*_paper_table(self, name), "", *_detail_table(self), "", *_warning_list(self)]).rstrip() + "\n"
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,24 +134,20 @@ def _benchmark(
     return Benchmark(name, tuple(prompts), overlong, cut_to)
 
 
-def evaluate(
+def score(
     benchmarks: Sequence[Benchmark],
-    collect: Collect,
+    collected: CollectedGroups,
     *,
     temperature: float,
     samples_per_problem: int,
     max_tool_calls: int,
-    on_rollout: Callable[[Rollout], None] = lambda rollout: None,
 ) -> EvalReport:
-    """Attempts every problem of every benchmark at once and scores them. `on_rollout` sees the attempts (transcripts)."""
-    prompts = [prompt for benchmark in benchmarks for prompt in benchmark.prompts]
-    rollout = collect(prompts, temperature=temperature, samples_per_prompt=samples_per_problem)
-    on_rollout(rollout)
-    groups = {group.prompt.problem.problem_id: group for group in rollout.groups}
+    """The report on `collected`: `samples_per_problem` attempts at each prompt of every benchmark, but for those lost to
+    faults. `temperature` they were sampled at, `max_tool_calls` is C."""
+    groups = {group.prompt.problem.problem_id: group for group in collected.groups}
     results = tuple(_score(b, groups, samples_per_problem, max_tool_calls) for b in benchmarks)
-    return EvalReport(
-        temperature, results, rollout_metrics(rollout, max_tool_calls=max_tool_calls), dict(rollout.faults)
-    )
+    overall = rollout_metrics(collected, max_tool_calls=max_tool_calls)
+    return EvalReport(temperature, results, overall, dict(collected.faults))
 
 
 def _score(
@@ -178,7 +161,7 @@ def _score(
         attempts.setdefault(_key(problem), []).extend([False] * samples_per_problem)
     scored = [outcomes for outcomes in attempts.values() if outcomes]
     fewest = min((len(outcomes) for outcomes in scored), default=0)
-    m = rollout_metrics(Rollout(tuple(own), {}, 0.0), max_tool_calls=max_tool_calls)
+    m = rollout_metrics(CollectedGroups(tuple(own), {}, 0.0), max_tool_calls=max_tool_calls)
     return BenchmarkResult(
         name=benchmark.name,
         num_problems=len(scored),
@@ -248,106 +231,3 @@ def estimate(shares: Sequence[float]) -> Estimate:
     centre = (mean + _Z95**2 / (2 * draws)) / (1 + _Z95**2 / draws)
     half = _Z95 * math.sqrt(mean * (1 - mean) / draws + _Z95**2 / (4 * draws**2)) / (1 + _Z95**2 / draws)
     return Estimate(mean, max(0.0, min(mean, centre - half)), min(1.0, max(mean, centre + half)))
-
-
-# ------------------------------------------------------------------------------------------------ writing it down
-
-
-def _paper_table(report: EvalReport, name: str) -> list[str]:
-    columns = list(KNOWN_SIZES) + [b.name for b in report.benchmarks if b.name not in KNOWN_SIZES]
-    ours = {b.name: 100 * b.accuracy.value for b in report.benchmarks}
-    doubtful = {b.name for b in report.benchmarks if b.warnings}
-    lines = [f"| | {' | '.join(columns)} | avg |", "|---" * (len(columns) + 2) + "|"]
-    for model, row in {name: ours, **PAPER_TABLE_3}.items():
-        cells = [f"{row[c]:.1f}{'*' if row is ours and c in doubtful else ''}" if c in row else "–" for c in columns]
-        lines.append(f"| {model} | {' | '.join(cells)} | {sum(row.values()) / len(row):.1f} |")
-    return lines
-
-
-def _detail_table(report: EvalReport) -> list[str]:
-    lines = [
-        "| benchmark | problems | attempts | accuracy | 95 % | pass@k | code ratio | pass ratio | tokens | cut off |"
-    ]
-    lines.append("|---" * 10 + "|")
-    for b in report.benchmarks:
-        passes = ", ".join(f"@{k} {100 * e.value:.1f}" for k, e in b.pass_at.items())
-        lines.append(
-            f"| {b.name} | {b.num_problems} | {b.num_samples} | avg@{b.samples_per_problem} {100 * b.accuracy.value:.1f} | "
-            f"{100 * b.accuracy.low:.1f}–{100 * b.accuracy.high:.1f} | {passes} | {b.code_ratio:.2f} | {b.pass_ratio:.2f} | "
-            f"{b.response_length:.0f} | {b.truncated_ratio:.2f} |"
-        )
-    return lines
-
-
-def _warning_list(report: EvalReport) -> list[str]:
-    return [f"- \\* {b.name}: {warning}" for b in report.benchmarks for warning in b.warnings]
-
-
-def write_transcripts(path: Path, rollout: Rollout) -> None:
-    """One line per attempt: problem, what was written and shown, the compared answer and the verdict. Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as out:
-        for group in rollout.groups:
-            for trajectory, reward in zip(group.trajectories, group.rewards, strict=True):
-                out.write(json.dumps(_transcript(trajectory, reward), ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
-
-
-def _transcript(trajectory: Trajectory, reward: Reward) -> dict[str, Any]:
-    problem = trajectory.prompt.problem
-    return {
-        "problem_id": problem.problem_id,
-        "source": problem.source,
-        "sample": trajectory.sample_index,
-        "problem": problem.problem,
-        "gold": problem.answer,
-        "extracted": reward.extracted,
-        "correct": reward.correct,
-        "grader": reward.status.value,
-        "stop_reason": trajectory.stop_reason.value,
-        "num_tokens": len(trajectory.response_ids),
-        "tool_calls": [
-            {"status": c.status.value, "code": c.code, "observation": c.observation} for c in trajectory.tool_calls
-        ],
-        "response": trajectory.response_text,
-    }
-
-
-class Evaluation:
-    """The evaluation inside a run: benchmarks read once, each call writes `<step>.json`, `.md` and `.jsonl` to `folder`."""
-
-    def __init__(
-        self, config: EvalConfig, data: DataConfig, encode: Encode, folder: Path, *, max_tool_calls: int = 1
-    ) -> None:
-        self._config = config
-        self._folder = folder
-        self._max_tool_calls = max_tool_calls
-        self._benchmarks = load_benchmarks(config, data, encode)
-
-    def run(self, collect: Collect, step: int) -> Mapping[str, float]:
-        """Evaluates the current weights; flat metrics, empty when `eval.data` is."""
-        report = self.report(collect, name=f"step_{step:05d}")
-        return {} if report is None else report.metrics()
-
-    def report(self, collect: Collect, *, name: str) -> EvalReport | None:
-        """The full report, written to `folder/<name>.{json,md,jsonl}`; None when `eval.data` is empty."""
-        if not self._benchmarks:
-            return None
-        report = evaluate(
-            self._benchmarks,
-            collect,
-            temperature=self._config.temperature,
-            samples_per_problem=self._config.samples_per_problem,
-            max_tool_calls=self._max_tool_calls,
-            on_rollout=lambda rollout: write_transcripts(self._folder / f"{name}.jsonl", rollout),
-        )
-        _write(self._folder / f"{name}.json", json.dumps(report.to_json(), indent=2) + "\n")
-        _write(self._folder / f"{name}.md", report.to_markdown(name=name))
-        return report
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

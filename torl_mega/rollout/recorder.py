@@ -1,21 +1,23 @@
 """Trajectories on disk: `trajectories/step_NNNNN.jsonl.zst`, one trajectory a line, readable with `zstdcat`.
 
-A step's file appears whole or not at all. Reading gives back the same records that were written, so a run can be
-trained again from its own log. Logprobs are written with 9 significant digits, which is exact for float32.
+Contract: a step's file is written atomically. Reading gives back the records that were written, group by group, so a run
+can be trained again from its own log. Log-probs are written with 9 significant digits, which is exact for float32.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import zstandard
 
 from torl_mega.errors import DataError
+from torl_mega.run.files import replacing
 from torl_mega.types import (
     ExecutionStatus,
     GraderStatus,
@@ -30,21 +32,29 @@ from torl_mega.types import (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """One line of a step's file."""
+
+    group: int  # number of its group in the step
+    trajectory: Trajectory
+    reward: Reward
+    advantage: float
+
+
 def step_path(folder: Path, step: int) -> Path:
+    """The file of one step below a run's `trajectories/`."""
     return folder / f"step_{step:05d}.jsonl.zst"
 
 
 def write_step(folder: Path, step: int, groups: Sequence[Group], advantages: Sequence[float]) -> Path:
     """Writes all groups of a step. `advantages`: one per trajectory, in group order."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = step_path(folder, step)
-    temporary = path.with_suffix(".tmp")
-    scored = [(t, r) for g in groups for t, r in zip(g.trajectories, g.rewards, strict=True)]
-    with temporary.open("wb") as raw, zstandard.ZstdCompressor(level=3).stream_writer(raw) as out:
-        for (trajectory, reward), advantage in zip(scored, advantages, strict=True):
-            row = trajectory_to_json(step, trajectory, reward, advantage)
+    scored = [(n, t, r) for n, g in enumerate(groups) for t, r in zip(g.trajectories, g.rewards, strict=True)]
+    with replacing(path) as raw, zstandard.ZstdCompressor(level=3).stream_writer(raw, closefd=False) as out:
+        for (group, trajectory, reward), advantage in zip(scored, advantages, strict=True):
+            row = to_row(step, Recorded(group, trajectory, reward, advantage))
             out.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
-    os.replace(temporary, path)
     return path
 
 
@@ -62,27 +72,45 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_groups(path: Path) -> tuple[Group, ...]:
-    """The groups of one step, as they were collected: a new one begins with another problem or a lower sample index."""
-    grouped: list[list[tuple[Trajectory, Reward]]] = []
-    for number, row in enumerate(read_rows(path), 1):
+    """The groups of one step, as they were collected. Raises DataError naming file and line."""
+    grouped = [list(members) for _, members in itertools.groupby(parse_rows(path, read_rows(path)), lambda r: r.group)]
+    return tuple(
+        Group(members[0].trajectory.prompt, tuple(r.trajectory for r in members), tuple(r.reward for r in members))
+        for members in grouped
+    )
+
+
+def parse_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> Iterator[Recorded]:
+    """The records of a step file's first rows. Raises DataError naming file and line.
+
+    Rows without a group number (older recordings) are numbered by a guess: another problem, or a sample index that does not
+    rise, begins a new group.
+    """
+    before: Recorded | None = None
+    for line, row in enumerate(rows, 1):
         try:
-            scored = trajectory_from_json(row)
-        except (KeyError, TypeError, ValueError) as exc:
-            raise DataError(f"{path}:{number}: not a trajectory: {type(exc).__name__} {exc}") from None
-        if not grouped or not _same_group(grouped[-1][-1][0], scored[0]):
-            grouped.append([])
-        grouped[-1].append(scored)
-    return tuple(Group(rows[0][0].prompt, tuple(t for t, _ in rows), tuple(r for _, r in rows)) for rows in grouped)
+            trajectory, reward = trajectory_from_json(row)
+            group = int(row["group"]) if "group" in row else _guess_group(before, trajectory)
+            before = Recorded(group, trajectory, reward, float(row["advantage"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as exc:
+            raise DataError(f"{path}:{line}: not a trajectory: {type(exc).__name__} {exc}") from None
+        yield before
 
 
-def _same_group(before: Trajectory, after: Trajectory) -> bool:
-    return before.prompt == after.prompt and after.sample_index > before.sample_index
+def _guess_group(before: Recorded | None, trajectory: Trajectory) -> int:
+    if before is None:
+        return 0
+    same = before.trajectory.prompt == trajectory.prompt
+    return before.group + (not same or trajectory.sample_index <= before.trajectory.sample_index)
 
 
-def trajectory_to_json(step: int, trajectory: Trajectory, reward: Reward, advantage: float) -> dict[str, Any]:
+def to_row(step: int, recorded: Recorded) -> dict[str, Any]:
+    """One line of a step's file, as JSON values."""
+    trajectory, reward = recorded.trajectory, recorded.reward
     problem = trajectory.prompt.problem
     return {
         "step": step,
+        "group": recorded.group,
         "problem_id": problem.problem_id,
         "source": problem.source,
         "problem": problem.problem,
@@ -96,7 +124,7 @@ def trajectory_to_json(step: int, trajectory: Trajectory, reward: Reward, advant
             "extracted": reward.extracted,
             "parts": dict(reward.parts),
         },
-        "advantage": advantage,
+        "advantage": recorded.advantage,
         "prompt_ids": list(trajectory.prompt.token_ids),
         "turns": [_turn_to_json(t) for t in trajectory.turns],
     }
@@ -123,6 +151,7 @@ def _turn_to_json(turn: Turn) -> dict[str, Any]:
 
 
 def trajectory_from_json(row: Mapping[str, Any]) -> tuple[Trajectory, Reward]:
+    """The records of one row. Raises KeyError, TypeError, ValueError or AttributeError for a row of another form."""
     problem = Problem(row["problem_id"], row["problem"], row["answer"], row["source"])
     turns = tuple(_turn_from_json(t) for t in row["turns"])
     prompt = Prompt(problem, tuple(row["prompt_ids"]))

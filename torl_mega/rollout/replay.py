@@ -1,4 +1,4 @@
-"""Training from recorded trajectories: no server, no sandbox, no sampling. Implements `Rollouts` and `WeightSink`.
+"""Training from recorded trajectories: no server, no sandbox, no sampling. Implements `Collector`.
 
 Step s trains on what step s of the recorded run collected, with rewards and advantages computed anew, so a change of
 the algorithm can be tried on the same data, and a resumed run can be compared bit for bit with an uninterrupted one.
@@ -6,20 +6,21 @@ the algorithm can be tried on the same data, and a resumed run can be compared b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torl_mega.config import Config
 from torl_mega.errors import DataError
-from torl_mega.interfaces import NamedTensor
 from torl_mega.rollout.recorder import read_groups, step_path
 from torl_mega.rollout.samples import make_samples
 from torl_mega.rollout.statistics import rollout_metrics
-from torl_mega.types import Rollout, StepBatch
+from torl_mega.types import CollectedGroups, StepBatch
 
 
-class ReplayRollouts:
+class ReplayCollector:
+    """Raises DataError when the recorded run at `rollout.replay` lacks a step."""
+
     def __init__(self, config: Config) -> None:
         assert config.rollout.replay is not None
         self._config = config
@@ -34,7 +35,7 @@ class ReplayRollouts:
     def collect(self, step: int) -> StepBatch:
         groups = read_groups(step_path(self._folder, step))
         samples = make_samples(groups, self._config.algo)
-        metrics = rollout_metrics(Rollout(groups, {}, 0.0), max_tool_calls=self._config.rollout.max_tool_calls)
+        metrics = rollout_metrics(CollectedGroups(groups, {}, 0.0), max_tool_calls=self._config.rollout.max_tool_calls)
         return StepBatch(tuple(samples), {**metrics, "fault_rate": 0.0})
 
     def evaluate(self, step: int) -> Mapping[str, float]:
@@ -45,10 +46,3 @@ class ReplayRollouts:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         pass
-
-
-class NoServers:
-    """The weight sink of a replay: nobody serves, so nothing is gathered or sent. Used on every rank."""
-
-    def update(self, tensors: Iterable[NamedTensor], *, version: int) -> Mapping[str, float]:
-        return {}

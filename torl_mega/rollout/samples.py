@@ -1,19 +1,18 @@
-"""From scored groups to training sequences: advantages, masks, flat arrays. No engine, no I/O."""
+"""From scored groups to training sequences: advantages, filters, masks, flat arrays. No engine, no I/O.
+
+The filters are options beyond the paper, all off by default.
+"""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from typing import TypeVar
 
 import numpy as np
 
 from torl_mega.algo.advantage import group_advantages
 from torl_mega.config import AlgoConfig
-from torl_mega.rollout.filters import is_trained
-from torl_mega.types import Group, Sample, Trajectory
-
-T = TypeVar("T")
+from torl_mega.rollout.python_tool import last_code_block
+from torl_mega.types import Group, Sample, StopReason, Trajectory
 
 
 def make_samples(groups: Sequence[Group], config: AlgoConfig) -> list[Sample]:
@@ -28,10 +27,16 @@ def make_samples(groups: Sequence[Group], config: AlgoConfig) -> list[Sample]:
     return samples
 
 
-def split_mini_batches(items: Sequence[T], num_mini_batches: int) -> list[list[T]]:
-    """Consecutive mini-batches, as equal as the count allows (faults can leave a step short)."""
-    bounds = np.linspace(0, len(items), num_mini_batches + 1).round().astype(int)
-    return [list(items[a:b]) for a, b in itertools.pairwise(bounds) if b > a]
+def is_trained(trajectory: Trajectory, config: AlgoConfig) -> bool:
+    """Whether the options of `algo` leave the trajectory's tokens in the loss."""
+    if config.mask_truncated and trajectory.stop_reason is StopReason.LENGTH:
+        return False
+    return not (config.void_turns == "mask" and has_void_turn(trajectory))
+
+
+def has_void_turn(trajectory: Trajectory) -> bool:
+    """Whether a turn has neither a complete code block nor a boxed answer (SimpleTIR, arXiv 2509.02479 §3.2)."""
+    return any(last_code_block(turn.text) is None and "\\boxed{" not in turn.text for turn in trajectory.turns)
 
 
 def _sample(trajectory: Trajectory, advantage: float, *, trained: bool) -> Sample:

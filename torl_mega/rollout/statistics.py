@@ -1,8 +1,8 @@
-"""What a rollout looked like, as numbers: the quantities of the paper's figures 5 and 6 and what else tells a run's health.
+"""Metrics of collected groups: the quantities of the paper's figures 5 and 6, and what else shows how healthy a run is.
 
 Each quantity is defined once, in the docstring of the function that computes it. "Response" is one trajectory's text
 without the prompt, "program" a piece of code the policy called the sandbox with (one `ToolCall`). A share over nothing (no
-program ran, no response was wrong) is 0.0; the names are the same for every rollout.
+program ran, no response was wrong) is 0.0; the names are the same for every collection.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from torl_mega.rollout.code_block import last_code_block
-from torl_mega.rollout.filters import has_void_turn
-from torl_mega.types import ExecutionStatus, GraderStatus, Reward, Rollout, StopReason, Trajectory
+from torl_mega.rollout.python_tool import last_code_block
+from torl_mega.rollout.samples import has_void_turn
+from torl_mega.types import CollectedGroups, ExecutionStatus, GraderStatus, Reward, StopReason, Trajectory
 
 Scored = tuple[Trajectory, Reward]
 
 
-def rollout_metrics(rollout: Rollout, *, max_tool_calls: int) -> dict[str, float]:
-    """All metrics of a rollout by name. `max_tool_calls` is C.
+def rollout_metrics(collected: CollectedGroups, *, max_tool_calls: int) -> dict[str, float]:
+    """All metrics by name. `max_tool_calls` is C.
 
     `entropy` is not here: it needs the trainer's distribution and is logged by it.
     """
-    scored = [pair for group in rollout.groups for pair in zip(group.trajectories, group.rewards, strict=True)]
+    scored = [pair for group in collected.groups for pair in zip(group.trajectories, group.rewards, strict=True)]
     return {
         "reward": _mean([reward.value for _, reward in scored]),
         "accuracy": accuracy(scored),
@@ -41,7 +41,7 @@ def rollout_metrics(rollout: Rollout, *, max_tool_calls: int) -> dict[str, float
         "truncated_ratio": _share(scored, lambda t, r: t.stop_reason is StopReason.LENGTH),
         "no_answer_ratio": _share(scored, lambda t, r: r.status is GraderStatus.NO_ANSWER),
         "grader_timeout_ratio": _share(scored, lambda t, r: r.status is GraderStatus.TIMEOUT),
-        "group_zero_signal_ratio": group_zero_signal_ratio(rollout),
+        "group_zero_signal_ratio": group_zero_signal_ratio(collected),
         **execution_ratios(scored),
         **reward_parts(scored),
     }
@@ -84,15 +84,14 @@ def code_before_answer_ratio(scored: Sequence[Scored]) -> float:
         first_box = next((i for i, turn in enumerate(trajectory.turns) if "\\boxed" in turn.text), None)
         first_run = next((i for i, turn in enumerate(trajectory.turns) if turn.tool_call is not None), None)
         if first_box is not None and first_run is not None:
-            boxed_after_code.append(
-                first_run < first_box
-            )  # a call ends its turn: a box in the same turn came before it
+            # a call ends its turn, so a box in the same turn came before it
+            boxed_after_code.append(first_run < first_box)
     return _mean(boxed_after_code)
 
 
-def group_zero_signal_ratio(rollout: Rollout) -> float:
+def group_zero_signal_ratio(collected: CollectedGroups) -> float:
     """Groups whose rewards are all the same, so that their advantages are zero / all groups."""
-    return _mean([len({reward.value for reward in group.rewards}) <= 1 for group in rollout.groups])
+    return _mean([len({reward.value for reward in group.rewards}) <= 1 for group in collected.groups])
 
 
 def execution_ratios(scored: Sequence[Scored]) -> dict[str, float]:
@@ -110,6 +109,7 @@ def reward_parts(scored: Sequence[Scored]) -> dict[str, float]:
 
 
 def writes_code(trajectory: Trajectory) -> bool:
+    """Whether a turn called the tool or holds a complete ```python block."""
     return any(turn.tool_call is not None or last_code_block(turn.text) is not None for turn in trajectory.turns)
 
 

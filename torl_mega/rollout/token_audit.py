@@ -1,4 +1,4 @@
-"""Proof from the log that a run trained on what it sampled: token in, token out (design, section 6.1).
+"""Proof from the log that a run trained on what it sampled: token in, token out.
 
 Contract: reads trajectories/step_*.jsonl.zst and re-proves for every trajectory that each trained token was sampled, with
 a finite log-prob <= 0 and the version of weights that existed then; that each masked token was inserted; that the ids
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from torl_mega.errors import DataError
-from torl_mega.rollout.code_block import STOP
+from torl_mega.rollout.python_tool import STOP
 from torl_mega.rollout.recorder import read_rows, trajectory_from_json
 from torl_mega.types import StopReason, Trajectory, Turn
 
@@ -38,6 +38,8 @@ class TextCodec(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Violation:
+    """The place of what is wrong, and what it is."""
+
     path: Path
     line: int
     field: str
@@ -195,6 +197,3 @@ def _mask(trajectory: Trajectory) -> Fault | None:
     if any((v >= 0) is not sampled for v, sampled in zip(versions, trajectory.loss_mask, strict=True)):
         return "policy_versions", "a trained token has no version, or an inserted one has"
     return None
-
-
-__all__ = ["Audit", "TextCodec", "Violation", "audit_files", "audit_row"]

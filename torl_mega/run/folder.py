@@ -1,4 +1,4 @@
-"""A run on disk: `runs/<name>/` with config.json, metrics.jsonl, tensorboard/, trajectories/, checkpoints/, hf/, logs/.
+"""A run on disk: `runs/<name>/` with config.json, metrics.jsonl, tensorboard/, trajectories/, eval/, checkpoints/, hf/, logs/.
 
 A run of the same name is resumed, provided that its recipe is the same; one process at a time may hold it.
 """
@@ -15,38 +15,23 @@ from typing import Any
 from torl_mega.config import Config
 from torl_mega.config_file import config_hash
 from torl_mega.errors import ConfigError
-from torl_mega.run.metrics import write_json
+from torl_mega.run.files import write_json
 
 # What may differ when a run goes on: where and how it runs and how often it reports, not what it learns from.
-FREE = (
-    "name",
-    "runs_dir",
-    "num_steps",
-    "sandbox",
-    "serving",
-    "parallel",
-    "eval",
-    "checkpoint",
-    "guards",
-    "logging",
-    "cluster",
-)
-FREE_PARTS = (
-    "trainer.micro_batch_tokens",
-    "trainer.logprob_chunk_tokens",
-    "trainer.recompute",
-    "trainer.overlap",
-    "trainer.optimizer_offload",
-    "trainer.gradient_bucket_parameters",
-    "trainer.collective_timeout_s",
-    "trainer.share_timeout_s",
-    "rollout.max_concurrency",
-    "rollout.trajectory_deadline_s",
+FREE = frozenset("name runs_dir num_steps sandbox serving parallel eval checkpoint guards logging cluster".split())
+FREE_PARTS = frozenset(
+    """
+    trainer.micro_batch_tokens trainer.logprob_chunk_tokens trainer.recompute trainer.overlap trainer.optimizer_offload
+    trainer.gradient_bucket_parameters trainer.collective_timeout_s trainer.share_timeout_s
+    rollout.max_concurrency rollout.trajectory_deadline_s
+    """.split()
 )
 
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
+    """Where each thing of a run lies; nothing is made here."""
+
     path: Path
 
     @staticmethod
@@ -64,6 +49,10 @@ class RunFolder:
     @property
     def trajectories(self) -> Path:
         return self.path / "trajectories"
+
+    @property
+    def evaluations(self) -> Path:
+        return self.path / "eval"
 
     @property
     def checkpoints(self) -> Path:

@@ -1,4 +1,5 @@
-"""Limits on what a step may show: near one the run warns, above it the run stops, and either names where to look."""
+"""Limits on a step's metrics (config section `guards`): near one the run warns, above it the run stops, and both messages say
+where to look."""
 
 from __future__ import annotations
 

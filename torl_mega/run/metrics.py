@@ -1,36 +1,29 @@
-"""The run's account of itself: metrics.jsonl (one row a step or evaluation), TensorBoard, one console line a step.
+"""A run's metrics: metrics.jsonl (one row a step, evaluation or first sync), TensorBoard, one console line a step.
 
 metrics.jsonl is the single source of what happened; `summary.json` and `torl report` are computed from it. On resume
-the rows of steps that will be repeated are dropped. Only rank 0 holds a `RunMetrics`; other ranks hold a `Silent`.
+the rows of steps that will be repeated are dropped. Only rank 0 holds a `RunMetrics`.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torl_mega.run.files import write_text
+
 Row = dict[str, Any]
 
 
-class Silent:
-    """The log of ranks other than 0."""
-
-    def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
-
-    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None: ...
-
-    def first_sync(self, step: int, report: Mapping[str, float]) -> None: ...
-
-
 class RunMetrics:
+    """Implements `RunLog` on rank 0. `resume_at`: the step that comes next."""
+
     def __init__(self, folder: Path, *, num_steps: int, resume_at: int, tensorboard: bool) -> None:
         self.path = folder / "metrics.jsonl"
         self._num_steps = num_steps
         self.rows = [r for r in read_rows(self.path) if _survives(r, resume_at)]
-        _rewrite(self.path, self.rows)
+        write_text(self.path, "".join(json.dumps(r) + "\n" for r in self.rows))
         self._board = _board(folder / "tensorboard", resume_at) if tensorboard else None
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -47,6 +40,7 @@ class RunMetrics:
         self._write({"kind": "sync", "step": step, **{f"sync/{name}": value for name, value in report.items()}})
 
     def evaluated_steps(self) -> set[int]:
+        """After how many steps an evaluation was logged."""
         return {r["step"] for r in self.rows if r["kind"] == "eval"}
 
     def close(self) -> None:
@@ -71,11 +65,12 @@ EVAL_LINE = {"accuracy": "accuracy {:.3f}", "code_ratio": "code ratio {:.3f}", "
 
 
 def console_line(step: int, num_steps: int, metrics: Mapping[str, float]) -> str:
+    """What a step prints; `step` counts from 0."""
     return f"step {step + 1:>4}/{num_steps}  {_shown(metrics, LINE)}"
 
 
 def _shown(metrics: Mapping[str, float], line: Mapping[str, str]) -> str:
-    """A ratio over nothing (no program ran) is absent from the metrics and shown as a dash."""
+    """The metrics that `line` names, each in its format; one that is absent is a dash."""
     return "  ".join(
         text.format(metrics[name]) if name in metrics else text.partition("{")[0] + "-" for name, text in line.items()
     )
@@ -95,7 +90,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def summarize(rows: Sequence[Row], *, config_hash: str, wall_s: float) -> dict[str, Any]:
-    """summary.json of a run (design, section 8). `wall_s`: of the last process; the parts are sums over all steps."""
+    """summary.json of a run. `wall_s`: of the last process; the parts beside it are sums over all steps."""
     steps, evals = [r for r in rows if r["kind"] == "train"], [r for r in rows if r["kind"] == "eval"]
     last = steps[-1] if steps else {}
     faults: dict[str, float] = {}
@@ -115,18 +110,11 @@ def summarize(rows: Sequence[Row], *, config_hash: str, wall_s: float) -> dict[s
         },
         "weight_sync": {
             "num_syncs": sum("sync/num_servers" in r for r in rows),
-            "num_verified": sum("sync/verify_s" in r for r in rows),  # the sink reports it after comparing every tensor
+            "num_verified": sum("sync/verify_s" in r for r in rows),  # reported only once every tensor was compared
         },
         "faults": faults,
         "wall_s": {**parts, "total": wall_s},
     }
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
 
 
 def _measures(row: Row) -> Row:
@@ -135,12 +123,6 @@ def _measures(row: Row) -> Row:
 
 def _survives(row: Row, resume_at: int) -> bool:
     return row["step"] < resume_at if row["kind"] == "train" else row["step"] <= resume_at
-
-
-def _rewrite(path: Path, rows: Sequence[Row]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    os.replace(temporary, path)
 
 
 def _board(folder: Path, purge_step: int) -> Any:

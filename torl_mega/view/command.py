@@ -1,23 +1,22 @@
-"""What `torl view` and `torl report` do: from run folders to one static page, a picture, or the verdict of an audit.
+"""`torl view` and `torl report`: from run folders to one static page, a picture, or the verdict of an audit.
 
-Both return an exit code, print where they wrote, and raise DataError with one line for a folder that holds no run.
+Both return an exit code, print the paths they wrote, and raise DataError with one line for a folder that holds no run.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 
 from torl_mega.data.tokenizer import Tokenizer
 from torl_mega.errors import DataError
-from torl_mega.rollout.recorder import read_rows, step_path, trajectory_from_json
+from torl_mega.rollout.recorder import parse_rows, read_rows, step_path
 from torl_mega.rollout.token_audit import Audit, audit_files
-from torl_mega.view.page import Scored, trajectories_page
+from torl_mega.run.files import write_text
+from torl_mega.view.page import trajectories_page
 
 
 def view(
@@ -41,18 +40,13 @@ def view(
     path = paths[-1]
     codec, note = _tokenizer(run, tokenizer)
     rows = list(read_rows(path))
-    scored = []
-    for line, row in enumerate(islice(rows, limit), 1):
-        try:
-            scored.append(Scored(*trajectory_from_json(row), float(row["advantage"])))
-        except (KeyError, TypeError, ValueError, AttributeError) as exc:
-            raise DataError(f"{path}:{line}: not a trajectory: {type(exc).__name__} {exc}") from None
+    shown = list(parse_rows(path, rows[:limit]))
     number = _number(path)
     decode = codec.decode if codec else None
-    page = trajectories_page(run.name, number, scored, num_recorded=len(rows), decode=decode, note=note)
+    page = trajectories_page(run.name, number, shown, num_recorded=len(rows), decode=decode, note=note)
     target = out or run / "view" / f"step_{number:05d}.html"
     write_text(target, page)
-    _say({"html": str(target), "step": number, "shown": len(scored), "recorded": len(rows)}, as_json, str(target))
+    _say({"html": str(target), "step": number, "shown": len(shown), "recorded": len(rows)}, as_json, str(target))
     return 0
 
 
@@ -72,14 +66,6 @@ def report(runs: Sequence[Path], out: Path | None = None, *, png: Path | None = 
         written["png"] = str(png)
     _say(written, as_json, "\n".join(written.values()))
     return 0
-
-
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(temporary, path)
 
 
 def _audit(paths: Sequence[Path], tokenizer: Path, as_json: bool) -> int:
@@ -120,7 +106,7 @@ def _number(path: Path) -> int:
 
 
 def _model_path(run: Path) -> Path:
-    """Where the run's config says its model is; relative paths count from the working folder, as in training."""
+    """`model.path` of the run's config; a relative one counts from the working folder, as in training."""
     config = run / "config.json"
     try:
         return Path(json.loads(config.read_text())["config"]["model"]["path"])
@@ -131,7 +117,8 @@ def _model_path(run: Path) -> Path:
 
 
 def _tokenizer(run: Path, given: Path | None) -> tuple[Tokenizer | None, str]:
-    """A page can do without; then it says so. A tokenizer that was asked for by name must be there."""
+    """The tokenizer and a note for the page. Without the run's own tokenizer the page shows whole turns and says why; one that
+    was named must exist."""
     if given is not None:
         return Tokenizer(given), ""
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -15,17 +16,11 @@ from importlib.resources import files
 
 import jinja2
 
-from torl_mega.types import ExecutionStatus, Reward, ToolCall, Trajectory
+from torl_mega.rollout.recorder import Recorded
+from torl_mega.types import ExecutionStatus, ToolCall, Trajectory
 from torl_mega.view.spans import Decode, Span, spans_of, visible
 
 OPEN_BELOW_TOKENS = 400  # longer answers start folded
-
-
-@dataclass(frozen=True, slots=True)
-class Scored:
-    trajectory: Trajectory
-    reward: Reward
-    advantage: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,19 +55,19 @@ class Section:
 
 
 def trajectories_page(
-    run: str, step: int, scored: Sequence[Scored], *, num_recorded: int, decode: Decode | None, note: str
+    run: str, step: int, shown: Sequence[Recorded], *, num_recorded: int, decode: Decode | None, note: str
 ) -> str:
-    """The page's HTML. `scored` is shown in order, `num_recorded` is how many the step has, `note` a line for the reader."""
+    """The page's HTML: `shown` in order, of the `num_recorded` that the step has, with `note` as a line for the reader."""
     return (
         environment()
         .get_template("trajectories.html.j2")
         .render(
             run=run,
             step=step,
-            sections=_sections(scored, decode),
-            num_shown=len(scored),
+            sections=_sections(shown, decode),
+            num_shown=len(shown),
             num_recorded=num_recorded,
-            tiles=_tiles(scored),
+            tiles=_tiles(shown),
             note=note,
             **style(),
         )
@@ -80,6 +75,7 @@ def trajectories_page(
 
 
 def environment() -> jinja2.Environment:
+    """Templates of this folder; everything that is filled in is escaped, and a missing value is an error."""
     loader = jinja2.FunctionLoader(lambda name: (files("torl_mega.view") / name).read_text("utf-8"))
     return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
 
@@ -92,14 +88,8 @@ def style() -> dict[str, str]:
     return {"css": css, "css_hash": f"sha256-{digest}"}
 
 
-def _sections(scored: Sequence[Scored], decode: Decode | None) -> list[Section]:
-    groups: list[list[Scored]] = []
-    for item in scored:
-        before = groups[-1][-1].trajectory if groups else None
-        same = before is not None and before.prompt == item.trajectory.prompt
-        if not same or (before and item.trajectory.sample_index <= before.sample_index):
-            groups.append([])
-        groups[-1].append(item)
+def _sections(shown: Sequence[Recorded], decode: Decode | None) -> list[Section]:
+    groups = [list(members) for _, members in itertools.groupby(shown, lambda recorded: recorded.group)]
     return [
         Section(
             problem_id=visible(group[0].trajectory.prompt.problem.problem_id),
@@ -112,7 +102,7 @@ def _sections(scored: Sequence[Scored], decode: Decode | None) -> list[Section]:
     ]
 
 
-def _card(anchor: str, item: Scored, decode: Decode | None) -> Card:
+def _card(anchor: str, item: Recorded, decode: Decode | None) -> Card:
     trajectory, reward = item.trajectory, item.reward
     num_sampled = sum(trajectory.loss_mask)
     num_inserted = len(trajectory.loss_mask) - num_sampled
@@ -142,22 +132,21 @@ def _tool_class(trajectory: Trajectory) -> str:
 
 def _call(call: ToolCall) -> tuple[str, str]:
     code = "" if call.return_code in (None, 0) else f" ({call.return_code})"
-    return (
-        "ok" if call.status is ExecutionStatus.OK else "bad"
-    ), f"{call.status.value}{code} · {call.wall_s * 1e3:.0f} ms"
+    kind = "ok" if call.status is ExecutionStatus.OK else "bad"
+    return kind, f"{call.status.value}{code} · {call.wall_s * 1e3:.0f} ms"
 
 
-def _tiles(scored: Sequence[Scored]) -> list[tuple[str, str]]:
+def _tiles(shown: Sequence[Recorded]) -> list[tuple[str, str]]:
     """(name, value) of what is shown, computed from it alone."""
-    calls = [c for s in scored for c in s.trajectory.tool_calls]
-    num = max(len(scored), 1)
+    calls = [c for s in shown for c in s.trajectory.tool_calls]
+    num = max(len(shown), 1)
     return [
-        ("accuracy", f"{sum(s.reward.correct for s in scored) / num:.3f}"),
-        ("mean reward", f"{sum(s.reward.value for s in scored) / num:+.3f}"),
-        ("answers that called the tool", f"{sum(bool(s.trajectory.tool_calls) for s in scored) / num:.3f}"),
+        ("accuracy", f"{sum(s.reward.correct for s in shown) / num:.3f}"),
+        ("mean reward", f"{sum(s.reward.value for s in shown) / num:+.3f}"),
+        ("answers that called the tool", f"{sum(bool(s.trajectory.tool_calls) for s in shown) / num:.3f}"),
         (
             "programs that ran through",
             f"{sum(c.status is ExecutionStatus.OK for c in calls) / len(calls):.3f}" if calls else "–",
         ),
-        ("tokens an answer", f"{sum(len(s.trajectory.response_ids) for s in scored) / num:.0f}"),
+        ("tokens an answer", f"{sum(len(s.trajectory.response_ids) for s in shown) / num:.0f}"),
     ]

@@ -38,6 +38,8 @@ STEADY: Any = {
 
 @dataclass(frozen=True, slots=True)
 class Panel:
+    """One chart: a metric against steps."""
+
     title: str
     name: str  # of the metric
     share: bool = False  # in [0, 1]
@@ -62,6 +64,8 @@ PICTURE = PANELS[:3]
 
 @dataclass(frozen=True, slots=True)
 class Run:
+    """What one run logged."""
+
     name: str
     train: tuple[Row, ...]
     evals: tuple[Row, ...]
@@ -93,6 +97,7 @@ def _is_number(value: Any) -> TypeGuard[float]:
 
 
 def report_page(runs: Sequence[Run]) -> str:
+    """The page's HTML: a table of the runs and a chart for each metric that one of them logged."""
     panels = [p for p in PANELS if any(series(r.train, p.name)[0] for r in runs)]
     charts = [(p.title, _svg_uri(p, runs)) for p in panels]
     table = [_table_row(run) for run in runs]
@@ -158,7 +163,7 @@ def _colours(count: int) -> list[str]:
 
 
 def _table_row(run: Run) -> dict[str, str]:
-    """What the run came to, by column title; a dash where it is not known."""
+    """The run's results by column title; a dash where one is not known."""
     before, after = (run.evals[0], run.evals[-1]) if run.evals else ({}, {})
     last: Row = run.train[-1] if run.train else {}
     sync, wall = run.summary.get("weight_sync", {}), run.summary.get("wall_s", {})

@@ -18,12 +18,14 @@ from torl_mega.types import Trajectory, Turn
 Decode = Callable[[Sequence[int]], str]
 Kind = Literal["prompt", "sampled", "inserted"]
 
-SURPRISE = (0.9, 0.5, 0.2, 0.05, 0.01)  # probabilities between the shades 0 (expected) to 5 (hardly possible)
+SURPRISE = (0.9, 0.5, 0.2, 0.05, 0.01)  # probabilities that bound the shades 0 (expected) to 5 (hardly possible)
 MAX_TOKENS_PER_SPAN = 8  # a character has at most four bytes; more means bytes that never make one
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
+    """A piece of text with one origin."""
+
     text: str
     kind: Kind
     shade: int = 0  # 0..5, only of sampled tokens

@@ -10,7 +10,7 @@ that is not understood is left to math-verify.
 `check` asks for mathematical equality. `grade` asks besides that the answer is one: that no arithmetic is left to do
 where the gold answer is a number, and that it is not the problem's own expression copied into the box.
 
-Limits: no signal is used and no time limit kept here (`pool.py` kills what takes too long); answers above
+Limits: no signal is used and no time limit kept here (`grader_process.py` kills what takes too long); answers above
 MAX_ANSWER_CHARS are wrong unread. Order does not matter in a bare list of values (roots), it does in brackets.
 """
 
@@ -56,9 +56,6 @@ from torl_mega.reward.answers.scalars import (
 from torl_mega.reward.answers.symbolic import ask_math_verify
 from torl_mega.reward.answers.syntax import Node, symbols
 from torl_mega.reward.answers.tokens import Unreadable
-from torl_mega.reward.extract import extract_answer
-
-__all__ = ["check", "extract_answer", "grade", "is_finished", "is_understood", "warm_up"]
 
 MAX_ANSWER_CHARS = 1000
 
@@ -74,7 +71,7 @@ def check(answer: str, gold: str) -> bool:
         return True
     try:
         gold_form = read_form(g)
-        _probe(gold_form)
+        _check_readable(gold_form)
     except Unreadable:
         return not is_labelled(g) and ask_math_verify(answer, gold)
     try:
@@ -94,7 +91,7 @@ def is_understood(gold: str) -> bool:
     if not text or len(gold) > MAX_ANSWER_CHARS:
         return False
     try:
-        _probe(read_form(text))
+        _check_readable(read_form(text))
     except Unreadable:
         return 1 <= len(text_words(text).split()) <= 4
     return True
@@ -110,7 +107,7 @@ def warm_up() -> None:
 # ------------------------------------------------------------------------------------------------ forms
 
 
-def _probe(form: Form) -> None:
+def _check_readable(form: Form) -> None:
     """Raises Unreadable when a scalar of the gold answer cannot be evaluated."""
     if isinstance(form, Scalar):
         if form.text.replace(" ", "").lstrip("+-") != "\\infty" and not _is_all_reals(form):
@@ -120,13 +117,13 @@ def _probe(form: Form) -> None:
             if not is_name(side):
                 side_form = read_form(side)
                 if side_form != form:
-                    _probe(side_form)
+                    _check_readable(side_form)
     elif isinstance(form, Matrix):
         for cell in (c for row in form.rows for c in row):
-            _probe(cell)
+            _check_readable(cell)
     else:
         for part in _parts(form):
-            _probe(part)
+            _check_readable(part)
 
 
 def _is_all_reals(form: Form) -> bool:

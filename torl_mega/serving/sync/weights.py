@@ -39,8 +39,8 @@ TORN = "torn"
 def make_weight_sink(
     config: ServingConfig, urls: Sequence[str], *, device: torch.device | str = "cpu", flush_cache: bool = True
 ) -> WeightSink:
-    """Rank 0's sink; the other ranks have an `IdleSink`. `device` is where rank 0 keeps the tensors: `cpu` (gloo, by
-    value) or `cuda:N` (NCCL, CUDA IPC); `flush_cache` as in `ServerSink`. Raises WeightSyncError without servers."""
+    """Rank 0's sink. `device` is where rank 0 keeps the tensors: `cpu` (gloo, by value) or `cuda:N` (NCCL, CUDA IPC);
+    `flush_cache` as in `ServerSink`. Raises WeightSyncError without servers."""
     if not urls:
         raise WeightSyncError("no server to send weights to; set serving.urls or serving.num_servers")
     sink = ServerSink(config, urls, make_transport(config, torch.device(device)), flush_cache=flush_cache)
@@ -56,14 +56,6 @@ def make_transport(config: ServingConfig, device: torch.device) -> Transport:
     if config.disk_dir is None:
         raise WeightSyncError("serving.transport = disk needs serving.disk_dir, a folder that both sides see")
     return Disk(Path(config.disk_dir))
-
-
-class IdleSink:
-    """Of every rank but 0: steps through the tensors, because their collectives need all ranks, and sends nothing."""
-
-    def update(self, tensors: Iterable[NamedTensor], *, version: int) -> Mapping[str, float]:
-        collections.deque(tensors, maxlen=0)
-        return {}
 
 
 class ServerSink:

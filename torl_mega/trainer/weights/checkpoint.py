@@ -31,6 +31,7 @@ from torl_mega.config import CheckpointConfig
 from torl_mega.errors import CheckpointError
 from torl_mega.layout import ModelShape
 from torl_mega.process import start as process
+from torl_mega.run.files import temporary_for
 from torl_mega.trainer import parallel
 from torl_mega.trainer.weights import checkpoint_files as files
 from torl_mega.trainer.weights.checkpoint_files import complete, latest
@@ -62,7 +63,7 @@ class Checkpoints:
     def save(self, path: Path, model: Sequence[Any], optimizer: Any, schedule: Any, extra: Mapping[str, Any]) -> None:
         """Writes a checkpoint to `path`; with async_save returns as soon as the state is copied."""
         self.poll(wait=True)
-        temporary = files.temporary_for(path)
+        temporary = temporary_for(path)
         text = parallel.share(lambda: files.prepare(temporary, extra))
         metadata = _metadata()
         state = _training_state(model, optimizer, schedule, metadata, loading=False)
@@ -111,8 +112,8 @@ class Checkpoints:
 
 
 def save_weights(path: Path, chunks: Sequence[Any], shape: ModelShape, hf_config: Mapping[str, Any]) -> None:
-    """Saves the weights alone of bare model chunks, for conversion."""
-    temporary = files.temporary_for(path)
+    """Weights alone of bare model chunks, for conversion."""
+    temporary = temporary_for(path)
     text = parallel.share(lambda: files.prepare(temporary, {}))
     metadata = _metadata()
     _write(temporary, _weights_state(chunks, metadata), metadata, asynchronous=False)

@@ -22,8 +22,8 @@ import torch.distributed as dist
 
 from torl_mega.errors import CheckpointError
 from torl_mega.layout import ModelShape
+from torl_mega.run.files import fsync, replace_folder
 from torl_mega.trainer import parallel
-from torl_mega.trainer.weights.hf_io import fsync, replace_folder
 
 _STEP = re.compile(r"step_(\d+)")
 MANIFEST, EXTRA = "manifest.json", "extra.json"
@@ -41,11 +41,6 @@ def complete(root: Path) -> list[Path]:
         return []
     named = [(int(m[1]), p) for p in root.iterdir() if (m := _STEP.fullmatch(p.name)) and (p / MANIFEST).is_file()]
     return [p for _, p in sorted(named)]
-
-
-def temporary_for(path: Path) -> Path:
-    """Where a checkpoint is built before it is renamed to `path`."""
-    return path.with_name(f".{path.name}.tmp")
 
 
 def prepare(temporary: Path, extra: Mapping[str, Any]) -> str:

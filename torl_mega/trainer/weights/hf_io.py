@@ -8,7 +8,6 @@ target, fsync, rename), so a folder of that name is complete. Memory: one file's
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors.torch import save_file
 
 from torl_mega.errors import CheckpointError, ConfigError, TorlError
 from torl_mega.layout import ModelShape
+from torl_mega.run.files import replace_folder, temporary_for
 from torl_mega.trainer.weights.hf_mapping import all_names, hf_shape
 
 _INDEX = "model.safetensors.index.json"
@@ -88,7 +88,7 @@ def write_hf(
     An existing `target` is replaced only when the new one is complete and `verify`, called with the finished temporary
     folder, has not raised. Raises CheckpointError when the disk refuses.
     """
-    temporary = target.with_name(f".{target.name}.tmp")
+    temporary = temporary_for(target)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
@@ -141,25 +141,3 @@ def _write_files(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     return total
-
-
-def replace_folder(temporary: Path, target: Path) -> None:
-    """fsync every file of `temporary` and put it in `target`'s place; a crash leaves the old or the new one."""
-    for file in temporary.rglob("*"):
-        fsync(file)
-    fsync(temporary)
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    temporary.rename(target)
-    fsync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,16 +1,57 @@
-"""The text protocol between policy and sandbox, as in the paper (arXiv 2503.23383 §2.2).
+"""Python as a tool, by the text protocol of the paper (arXiv 2503.23383 §2.2).
 
 The policy writes a ```python block and then opens an ```output block; generation stops there, the last python block
-runs, and `\\n{observation}\\n```\\n` is inserted. Pure text; nothing is executed here.
+runs in the sandbox, and `\\n{observation}\\n```\\n` is inserted. `PythonTool` implements `Tool`; all else here is pure text.
 """
 
 from __future__ import annotations
 
-from torl_mega.types import ExecutionResult, ExecutionStatus
+from dataclasses import dataclass
+
+from torl_mega.errors import SandboxFault
+from torl_mega.interfaces import Sandbox
+from torl_mega.types import ExecutionRequest, ExecutionResult, ExecutionStatus, ToolCall
 
 STOP = "```output"
 MAX_OBSERVATION_CHARS = 256
 HALF = 128
+NO_CODE = "(no python code block found)"
+NO_OUTPUT = "(no output)"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one program may use, as in `SandboxConfig`."""
+
+    wall_s: float
+    cpu_s: float
+    memory_mb: int
+    output_bytes: int  # per stream
+
+
+@dataclass(frozen=True, slots=True)
+class PythonTool:
+    """Runs the last ```python block that the policy wrote, whichever turn it stands in."""
+
+    sandbox: Sandbox
+    limits: Limits
+    stop: tuple[str, ...] = (STOP,)
+
+    async def call(self, written: str) -> ToolCall:
+        """Raises SandboxFault when the sandbox could not say how the program ended."""
+        code = last_code_block(written)
+        if code is None:
+            return ToolCall("", ExecutionStatus.ERROR, None, frame(NO_CODE), 0.0)
+        box = self.limits
+        result = await self.sandbox.run(
+            ExecutionRequest(
+                code, wall_s=box.wall_s, cpu_s=box.cpu_s, memory_mb=box.memory_mb, output_bytes=box.output_bytes
+            )
+        )
+        if result.status is ExecutionStatus.INFRA:
+            raise SandboxFault(f"sandbox: {result.message}")
+        observation = render_observation(result, wall_s=box.wall_s, memory_mb=box.memory_mb)
+        return ToolCall(code, result.status, result.return_code, observation, result.wall_s)
 
 
 def last_code_block(text: str) -> str | None:
@@ -40,15 +81,11 @@ def render_observation(result: ExecutionResult, *, wall_s: float, memory_mb: int
 
 
 def frame(body: str) -> str:
-    """`body`, shortened to the paper's 128 + ... + 128 characters, in the form that is inserted."""
+    """The text that is inserted for `body`, which is cut to the paper's 128 + ... + 128 characters."""
     body = body.strip()
     if len(body) > MAX_OBSERVATION_CHARS:
         body = body[:HALF] + "..." + body[-HALF:]
     return f"\n{body}\n```\n"
-
-
-NO_CODE = "(no python code block found)"
-NO_OUTPUT = "(no output)"
 
 
 def _body(result: ExecutionResult, *, wall_s: float, memory_mb: int) -> str:

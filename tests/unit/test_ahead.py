@@ -1,4 +1,4 @@
-"""What `OverlappedRollouts` asks of its child, which here only counts."""
+"""What `SamplingAhead` asks of its child, which here only counts."""
 
 import contextlib
 import multiprocessing
@@ -9,7 +9,7 @@ import pytest
 
 from torl_mega.config_file import load_config
 from torl_mega.errors import StaleServers
-from torl_mega.rollout.ahead import OverlappedRollouts
+from torl_mega.rollout.ahead import SamplingAhead
 from torl_mega.run.folder import RunFolder
 from torl_mega.types import StepBatch
 
@@ -40,7 +40,7 @@ def _child(pipe, fail_once):
 def counted(folder, staleness, start, fail_once=None):
     """Rollouts that go on at step `start`, with `_child` in the place of the real one."""
 
-    class Counted(OverlappedRollouts):
+    class Counted(SamplingAhead):
         def _start_child(self):
             context = multiprocessing.get_context("fork")
             self._pipe, theirs = context.Pipe()

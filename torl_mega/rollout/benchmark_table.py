@@ -1,0 +1,91 @@
+"""What an evaluation leaves on disk: `<name>.json` (everything), `.md` (tables) and `.jsonl` (one attempt a line).
+
+Accuracies stand beside those of the paper's Table 3; a number with a star has a warning below the table.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torl_mega.rollout.evaluate import KNOWN_SIZES, EvalReport
+from torl_mega.run.files import replacing, write_json, write_text
+from torl_mega.types import CollectedGroups, Reward, Trajectory
+
+PAPER_TABLE_3 = {  # arXiv 2503.23383, accuracy in %; the averages are those of the columns (7B is printed as 62.1)
+    "ToRL-1.5B (paper)": {"aime24": 26.7, "aime25": 26.7, "math500": 77.8, "olympiadbench": 44.0, "amc23": 67.5},
+    "ToRL-7B (paper)": {"aime24": 43.3, "aime25": 30.0, "math500": 82.2, "olympiadbench": 49.9, "amc23": 75.0},
+}
+
+
+def write_report(folder: Path, name: str, report: EvalReport, collected: CollectedGroups) -> None:
+    """Writes `folder/<name>.{jsonl,json,md}`, each atomically."""
+    _write_transcripts(folder / f"{name}.jsonl", collected)
+    write_json(folder / f"{name}.json", report.to_json())
+    write_text(folder / f"{name}.md", to_markdown(report, name=name))
+
+
+def to_markdown(report: EvalReport, *, name: str) -> str:
+    """One row for this model next to the paper's, one row per benchmark with intervals, then the warnings."""
+    lines = [*_paper_table(report, name), "", *_detail_table(report), "", *_warning_list(report)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _paper_table(report: EvalReport, name: str) -> list[str]:
+    columns = list(KNOWN_SIZES) + [b.name for b in report.benchmarks if b.name not in KNOWN_SIZES]
+    ours = {b.name: 100 * b.accuracy.value for b in report.benchmarks}
+    doubtful = {b.name for b in report.benchmarks if b.warnings}
+    lines = [f"| | {' | '.join(columns)} | avg |", "|---" * (len(columns) + 2) + "|"]
+    for model, row in {name: ours, **PAPER_TABLE_3}.items():
+        cells = [f"{row[c]:.1f}{'*' if row is ours and c in doubtful else ''}" if c in row else "–" for c in columns]
+        lines.append(f"| {model} | {' | '.join(cells)} | {sum(row.values()) / len(row):.1f} |")
+    return lines
+
+
+def _detail_table(report: EvalReport) -> list[str]:
+    lines = [
+        "| benchmark | problems | attempts | accuracy | 95 % | pass@k | code ratio | pass ratio | tokens | cut off |"
+    ]
+    lines.append("|---" * 10 + "|")
+    for b in report.benchmarks:
+        passes = ", ".join(f"@{k} {100 * e.value:.1f}" for k, e in b.pass_at.items())
+        lines.append(
+            f"| {b.name} | {b.num_problems} | {b.num_samples} | avg@{b.samples_per_problem} {100 * b.accuracy.value:.1f} | "
+            f"{100 * b.accuracy.low:.1f}–{100 * b.accuracy.high:.1f} | {passes} | {b.code_ratio:.2f} | {b.pass_ratio:.2f} | "
+            f"{b.response_length:.0f} | {b.truncated_ratio:.2f} |"
+        )
+    return lines
+
+
+def _warning_list(report: EvalReport) -> list[str]:
+    return [f"- \\* {b.name}: {warning}" for b in report.benchmarks for warning in b.warnings]
+
+
+def _write_transcripts(path: Path, collected: CollectedGroups) -> None:
+    """One line per attempt: problem, what was written and shown, the compared answer and the verdict."""
+    with replacing(path) as out:
+        for group in collected.groups:
+            for trajectory, reward in zip(group.trajectories, group.rewards, strict=True):
+                line = json.dumps(_transcript(trajectory, reward), ensure_ascii=False) + "\n"
+                out.write(line.encode("utf-8", "backslashreplace"))
+
+
+def _transcript(trajectory: Trajectory, reward: Reward) -> dict[str, Any]:
+    problem = trajectory.prompt.problem
+    return {
+        "problem_id": problem.problem_id,
+        "source": problem.source,
+        "sample": trajectory.sample_index,
+        "problem": problem.problem,
+        "gold": problem.answer,
+        "extracted": reward.extracted,
+        "correct": reward.correct,
+        "grader": reward.status.value,
+        "stop_reason": trajectory.stop_reason.value,
+        "num_tokens": len(trajectory.response_ids),
+        "tool_calls": [
+            {"status": c.status.value, "code": c.code, "observation": c.observation} for c in trajectory.tool_calls
+        ],
+        "response": trajectory.response_text,
+    }
