@@ -5,7 +5,7 @@
 CASES: [[config file, [a.b=value, ...], world size], ...]. A line of RESULTS per case: for each part the bytes of the rank
 that holds most ({"weights", "gradients", "optimizer"}) and the planner's figure. Every pipeline stage is built, rank 0 of
 it: torch's fake tensors have shapes and storages of a size, and no memory behind them. TE's layers are built where
-TE_FOLDER is given, the local ones else.
+TE_FOLDER is given and weights are bf16, the local ones else.
 """
 
 from __future__ import annotations
@@ -69,8 +69,9 @@ def rank_bytes(config: Any, shape: ModelShape, kind: str) -> dict[str, int]:
         }
 
 
-def case(conf: str, overrides: list[str], world_size: int, kind: str) -> dict[str, Any]:
+def case(conf: str, overrides: list[str], world_size: int, have_te: bool) -> dict[str, Any]:
     config = load_config(conf, overrides)
+    kind = "te" if have_te and config.model.dtype == "bfloat16" else "local"
     shape = describe_model(shapes.hf_config(config.model.path))
     begun = time.monotonic()
     stages = []
@@ -90,7 +91,7 @@ def case(conf: str, overrides: list[str], world_size: int, kind: str) -> dict[st
     }
 
 
-def main(results: Path, cases: Path, kind: str) -> None:
+def main(results: Path, cases: Path, have_te: bool) -> None:
     logging.disable(logging.WARNING)
     cpu_backend.install()
     import megatron.core.tensor_parallel.random as megatron_random
@@ -99,10 +100,10 @@ def main(results: Path, cases: Path, kind: str) -> None:
     tracker.fork = lambda self, name="": nullcontext()  # it compares random states, which fake tensors do not have
     torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[assignment,method-assign]
     for conf, overrides, world_size in json.loads(cases.read_text()):
-        line = case(conf, overrides, world_size, kind)
+        line = case(conf, overrides, world_size, have_te)
         with results.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), "te" if len(sys.argv) > 3 else "local")
+    main(Path(sys.argv[1]), Path(sys.argv[2]), len(sys.argv) > 3)

@@ -22,7 +22,11 @@ from torl_mega.config_file import load_config  # noqa: E402
 from torl_mega.planner.placement import place  # noqa: E402
 
 TE = ROOT / "build/te"  # made by `make gpu-sources`
-SHIPPED = sorted(str(p.relative_to(ROOT)) for p in (*ROOT.glob("conf/torl_*.yaml"), *ROOT.glob("conf/clusters/torl_*.yaml")))
+SHIPPED = sorted(
+    str(path.relative_to(ROOT))
+    for path in (*ROOT.glob("conf/*.yaml"), *ROOT.glob("conf/clusters/*.yaml"))
+    if path.name != "base.yaml"
+)
 THOUSAND = ("conf/torl_32b.yaml", ("cluster.nodes=128", "trainer.mini_batch_samples=2048"))
 DEEP = ("conf/torl_7b.yaml", ("cluster.nodes=8", "parallel.pipeline=4", "parallel.virtual_pipeline=7", "parallel.tensor=4"))
 CASES = [*((conf, ()) for conf in SHIPPED), THOUSAND, DEEP]
@@ -30,6 +34,8 @@ CASES = [*((conf, ()) for conf in SHIPPED), THOUSAND, DEEP]
 
 def world_size(conf: str, overrides: tuple[str, ...]) -> int:
     config = load_config(ROOT / conf, overrides)
+    if "quickstart" in conf:  # on cores: as many ranks as its cut has
+        return config.parallel.world_size
     placement, problems = place(config, nodes=config.cluster.nodes, gpus=8, gpu="h100")
     assert placement is not None, problems
     return placement.world_size
