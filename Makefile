@@ -23,6 +23,8 @@ ifeq ($(HAVE_CUDA),yes)
 	$(BIN)/python -m venv $(VENV)/sglang && $(VENV)/sglang/bin/python -m pip install --quiet --upgrade "pip>=25.1" \
 	  && $(VENV)/sglang/bin/python -m pip install --quiet --group sglang-gpu \
 	  && $(VENV)/sglang/bin/python -m pip install --quiet --no-deps --editable .
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	-$(BIN)/python -m torl_mega.launch.environments $(BIN)/python $(VENV)/sglang/bin/python
 else
 	$(BIN)/python -m pip install --quiet --group cpu --group dev
 	$(BIN)/python -m pip install --quiet --no-deps --group sglang-cpu
@@ -44,6 +46,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/pyright --pythonversion 3.12
 	$(BIN)/lint-imports
 
 format: install

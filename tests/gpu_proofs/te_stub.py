@@ -74,7 +74,9 @@ def _members_of_dtype(folder: Path) -> list[str]:
 def install(folder: Path) -> None:
     """Make `import transformer_engine.pytorch` work for the unpacked wheel in `folder`, as on a Hopper GPU."""
     sys.path.insert(0, str(folder))
-    os.environ["NVTE_PROJECT_BUILDING"] = "1"  # TE's own switch (transformer_engine/common/__init__.py): load no library
+    os.environ["NVTE_PROJECT_BUILDING"] = (
+        "1"  # TE's own switch (transformer_engine/common/__init__.py): load no library
+    )
     module = _Module("transformer_engine_torch")
     module.DType = _enum("transformer_engine_torch.DType", _members_of_dtype(folder))
     module.get_cudnn_version = lambda: 92400

@@ -16,7 +16,9 @@ import hf_reference as ref  # noqa: E402
 from torchrun import NEXT, run_python  # noqa: E402
 
 WORKER = ROOT / "tests/parallel/resume_worker.py"
-pytestmark = pytest.mark.skipif(not NEXT.is_dir(), reason="NOT PROVEN: run `make gpu-sources` to fetch megatron-core 0.19.2")
+pytestmark = pytest.mark.skipif(
+    not NEXT.is_dir(), reason="NOT PROVEN: run `make gpu-sources` to fetch megatron-core 0.19.2"
+)
 
 # what strategies/nvrx.py of megatron-core 0.19.2 looks for, module by module
 NVRX = {

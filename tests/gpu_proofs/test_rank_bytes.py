@@ -28,7 +28,10 @@ SHIPPED = sorted(
     if path.name != "base.yaml"
 )
 THOUSAND = ("conf/torl_32b.yaml", ("cluster.nodes=128", "trainer.mini_batch_samples=2048"))
-DEEP = ("conf/torl_7b.yaml", ("cluster.nodes=8", "parallel.pipeline=4", "parallel.virtual_pipeline=7", "parallel.tensor=4"))
+DEEP = (
+    "conf/torl_7b.yaml",
+    ("cluster.nodes=8", "parallel.pipeline=4", "parallel.virtual_pipeline=7", "parallel.tensor=4"),
+)
 CASES = [*((conf, ()) for conf in SHIPPED), THOUSAND, DEEP]
 
 
@@ -61,4 +64,4 @@ def test_the_plan_is_what_megatron_allocates(
     table: dict[tuple[str, int], dict[str, Any]], conf: str, overrides: tuple[str, ...]
 ) -> None:
     row = table[conf, world_size(conf, overrides)]
-    assert row["built"] == pytest.approx(row["planned"], rel=1e-3), row
+    assert row["built"] == pytest.approx(row["planned"], rel=1e-5), row

@@ -1,4 +1,4 @@
-"""Every command line of a GPU server that a shipped config would start, read by SGLang's own parser."""
+"""Every command line of a GPU server that a shipped config would start, and its environment, as SGLang's own code reads them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torchrun import run_python  # noqa: E402
 
 from torl_mega.config import Config  # noqa: E402
 from torl_mega.config_file import load_config  # noqa: E402
+from torl_mega.launch.gpu_env import gpu_environment  # noqa: E402
 from torl_mega.planner.shapes import hf_config  # noqa: E402
 from torl_mega.serving.fp8_format import QUANTIZATION_CONFIG  # noqa: E402
 from torl_mega.serving.server import launch_command  # noqa: E402
@@ -29,12 +30,14 @@ VARIANTS: dict[str, list[str]] = {
     "sleeping": ["serving.extra_args=[--enable-memory-saver]"],
 }
 CASES = [(conf.stem, variant) for conf in SHIPPED for variant in VARIANTS]
+# of a job: nothing said, a setting of the site's own, a folder for compiled kernels
+JOBS: list[dict[str, str]] = [{}, {"NCCL_CUMEM_ENABLE": "1"}, {"TORL_CACHE": "/scratch/kernels"}]
 Read = dict[tuple[str, str], tuple[Config, dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def read(tmp_path_factory: pytest.TempPathFactory) -> Read:
-    """Config and what SGLang reads in its command line, by (config, variant). One start of the parser reads them all."""
+def asked(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Config], dict[str, Any]]:
+    """The configs, and what one start of SGLang's own code makes of all their commands and environments."""
     folder = tmp_path_factory.mktemp("commands")
     configs, commands = [], []
     for conf in SHIPPED:
@@ -46,10 +49,19 @@ def read(tmp_path_factory: pytest.TempPathFactory) -> Read:
             command = launch_command(configs[-1], host="10.0.0.7", port=30000, on_gpu=True)
             assert command[1:3] == ["-m", "sglang.launch_server"]
             commands.append(command[3:])
-    file = folder / "commands.json"
-    file.write_text(json.dumps(commands))
-    output = run_python(Path(__file__).with_name("server_flags.py"), file, timeout_s=200)
-    return dict(zip(CASES, zip(configs, json.loads(output.splitlines()[-1]), strict=True), strict=True))
+    ours = [{**job, **gpu_environment(configs[0], job)} for job in JOBS]
+    file = folder / "questions.json"
+    questions = {"commands": commands, "environments": [*JOBS, *ours], "model": str(ROOT / "conf/quickstart")}
+    file.write_text(json.dumps(questions))
+    output = run_python(Path(__file__).with_name("sglang_reads.py"), file, timeout_s=200)
+    return configs, json.loads(output.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def read(asked: tuple[list[Config], dict[str, Any]]) -> Read:
+    """Config and what SGLang reads in its command line, by (config, variant)."""
+    configs, answers = asked
+    return dict(zip(CASES, zip(configs, answers["commands"], strict=True), strict=True))
 
 
 @pytest.mark.parametrize(("conf", "variant"), CASES)
@@ -68,3 +80,26 @@ def test_sglang_reads_what_we_mean(read: Read, conf: str, variant: str) -> None:
     assert (found["load_format"] == "dummy") == (variant == "fp8")
     override = json.loads(found["json_model_override_args"])
     assert override == ({"quantization_config": QUANTIZATION_CONFIG} if variant == "fp8" else {})
+
+
+@pytest.mark.parametrize("n", range(len(JOBS)))
+def test_both_ends_of_the_weight_group_have_the_same_nccl_settings(
+    asked: tuple[list[Config], dict[str, Any]], n: int
+) -> None:
+    """What SGLang chooses by itself is what ranks get, and what the job says reaches both."""
+    configs, answers = asked
+    alone, with_ours = answers["environments"][n], answers["environments"][len(JOBS) + n]
+    rank = {**JOBS[n], **gpu_environment(configs[0], JOBS[n])}
+    chosen = {name: value for name, value in alone.items() if name.startswith("NCCL_")}
+    assert {"NCCL_CUMEM_ENABLE", "NCCL_NVLS_ENABLE"} <= chosen.keys()
+    assert chosen == {name: value for name, value in rank.items() if name.startswith("NCCL_")}
+    assert chosen == {name: value for name, value in with_ours.items() if name.startswith("NCCL_")}
+
+
+@pytest.mark.parametrize("n", range(len(JOBS)))
+def test_kernels_are_kept_where_the_container_does_not_end(asked: tuple[list[Config], dict[str, Any]], n: int) -> None:
+    configs, answers = asked
+    folder = JOBS[n].get("TORL_CACHE") or str(Path(configs[0].runs_dir).resolve() / ".cache")
+    caches = {k: v for k, v in answers["environments"][len(JOBS) + n].items() if not k.startswith("NCCL_")}
+    assert {"TRITON_CACHE_DIR", "FLASHINFER_WORKSPACE_BASE", "CUDA_CACHE_PATH"} <= caches.keys()
+    assert all(place.startswith(folder) for place in caches.values()), caches

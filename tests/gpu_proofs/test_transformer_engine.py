@@ -30,7 +30,8 @@ RECIPES = {
     "mxfp8": ("MXFP8BlockScaling", "E4M3", True),
 }
 pytestmark = pytest.mark.skipif(
-    not (TE.is_dir() and NEXT.is_dir()), reason="NOT PROVEN: run `make gpu-sources` to fetch Transformer Engine's layers"
+    not (TE.is_dir() and NEXT.is_dir()),
+    reason="NOT PROVEN: run `make gpu-sources` to fetch Transformer Engine's layers",
 )
 
 
