@@ -23,18 +23,18 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import te_stub  # noqa: E402
+import te_stub
 
 if len(sys.argv) > 3:
     te_stub.install(Path(sys.argv[3]))
 
-import fake_ranks  # noqa: E402
+import fake_ranks
 
-from torl_mega.config_file import load_config  # noqa: E402
-from torl_mega.layout import ModelShape, describe_model  # noqa: E402
-from torl_mega.planner import memory, shapes, steptime  # noqa: E402
-from torl_mega.planner.hardware import Assumptions  # noqa: E402
-from torl_mega.trainer.cpu import backend as cpu_backend  # noqa: E402
+from torl_mega.config_file import load_config
+from torl_mega.layout import ModelShape, describe_model
+from torl_mega.planner import memory, shapes, steptime
+from torl_mega.planner.hardware import Assumptions
+from torl_mega.trainer.cpu import backend as cpu_backend
 
 PARTS = ("weights", "gradients", "optimizer")
 
