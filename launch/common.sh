@@ -13,6 +13,7 @@
 #   TORL_PYTHON     python with torl in it                            (default: TORL_HOME/.venv/bin/python, `python` in an image)
 #   TORL_REQUIRED   names of variables this site wants set, e.g. "SBATCH_ACCOUNT SBATCH_PARTITION"
 #   TORL_MAX_RESTARTS  times the ranks are started again in one allocation after one was killed (default 3)
+#   TORL_CACHE      folder for kernels that are compiled when first used; all nodes and jobs share it (default: .cache in runs_dir)
 #   TORL_IFNAME     network interface for gloo and NCCL's bootstrap   (default: theirs)
 #   account, partition, reservation, qos: sbatch's own SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_RESERVATION, SBATCH_QOS
 #

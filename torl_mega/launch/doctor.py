@@ -34,6 +34,7 @@ from rich.table import Table
 from torl_mega.config import Config
 from torl_mega.config_file import load_config
 from torl_mega.errors import TorlError
+from torl_mega.launch import environments, local
 from torl_mega.planner.placement import Placement, read_placement
 
 Level = Literal["ok", "warn", "fail"]
@@ -120,7 +121,9 @@ def machine_checks() -> list[Check]:
 def gpu_checks(plan: Placement | None, config: Config | None) -> list[Check]:
     wanted = (plan.gpu if plan else config.cluster.gpu if config else "auto") != "cpu"
     per_node = plan.gpus_per_node if plan else 0
-    return _guard("gpus", lambda: _gpus(wanted and (plan is not None), per_node))
+    checks = _guard("gpus", lambda: _gpus(wanted and (plan is not None), per_node))
+    ready = wanted and plan is not None and all(check.level != "fail" for check in checks)
+    return [*checks, *(_guard("environments", _environments) if ready else ())]
 
 
 def config_checks(config: Config) -> list[Check]:
@@ -231,6 +234,13 @@ def _gpus(wanted: bool, per_node: int) -> Iterator[Check]:
         if importlib.util.find_spec(module) is None:
             level: Level = "fail" if module == "transformer_engine" and wanted else "warn"
             yield Check(module, level, f"not installed: needed for {needed_for}; use the image of the Dockerfile")
+
+
+def _environments() -> Iterator[Check]:
+    found, problems = environments.differences(sys.executable, local.sglang_python())
+    yield from (Check("environments", "fail", text) for text in problems)
+    if not problems:
+        yield Check("environments", "ok", f"NCCL {found[sys.executable]['nccl']} in the trainer's and SGLang's")
 
 
 def _model(config: Config) -> Iterator[Check]:

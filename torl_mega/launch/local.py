@@ -195,7 +195,7 @@ def _servers(config: Config, config_args: Sequence[str], folder: RunFolder) -> t
     started, urls = [], []
     for index in range(config.serving.num_servers):
         port = process.free_port()
-        command = [_sglang_python(), "-m", "torl_mega.serving.serve", *config_args, "--port", str(port)]
+        command = [sglang_python(), "-m", "torl_mega.serving.serve", *config_args, "--port", str(port)]
         command += ["--log", str(folder.logs / f"sglang_{index}.log")]
         name = f"server_{index}"
         started.append(SideCar.start(name, command, _log(folder, name)))
@@ -203,7 +203,7 @@ def _servers(config: Config, config_args: Sequence[str], folder: RunFolder) -> t
     return started, ",".join(urls)
 
 
-def _sglang_python() -> str:
+def sglang_python() -> str:
     """On GPUs SGLang's torch is not the trainer's, so it lives in an environment of its own, inside ours or named."""
     beside = Path(sys.prefix) / "sglang" / "bin" / "python"
     return os.environ.get("TORL_SGLANG_PYTHON") or str(beside if beside.exists() else sys.executable)

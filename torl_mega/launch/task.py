@@ -31,6 +31,7 @@ from pathlib import Path
 from torl_mega.config import Config
 from torl_mega.config_file import load_config
 from torl_mega.errors import ConfigError, TorlError
+from torl_mega.launch.gpu_env import gpu_environment
 from torl_mega.planner.placement import Placement, Process, read_placement
 from torl_mega.process import start as process
 from torl_mega.run.folder import RunFolder, lock_run, open_run
@@ -81,6 +82,8 @@ def run_role(role: str, placement: Placement, conf: str, status: Path) -> int:
         return 0
     _take_cores(mine, placement)
     config = load_config(conf)
+    if placement.gpu != "cpu":
+        os.environ.update(gpu_environment(config, os.environ))
     if role == "rank":
         return _run_rank(mine, placement, config, conf, status)
     return _run_sidecar(mine, placement, config, conf, status / "end")

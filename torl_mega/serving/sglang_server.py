@@ -59,6 +59,8 @@ def launch_env(config: Config, *, gpu_ids: Sequence[int], base: dict[str, str] |
     env["TORL_SYNC_TIMEOUT_S"] = str(config.serving.sync_timeout_s)
     if gpu_ids:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpu_ids))
+        if config.cluster.placement == "colocated":  # ranks hold memory of these GPUs, not all of them alike
+            env["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "0"  # distributed/bootstrap.py:449 of 0.5.23
         return env
     env.setdefault("OMP_NUM_THREADS", "1")
     # the seeded sampler is decorated with torch.compile; on a CPU it runs eagerly

@@ -12,6 +12,7 @@ first `poll` after it is done. Loading compares model, sizes and checksums with 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import multiprocessing
 import os
@@ -156,12 +157,17 @@ def _write(folder: Path, state: dict[str, Any], metadata: dict[str, Any], *, asy
     from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 
     _start_helper()
+    # From 0.17 on the writer is chosen by name and its default is that of nvidia-resiliency-ext, which may be absent
+    # (serialization.py, strategies/torch.py:get_async_strategy of 0.19.2). Megatron's own is the one `_start_helper` keeps.
+    named = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
+    strategy: dict[str, Any] = {"async_strategy": "mcore"} if named else {}
     return dist_checkpointing.save(
         state,
         str(folder),
         get_default_save_sharded_strategy("torch_dist"),
         async_sharded_save=asynchronous,
         content_metadata={k: v for k, v in metadata.items() if k != "dp_cp_group"},
+        **strategy,
     )
 
 
