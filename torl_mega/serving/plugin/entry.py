@@ -46,6 +46,15 @@ def hooks() -> None:
         HookRegistry.register(
             "sglang.srt.layers.sampler.murmur_hash32", seeded_sampling.murmur_hash32, HookType.REPLACE
         )
+        from torl_mega.serving.plugin import cpu_attention, cpu_start
+
+        HookRegistry.register(
+            "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend",
+            cpu_attention.BatchedAttention,
+            HookType.REPLACE,
+        )
+        for method in ("_launch_scheduler_processes", "_launch_detokenizer_subprocesses"):
+            HookRegistry.register(f"sglang.srt.entrypoints.engine.Engine.{method}", cpu_start.forked, HookType.AROUND)
 
 
 def _no_host_register(*_args: Any, **_kwargs: Any) -> None:

@@ -1,7 +1,7 @@
 """On a CPU, SGLang 0.5.23 drops `sampling_seed` unless its deterministic mode is on, and that mode needs GPU attention.
 
 The pure torch sampler itself takes seeds (srt/layers/sampler.py `multinomial_with_seed`: Gumbel noise hashed from seed,
-position and token); only its hash is a compiled kernel. So the batch is given its seeds and the hash is written in torch.
+position and token); only its hash is a compiled kernel. So the batch is given its seeds and the hash is written in numpy.
 A token then depends on its request's seed alone, up to ties that the last bits of a logit decide: those depend on which
 requests share a batch. `serving.deterministic` takes that away too.
 """
@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 DEFAULT_SEED = 42  # SGLang's own for requests without one
-MASK = 0xFFFFFFFF
 
 
 def from_schedule_batch(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -29,29 +30,38 @@ def from_schedule_batch(original: Callable[..., Any], *args: Any, **kwargs: Any)
 
 
 def murmur_hash32(seed: Any, positions: Any, col_indices: Any) -> Any:
-    """MurmurHash3 x86_32 of the 16 bytes (seed u64, position u32, column u32): [n], [n], [m] -> [n, m] int64.
+    """MurmurHash3 x86_32 of the 16 bytes (seed u64, position u32, column u32): [n], [n], [m] -> [n, m] uint32.
 
-    The same numbers as SGLang's GPU kernel (kernels/ops/sampling/murmur_hash.py). REPLACE hook.
+    The same numbers as SGLang's GPU kernel (kernels/ops/sampling/murmur_hash.py). REPLACE hook. In numpy, whose uint32
+    wraps; what does not depend on the column is computed once a row.
     """
     import torch
 
-    wide = seed.to(torch.int64)[:, None]
-    hashed = torch.zeros((len(seed), len(col_indices)), dtype=torch.int64)
-    blocks = (
-        wide & MASK,
-        (wide >> 32) & MASK,
-        positions.to(torch.int64)[:, None],
-        col_indices.to(torch.int64)[None, :],
-    )
-    for block in blocks:
-        key = (block & MASK) * 0xCC9E2D51 & MASK  # int64 wraps, its low 32 bits are right all the same
-        hashed = hashed ^ (_rotated(key, 15) * 0x1B873593 & MASK)
-        hashed = (_rotated(hashed, 13) * 5 + 0xE6546B64) & MASK
-    hashed = hashed ^ 16
-    hashed = (hashed ^ (hashed >> 16)) * 0x85EBCA6B & MASK
-    hashed = (hashed ^ (hashed >> 13)) * 0xC2B2AE35 & MASK
-    return hashed ^ (hashed >> 16)
+    wide = seed.to(torch.int64).numpy()
+    rows = np.zeros(len(wide), np.uint32)
+    for block in (wide, wide >> 32, positions.numpy()):
+        rows = _mixed(rows, _key(block))
+    hashed = _mixed(rows[:, None], _key(col_indices.numpy()))
+    hashed ^= np.uint32(16)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        hashed ^= hashed >> np.uint32(shift)
+        hashed *= np.uint32(factor)
+    return torch.from_numpy(hashed)
 
 
-def _rotated(x: Any, bits: int) -> Any:
-    return ((x << bits) | (x >> (32 - bits))) & MASK
+def _key(block: np.ndarray) -> np.ndarray:
+    """Four bytes of input, scrambled."""
+    return _rotated(block.astype(np.uint32) * np.uint32(0xCC9E2D51), 15) * np.uint32(0x1B873593)
+
+
+def _mixed(hashed: np.ndarray, key: np.ndarray) -> np.ndarray:
+    mixed = _rotated(hashed ^ key, 13)
+    mixed *= np.uint32(5)
+    mixed += np.uint32(0xE6546B64)
+    return mixed
+
+
+def _rotated(x: np.ndarray, bits: int) -> np.ndarray:
+    rotated = x << np.uint32(bits)
+    rotated |= x >> np.uint32(32 - bits)
+    return rotated
