@@ -33,17 +33,29 @@ SMALL = 1 << 16  # ... unless the group is this small, where a further call cost
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Pieces of requests that share one call."""
+    """Pieces of requests that share one call.
 
-    shape: tuple[int, int, int]  # (n, q, t)
-    queries: (
-        torch.Tensor | None
-    )  # [n * q] rows of the batch's queries, padding repeats a piece's first; None = all, in order
-    slots: torch.Tensor  # [n * t] places in the pool, padding repeats a request's first
-    mask: torch.Tensor | None  # [n, 1, q, t] True where a query sees a token; None = everything, or the causal triangle
+    shape: (n, q, t)
+    queries: [n * q] rows of the batch's queries, padding repeats a piece's first; None = all of them, in order
+    slots: [n * t] places in the pool, padding repeats a request's first
+    last_seen: [n, q] the last token that each query sees; None = all tokens, or the causal triangle
+    real: [m] which of the n * q are no padding; None = all
+    rows: [m] their rows in the batch; None = all of them, in order
+    """
+
+    shape: tuple[int, int, int]
+    queries: torch.Tensor | None
+    slots: torch.Tensor
+    last_seen: torch.Tensor | None
     causal: bool
-    real: torch.Tensor | None  # [m] which of the n * q are no padding; None = all
-    rows: torch.Tensor | None  # [m] their rows in the batch
+    real: torch.Tensor | None
+    rows: torch.Tensor | None
+
+    def mask(self) -> torch.Tensor | None:
+        """[n, 1, q, t] True where a query sees a token."""
+        if self.last_seen is None:
+            return None
+        return torch.arange(self.shape[2]) <= self.last_seen[:, None, :, None]
 
 
 class BatchedAttention(TorchNativeAttnBackend):
@@ -92,11 +104,17 @@ class BatchedAttention(TorchNativeAttnBackend):
                 cache.view(len(cache), -1).index_select(0, group.slots).view(n, t, *cache.shape[1:]).to(query.dtype)
                 for cache in (k_cache, v_cache)
             )
+            # the query heads that share a KV head are to SDPA as many queries, where each sees the same tokens
+            chosen = (
+                chosen.view(n, k_cache.shape[1], -1, query.shape[2])
+                if q == 1
+                else chosen.view(n, q, *query.shape[1:]).transpose(1, 2)
+            )
             found = scaled_dot_product_attention(
-                chosen.view(n, q, *query.shape[1:]).transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2),
-                attn_mask=group.mask, is_causal=group.causal, scale=options.get("scaling"),
-                enable_gqa=options.get("enable_gqa", False),
-            ).transpose(1, 2).flatten(0, 1)  # fmt: skip
+                chosen, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=group.mask(), is_causal=group.causal,
+                scale=options.get("scaling"), enable_gqa=chosen.shape[1] != keys.shape[2],
+            )  # fmt: skip
+            found = (found if q == 1 else found.transpose(1, 2)).reshape(n * q, *output.shape[1:])
             if group.rows is None:
                 output.copy_(found)
             else:
@@ -150,16 +168,14 @@ def _group(first: np.ndarray, length: np.ndarray, row: np.ndarray, slots: torch.
     slots = slots[:, :t].to(torch.int64)
     slots = torch.where(held, slots, slots[:, :1])
     causal = not first.any()
-    mask = None
-    if not causal and (q > 1 or not held.all()):
-        mask = torch.from_numpy(token <= (first[:, None] + position)[:, :, None])[:, None]
+    all_seen = q == 1 and bool(held.all())
     whole = bool(real.all())
     rows = row[:, None] + np.where(real, position, 0)
     return Group(
         shape=(n, q, t),
         queries=None if whole and in_order else torch.from_numpy(rows.ravel()),
         slots=slots.flatten(),
-        mask=mask,
+        last_seen=None if causal or all_seen else torch.from_numpy(first[:, None] + position),
         causal=causal and q > 1,
         real=None if whole else torch.from_numpy(np.flatnonzero(real)),
         rows=None if whole and in_order else torch.from_numpy(rows[real]),
