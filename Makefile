@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 HAVE_CUDA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
 
-.PHONY: quickstart install test test-slow test-gpu lint format mcore-next tiny-base clean
+.PHONY: quickstart install test test-slow test-gpu lint format mcore-next trl tiny-base clean
 
 quickstart: install
 	$(BIN)/torl train conf/quickstart.yaml
@@ -55,6 +55,14 @@ build/mcore-next/megatron: pyproject.toml | install
 	rm -rf build/mcore-next build/wheels && mkdir -p build/mcore-next
 	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --dest build/wheels --group mcore-next
 	cd build/mcore-next && $(CURDIR)/$(BIN)/python -m zipfile -e ../wheels/megatron_core-*.whl .
+
+# what tools/bench_step.py times beside us
+trl: build/trl/.installed
+build/trl/.installed: pyproject.toml
+	$(PYTHON) -m venv build/trl
+	build/trl/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	build/trl/bin/python -m pip install --quiet --group trl
+	touch $@
 
 tiny-base: install
 	$(BIN)/python tools/make_tiny_base.py

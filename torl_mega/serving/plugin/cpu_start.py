@@ -24,3 +24,8 @@ def forked(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return original(*args, **kwargs)
     finally:
         multiprocessing.set_start_method(before, force=True)
+
+
+def no_freeze(*_args: Any, **_kwargs: Any) -> None:
+    """REPLACE hook on `_freeze_gc_after_server_warmup` (srt/entrypoints/http_server.py), which asks the server over HTTP
+    for what `forked` has done; without a warm-up it asks before the server listens."""

@@ -55,6 +55,9 @@ def hooks() -> None:
         )
         for method in ("_launch_scheduler_processes", "_launch_detokenizer_subprocesses"):
             HookRegistry.register(f"sglang.srt.entrypoints.engine.Engine.{method}", cpu_start.forked, HookType.AROUND)
+        HookRegistry.register(
+            "sglang.srt.entrypoints.http_server._freeze_gc_after_server_warmup", cpu_start.no_freeze, HookType.REPLACE
+        )
 
 
 def _no_host_register(*_args: Any, **_kwargs: Any) -> None:
