@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     process.forks_die_with_parent()  # Megatron writes checkpoints in forks
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     # the engines say at every start which optional kernels they lack; `torl doctor` says it once, in order
-    warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers|torl_mega\.trainer\.cpu_backend)")
+    warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers|torl_mega\.trainer\.cpu\.backend)")
     try:
         return train(load_config(args[0], args[1:]))
     except TorlError as exc:

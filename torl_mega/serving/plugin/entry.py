@@ -25,39 +25,33 @@ def hooks() -> None:
     import torch
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from torl_mega.serving.plugin import held_weights as weight_audit
-    from torl_mega.serving.plugin import seeded_sampling, weight_receive
+    from torl_mega.serving.plugin import held_weights, stop_strings, weight_receive
 
-    HookRegistry.register("sglang.srt.utils.weight_checker.WeightChecker.handle", weight_audit.handle, HookType.AROUND)
-    HookRegistry.register(
-        "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater.receive_weights_from_distributed",
-        weight_receive.receive,
-        HookType.AROUND,
-    )
+    around = {
+        "utils.weight_checker.WeightChecker.handle": held_weights.handle,
+        "model_executor.model_runner_components.weight_updater.WeightUpdater.receive_weights_from_distributed": (
+            weight_receive.receive
+        ),
+        "managers.schedule_batch.Req._check_str_based_finish": stop_strings.check,
+    }
+    replace: dict[str, Any] = {}
     if not torch.cuda.is_available():
-        HookRegistry.register(
-            "sglang.srt.mem_cache.pool_host.common._cuda_host_register", _no_host_register, HookType.REPLACE
-        )
-        HookRegistry.register(
-            "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch",
-            seeded_sampling.from_schedule_batch,
-            HookType.AROUND,
-        )
-        HookRegistry.register(
-            "sglang.srt.layers.sampler.murmur_hash32", seeded_sampling.murmur_hash32, HookType.REPLACE
-        )
-        from torl_mega.serving.plugin import cpu_attention, cpu_start
+        from torl_mega.serving.plugin import cpu_attention, cpu_start, seeded_sampling
 
-        HookRegistry.register(
-            "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend",
-            cpu_attention.BatchedAttention,
-            HookType.REPLACE,
-        )
-        for method in ("_launch_scheduler_processes", "_launch_detokenizer_subprocesses"):
-            HookRegistry.register(f"sglang.srt.entrypoints.engine.Engine.{method}", cpu_start.forked, HookType.AROUND)
-        HookRegistry.register(
-            "sglang.srt.entrypoints.http_server._freeze_gc_after_server_warmup", cpu_start.no_freeze, HookType.REPLACE
-        )
+        around |= {
+            "sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch": seeded_sampling.from_schedule_batch,
+            "entrypoints.engine.Engine._launch_scheduler_processes": cpu_start.forked,
+            "entrypoints.engine.Engine._launch_detokenizer_subprocesses": cpu_start.forked,
+        }
+        replace |= {
+            "mem_cache.pool_host.common._cuda_host_register": _no_host_register,
+            "layers.sampler.murmur_hash32": seeded_sampling.murmur_hash32,
+            "layers.attention.torch_native_backend.TorchNativeAttnBackend": cpu_attention.BatchedAttention,
+            "entrypoints.http_server._freeze_gc_after_server_warmup": cpu_start.no_freeze,
+        }
+    for kind, chosen in ((HookType.AROUND, around), (HookType.REPLACE, replace)):
+        for target, hook in chosen.items():
+            HookRegistry.register(f"sglang.srt.{target}", hook, kind)
 
 
 def _no_host_register(*_args: Any, **_kwargs: Any) -> None:
