@@ -45,7 +45,7 @@ def hooks() -> None:
         }
         replace |= {
             "mem_cache.pool_host.common._cuda_host_register": _no_host_register,
-            "layers.sampler.murmur_hash32": seeded_sampling.murmur_hash32,
+            "layers.sampler.multinomial_with_seed": seeded_sampling.multinomial_with_seed,
             "layers.attention.torch_native_backend.TorchNativeAttnBackend": cpu_attention.BatchedAttention,
             "entrypoints.http_server._freeze_gc_after_server_warmup": cpu_start.no_freeze,
         }
