@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 HAVE_CUDA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
 
-.PHONY: quickstart install test test-slow test-gpu lint format mcore-next te gpu-sources tiny-base clean
+.PHONY: quickstart install test test-slow test-gpu lint format mcore-next te gpu-sources trl tiny-base clean
 
 quickstart: install
 	$(BIN)/torl train conf/quickstart.yaml
@@ -61,6 +61,14 @@ build/%/.unpacked: pyproject.toml | install
 	rm -rf build/$* build/wheels/$*
 	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --dest build/wheels/$* --group $*
 	mkdir -p build/$* && cd build/$* && $(CURDIR)/$(BIN)/python -m zipfile -e ../wheels/$*/*.whl .
+	touch $@
+
+# what tools/bench_step.py times beside us
+trl: build/trl/.installed
+build/trl/.installed: pyproject.toml
+	$(PYTHON) -m venv build/trl
+	build/trl/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	build/trl/bin/python -m pip install --quiet --group trl
 	touch $@
 
 tiny-base: install

@@ -13,13 +13,13 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests/parallel"))
 
 from torchrun import run_python  # noqa: E402
+from torl_mega.planner.shapes import hf_config  # noqa: E402
+from torl_mega.serving.server import launch_command  # noqa: E402
 
 from torl_mega.config import Config  # noqa: E402
 from torl_mega.config_file import load_config  # noqa: E402
 from torl_mega.launch.gpu_env import gpu_environment  # noqa: E402
-from torl_mega.planner.shapes import hf_config  # noqa: E402
 from torl_mega.serving.fp8_format import QUANTIZATION_CONFIG  # noqa: E402
-from torl_mega.serving.server import launch_command  # noqa: E402
 
 SHIPPED = sorted(p for p in (*ROOT.glob("conf/torl_*.yaml"), *ROOT.glob("conf/clusters/torl_*.yaml")))
 VARIANTS: dict[str, list[str]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 import subprocess
@@ -116,3 +117,16 @@ def test_the_server_binds_this_machine_only(live_server: LiveServer) -> None:
     tree = psutil.Process(live_server.sidecar.pid).children(recursive=True)
     sockets = [c for p in tree for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
     assert {c.laddr.ip for c in sockets if c.laddr.port == port} == {"127.0.0.1"}
+
+
+@pytest.mark.skipif(bool(os.environ.get("CUDA_VISIBLE_DEVICES")), reason="CUDA does not survive a fork")
+def test_scheduler_and_detokenizer_are_forks_of_the_http_process(live_server: LiveServer) -> None:
+    """A spawned process would have mapped torch anew, somewhere else."""
+    where = {
+        p.name(): part.addr.partition("-")[0]
+        for p in psutil.Process(live_server.sidecar.pid).children(recursive=True)
+        for part in p.memory_maps(grouped=False)
+        if "libtorch_cpu" in part.path
+    }
+    assert {"sglang::scheduler", "sglang::detokenizer"} < where.keys()
+    assert len(set(where.values())) == 1
