@@ -25,7 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from torl_mega.config import SandboxConfig
-from torl_mega.sandbox.fusion_client import FusionClient
+from torl_mega.sandbox.client import SandboxClient
 from torl_mega.sandbox.pool import SandboxPool
 from torl_mega.types import ExecutionRequest
 
@@ -168,7 +168,7 @@ async def _other_rows(fusion_url: str | None, quick: bool) -> list[dict[str, Any
                     {"design": design, **row, "cpu_ms": 1e3 * cpu / row["count"] if design != "bubblewrap" else None}
                 )
     if fusion_url:
-        async with FusionClient([fusion_url]) as client:
+        async with SandboxClient([fusion_url]) as client:
             for name in SNIPPETS:
                 for concurrency, count in ((1, 12), (2, 24), (16, 48)):
 

@@ -81,7 +81,7 @@ def test_soak(tier: str) -> None:
     hostile = itertools.cycle([c for c in cases() if _quick(c)])
 
     async def main(served: Pool) -> list[Window]:
-        async with SandboxClient(served.address) as client:
+        async with SandboxClient([served.address]) as client:
             await _window(client, range(1, 200), hostile)  # everything has been used once
             out = []
             for start in range(0, count, step):

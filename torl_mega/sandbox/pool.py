@@ -259,26 +259,26 @@ class SandboxPool:
     async def run(self, request: ExecutionRequest) -> ExecutionResult:
         """Runs one program under its limits. INFRA only for what the program cannot bring about."""
         if self._closed or self.plan is None:
-            return _infra("the sandbox is not running")
+            return ExecutionResult.infra("the sandbox is not running")
         try:
             code = request.code.encode("utf-8", "surrogatepass")
             data = payload.pack(code, request.stdin.encode("utf-8", "surrogatepass"), request.files)
         except ValueError as e:
-            return _infra(str(e))
+            return ExecutionResult.infra(str(e))
         name = "data" if "data" in self._kinds and _DATA_IMPORT.search(code, 0, _LOOK_BYTES) else "math"
         waited = asyncio.get_running_loop().time()
-        result = _infra("never started")
+        result = ExecutionResult.infra("never started")
         for attempt in range(1 + _RETRIES):
             try:
                 zygote = await self._admit(name)
             except ServerError as e:
-                result = _infra(str(e))
+                result = ExecutionResult.infra(str(e))
                 break
             self.metrics.queue_s.observe(asyncio.get_running_loop().time() - waited)
             try:
                 result = await self._once(zygote, request, data)
             except ZygoteDied:
-                result = _infra("the snippet's zygote died")
+                result = ExecutionResult.infra("the snippet's zygote died")
             finally:
                 self._release(zygote)
             if result.status is not ExecutionStatus.INFRA:
@@ -318,7 +318,7 @@ class SandboxPool:
                 files = await asyncio.to_thread(read_back, box, request.fetch_files, self.config.max_fetch_bytes)
             return _result(answer, limits, stdout, stderr, files)
         except OSError as e:
-            return _infra(f"the pool could not run a snippet: {e}")
+            return ExecutionResult.infra(f"the pool could not run a snippet: {e}")
         finally:
             for capture in captures:
                 capture.close()
@@ -351,15 +351,11 @@ class SandboxPool:
         }
 
 
-def _infra(message: str) -> ExecutionResult:
-    return ExecutionResult(ExecutionStatus.INFRA, None, "", "", 0.0, 0.0, 0.0, {}, message)
-
-
 def _result(
     answer: dict[str, Any], limits: dict[str, Any], stdout: str, stderr: str, files: Mapping[str, bytes]
 ) -> ExecutionResult:
     if "infra" in answer:
-        return _infra(answer["infra"])
+        return ExecutionResult.infra(answer["infra"])
     status, code = _verdict(answer, limits)
     rss_mb = answer["rss_kb"] / 1024
     return ExecutionResult(status, code, stdout, stderr, answer["wall_s"], answer["cpu_s"], rss_mb, files)
