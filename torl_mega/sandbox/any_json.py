@@ -9,10 +9,11 @@ import orjson
 
 
 def dumps(value: Any) -> bytes:
+    """Lone surrogates become the three bytes that json.loads(bytes) reads them from, everywhere: escapes would pair up."""
     try:
         return orjson.dumps(value)
     except TypeError:
-        return json.dumps(value).encode()
+        return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
 def loads(data: bytes, **hooks: Any) -> Any:
