@@ -123,8 +123,8 @@ async def _memory(pool: SandboxPool) -> dict[str, Any]:
     """Private memory (not shared with the zygote or anybody) of sympy snippets that all run at once."""
     before = set(_private_kb())
     hold = "from sympy import *\nx = symbols('x')\nsolve(x**2 - 5*x + 6, x)\nimport time\ntime.sleep(6)"
-    assert pool.plan is not None
-    count = pool.plan.max_running
+    assert pool.setup is not None
+    count = pool.setup.max_running
     calls = [asyncio.create_task(pool.run(ExecutionRequest(hold, wall_s=60))) for _ in range(count)]
     await asyncio.sleep(4.0)
     held = [kb for pid, kb in _private_kb().items() if pid not in before]

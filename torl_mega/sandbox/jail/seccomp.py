@@ -1,4 +1,8 @@
-"""The system calls a snippet may make, as a hand-written BPF allow list. Everything else is refused.
+"""The system calls a snippet may make, as a BPF allow list. Everything else is refused.
+
+Written by hand because the jail imports the standard library alone, and because each child's pid is patched into the
+program. The tables are tested against the kernel's headers, the filter by an independent BPF interpreter
+(tests/sandbox/test_seccomp.py).
 
 Refused calls fail with EPERM (ENOSYS above the newest known number, so that libraries fall back); a foreign instruction
 set (i386, x32) kills. Arguments are compared in their low 32 bits, which is what the kernel reads for the ints among
@@ -26,51 +30,33 @@ _LD, _JEQ, _JGE, _JSET, _RET = 0x20, 0x15, 0x35, 0x45, 0x06
 _PID = 0x5EADBEEF  # placeholder of the own pid
 _NEWEST = 462  # newest number known when the list was written; above it ENOSYS
 
-_FREE = [
-    "read", "write", "close", "fstat", "lseek", "mmap", "mprotect", "munmap", "brk", "rt_sigaction",
-    "rt_sigprocmask", "rt_sigreturn", "pread64", "pwrite64", "readv", "writev", "sched_yield", "mremap", "msync",
-    "madvise", "dup", "nanosleep", "getitimer", "setitimer", "getpid", "sendfile", "exit", "uname", "flock",
-    "fsync", "fdatasync", "ftruncate", "getcwd", "chdir", "fchdir", "umask", "gettimeofday",
-    "getrusage", "sysinfo", "times", "getuid", "getgid", "geteuid", "getegid", "getppid", "getpgid", "getsid",
-    "getgroups", "getresuid", "getresgid", "rt_sigpending", "rt_sigtimedwait", "rt_sigsuspend", "sigaltstack",
-    "statfs", "fstatfs", "getpriority", "sched_getparam", "sched_getscheduler", "sched_get_priority_max",
-    "sched_get_priority_min", "sched_rr_get_interval", "gettid", "futex", "sched_getaffinity", "getdents64",
-    "set_tid_address", "restart_syscall", "fadvise64", "timer_create", "timer_settime", "timer_gettime",
-    "timer_getoverrun", "timer_delete", "clock_gettime", "clock_getres", "clock_nanosleep", "exit_group",
-    "epoll_ctl", "openat", "mkdirat", "newfstatat", "unlinkat", "renameat", "linkat", "symlinkat", "readlinkat",
-    "faccessat", "pselect6", "ppoll", "set_robust_list", "epoll_pwait", "timerfd_create", "timerfd_settime",
-    "timerfd_gettime", "eventfd2", "signalfd4", "epoll_create1", "dup3", "pipe2", "preadv", "pwritev",
-    "getcpu", "sched_getattr", "renameat2", "getrandom", "copy_file_range", "preadv2", "pwritev2", "statx", "rseq",
-    "openat2", "faccessat2", "epoll_pwait2", "wait4", "waitid", "getsockname", "getpeername", "getsockopt", "shutdown", "capget",
-]  # fmt: skip
-_FREE_X86 = [
-    "open", "stat", "lstat", "poll", "access", "pipe", "select", "dup2", "pause", "alarm", "creat", "getdents",
-    "rename", "mkdir", "rmdir", "link", "unlink", "symlink", "readlink", "getpgrp", "getrlimit", "epoll_create",
-    "epoll_wait", "eventfd", "signalfd", "arch_prctl", "time",
-]  # fmt: skip
-_METADATA = ["fchmod", "fchmodat", "fchmodat2", "fchown", "fchownat", "utimensat"]
-_METADATA_X86 = ["chmod", "chown", "lchown", "utime", "utimes", "futimesat"]
-_XATTR = ["getxattr", "lgetxattr", "fgetxattr", "listxattr", "llistxattr", "flistxattr"]
+_FREE = """
+    read write close fstat lseek mmap mprotect munmap brk rt_sigaction rt_sigprocmask rt_sigreturn pread64 pwrite64
+    readv writev sched_yield mremap msync madvise dup nanosleep getitimer setitimer getpid sendfile exit uname flock
+    fsync fdatasync ftruncate getcwd chdir fchdir umask gettimeofday getrusage sysinfo times getuid getgid geteuid
+    getegid getppid getpgid getsid getgroups getresuid getresgid rt_sigpending rt_sigtimedwait rt_sigsuspend
+    sigaltstack statfs fstatfs getpriority sched_getparam sched_getscheduler sched_get_priority_max
+    sched_get_priority_min sched_rr_get_interval gettid futex sched_getaffinity getdents64 set_tid_address
+    restart_syscall fadvise64 timer_create timer_settime timer_gettime timer_getoverrun timer_delete clock_gettime
+    clock_getres clock_nanosleep exit_group epoll_ctl openat mkdirat newfstatat unlinkat renameat linkat symlinkat
+    readlinkat faccessat pselect6 ppoll set_robust_list epoll_pwait timerfd_create timerfd_settime timerfd_gettime
+    eventfd2 signalfd4 epoll_create1 dup3 pipe2 preadv pwritev getcpu sched_getattr renameat2 getrandom
+    copy_file_range preadv2 pwritev2 statx rseq openat2 faccessat2 epoll_pwait2 wait4 waitid getsockname getpeername
+    getsockopt shutdown capget
+""".split()
+_FREE_X86 = """
+    open stat lstat poll access pipe select dup2 pause alarm creat getdents rename mkdir rmdir link unlink symlink
+    readlink getpgrp getrlimit epoll_create epoll_wait eventfd signalfd arch_prctl time
+""".split()
+_METADATA = "fchmod fchmodat fchmodat2 fchown fchownat utimensat".split()
+_METADATA_X86 = "chmod chown lchown utime utimes futimesat".split()
+_XATTR = "getxattr lgetxattr fgetxattr listxattr llistxattr flistxattr".split()
 
 _THREAD, _SHARED_FILES = 0x00010000, 0x400
 _CLOSE_RANGE_UNSHARE = 2
 _CLONE_REFUSED = 0x7E020000 | 0x8000 | 0x2000 | 0x1000  # every NEW*, PARENT, PTRACE, PIDFD
-_FCNTL = [
-    0,
-    1,
-    2,
-    3,
-    4,
-    5,
-    6,
-    7,
-    36,
-    37,
-    38,
-    1030,
-    1032,
-    1034,
-]  # DUPFD…SETLKW, OFD locks, DUPFD_CLOEXEC, GETPIPE_SZ, GET_SEALS
+# DUPFD to SETLKW, OFD locks, DUPFD_CLOEXEC, GETPIPE_SZ, GET_SEALS
+_FCNTL = [0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1032, 1034]
 _IOCTL = [0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451]  # TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
 _PRCTL = [3, 15, 16, 39]  # GET_DUMPABLE, SET_NAME, GET_NAME, GET_NO_NEW_PRIVS
 _AF_UNIX, _MSG_OOB, _PRIO_PROCESS = 1, 1, 0
