@@ -32,6 +32,7 @@ _CONNECT_S = 10.0
 _PING_S = 5.0
 _KEEPALIVE_S = 4.0  # uvicorn, below SandboxFusion, closes idle connections after 5 s
 _MARGIN_S = 10.0
+_MAX_OPEN = 256  # calls sent to one address at once: above what it runs, below what overflows a listen queue
 
 
 class _Unreached(Exception):
@@ -54,6 +55,7 @@ class _Address:
         self._silence_s = silence_s
         self._calls: set[asyncio.Timeout] = set()
         self._last_heard = 0.0
+        self._slots = asyncio.Semaphore(_MAX_OPEN)
         self._session: aiohttp.ClientSession | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._reviver: asyncio.Task[None] | None = None
@@ -65,6 +67,7 @@ class _Address:
     def open(self) -> None:
         """In the running loop, after `leave()`."""
         self._session = self._new_session()
+        self._slots = asyncio.Semaphore(_MAX_OPEN)
 
     def leave(self) -> aiohttp.ClientSession | None:
         """Forgets the loop that was in use; the caller closes the session returned."""
@@ -104,7 +107,7 @@ class _Address:
         self._calls.add(call)
         self._watch()
         try:
-            async with call, self._session.post(self._run_url, data=body) as response:
+            async with call, self._slots, self._session.post(self._run_url, data=body) as response:
                 data = await response.read()
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as e:
             self._revive()

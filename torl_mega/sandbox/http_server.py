@@ -151,14 +151,8 @@ def _parse(body: bytes) -> RunCodeRequest:
         data = any_json.loads(body, parse_constant=_no_json, parse_float=_finite)
     except (ValueError, RecursionError) as e:  # also broken UTF-8, and integers of more than 4,300 digits
         at, why = (e.pos, e.msg) if isinstance(e, json.JSONDecodeError) else (0, str(e))
-        detail = {
-            "type": "json_invalid",
-            "loc": ["body", at],
-            "msg": "JSON decode error",
-            "input": {},
-            "ctx": {"error": why},
-        }
-        raise _BadJson(detail) from None
+        detail = {"type": "json_invalid", "loc": ["body", at], "msg": "JSON decode error", "input": {}}
+        raise _BadJson({**detail, "ctx": {"error": why}}) from None
     if data is None:
         raise missing
     return RunCodeRequest.model_validate(data)

@@ -218,9 +218,7 @@ class SandboxPool:
     def _dispatch(self) -> None:
         if self._closed or self.setup is None:
             return
-        if any(z.dead for k in self._kinds.values() for z in k.zygotes) or not all(
-            k.zygotes for k in self._kinds.values()
-        ):
+        if any(not k.zygotes or any(z.dead for z in k.zygotes) for k in self._kinds.values()):
             self._start_missing()
         while self._running < self.setup.max_running:
             best: tuple[int, _Kind, ZygoteHandle] | None = None

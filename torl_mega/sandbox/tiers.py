@@ -36,7 +36,6 @@ _COUNT_EVERY_S = 10.0
 
 @dataclass(frozen=True)
 class KindSetup:
-    name: str
     num_zygotes: int
     slots: int
 
@@ -109,10 +108,10 @@ def set_up(config: SandboxConfig, tier: str) -> PoolSetup:
     cores = len(os.sched_getaffinity(0))
     running = config.max_running or cores + 2
     num_math = config.zygotes or max(1, cores // 4)
-    kinds = {"math": KindSetup("math", num_math, -(-running // num_math))}
+    kinds = {"math": KindSetup(num_math, -(-running // num_math))}
     if config.data_libraries:
         num_data = max(1, num_math // 4)
-        kinds["data"] = KindSetup("data", num_data, -(-running // num_data))
+        kinds["data"] = KindSetup(num_data, -(-running // num_data))
     num_slots = sum(k.num_zygotes * (k.slots + SPARE_SLOTS) for k in kinds.values())
     users = choose(tier, config.uid_base, num_slots)
     warnings = [users.warning] if users.warning else []

@@ -107,13 +107,10 @@ def _map_user(proc: int, uid: int, gid: int) -> None:
 
 def _build_root(readable: list[str]) -> None:
     linux.mount(None, "/", None, linux.MS_REC | linux.MS_PRIVATE)
-    free = [
-        d for d in _ROOT_CANDIDATES if os.path.isdir(d) and not any(p == d or p.startswith(d + "/") for p in readable)
-    ]
+    folders = [d for d in _ROOT_CANDIDATES if os.path.isdir(d)]
+    free = [d for d in folders if not any(p == d or p.startswith(d + "/") for p in readable)]
     if not free:
-        raise RuntimeError(
-            f"every one of {', '.join(_ROOT_CANDIDATES)} holds readable paths; no place for the new root"
-        )
+        raise RuntimeError(f"no place for the new root: each of {', '.join(folders)} holds readable paths")
     root = free[0]
     linux.mount("tmpfs", root, "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, "size=4m,nr_inodes=4096,mode=755")
     for path in (*readable, *_DEVICES):

@@ -44,11 +44,8 @@ def supported_machine() -> bool:
 
 
 def mount(source: str | None, target: str, fstype: str | None, flags: int, data: str | None = None) -> None:
-    def enc(text: str | None) -> bytes | None:
-        return None if text is None else os.fsencode(text)
-
-    result = libc.mount(enc(source), enc(target), enc(fstype), ctypes.c_ulong(flags), enc(data))
-    check(result, f"mount {source or fstype} on {target}")
+    from_, to, kind, options = (None if t is None else os.fsencode(t) for t in (source, target, fstype, data))
+    check(libc.mount(from_, to, kind, ctypes.c_ulong(flags), options), f"mount {source or fstype} on {target}")
 
 
 def umount(target: str, flags: int = 0) -> None:
