@@ -208,6 +208,11 @@ async def _pieces(data: bytes) -> AsyncIterator[bytes]:
         yield data[at : at + 7]
 
 
+async def _zeros(megabytes: int) -> AsyncIterator[bytes]:
+    for _ in range(megabytes):
+        yield bytes(1 << 20)
+
+
 def test_http_like_sandboxfusion() -> None:
     async def main(url: str) -> None:
         async with aiohttp.ClientSession() as session:
@@ -276,8 +281,20 @@ def test_http_like_sandboxfusion() -> None:
             assert (fetched["status"], fetched["files"]) == ("Success", {"./out.txt": "aGloaQ=="})
             _, long = await post({**ok, "code": "print('x' * (2 << 20))"})
             assert (long["status"], len(long["run_result"]["stdout"]) >= 1 << 20) == ("Success", True)
+            async with session.post(f"{url}/run_code", json=ok, expect100=True) as r:
+                assert (await r.json())["run_result"]["stdout"] == "1\n"
+            for method, path, expected in (
+                ("GET", "/run_code", (405, "Method Not Allowed")),
+                ("POST", "/v1/ping", (405, "Method Not Allowed")),
+                ("GET", "/run_code/x", (404, "Not Found")),
+            ):
+                async with session.request(method, url + path) as r:
+                    assert (r.status, (await r.json())["detail"]) == expected
+            too_large = {"Content-Length": str(300 << 20)}
+            async with session.post(f"{url}/run_code", data=_zeros(300), headers=too_large) as r:
+                assert (r.status, (await r.json())["detail"]) == (413, "Request Entity Too Large")
             async with session.get(f"{url}/metrics") as r:
-                assert 'torl_sandbox_snippets_total{status="ok"} 4.0' in await r.text()
+                assert 'torl_sandbox_snippets_total{status="ok"} 5.0' in await r.text()
 
     with pool(data_libraries=False) as served:
         asyncio.run(main(served.url))
