@@ -121,6 +121,36 @@ def test_client_without_a_pool(address: str) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"nonsense\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\nnonsense",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n\xff",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}",
+        b"HTTP/1.1 500 Broken\r\nContent-Length: 1\r\n\r\n\xff",
+    ],
+)
+def test_an_answer_that_is_none_is_infra(answer: bytes) -> None:
+    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+        await writer.drain()
+        await reader.read()  # until the client leaves
+        writer.close()
+
+    async def main() -> None:
+        server = await asyncio.start_server(speak, "127.0.0.1", 0)
+        async with server:
+            client = SandboxClient([f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"])
+            assert (await client.run(R("print(1)"))).status is S.INFRA
+            await client.close()
+            assert client.counters == {"sandbox_infra": 1}
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("door", ["address", "url"])
 def test_client_follows_the_event_loop(door: str) -> None:
     with pool(data_libraries=False) as served:

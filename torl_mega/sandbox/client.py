@@ -174,7 +174,7 @@ class SandboxClient:
         silence_s: float = 30.0,
         queue_s: float = 3600.0,
     ) -> None:
-        if not addresses or not all(a.startswith(("unix:/", "http://", "https://")) for a in addresses):
+        if not addresses or not all(a.startswith(("unix:", "http://", "https://")) for a in addresses):
             raise ConfigError(
                 f"sandbox addresses {list(addresses)!r} must be one or more of the form unix:/path or http://host:port"
             )
@@ -251,8 +251,8 @@ class SandboxClient:
                     return ExecutionResult.infra(why)
                 self.counters["sandbox_resent"] += 1
                 continue
-            except TimeoutError:
-                return ExecutionResult.infra(f"{address.text}: no answer within {self._queue_s:g} s")
+            except (TimeoutError, aiohttp.ClientError) as e:  # no answer within `limit_s`, or one that is no HTTP
+                return ExecutionResult.infra(f"{address.text}: {type(e).__name__} {e}")
             if status != 503:
                 return _result(address.text, status, headers, data)
             wait_s = _retry_after(headers.get("Retry-After"))
