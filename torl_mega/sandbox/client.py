@@ -35,12 +35,12 @@ _MARGIN_S = 10.0
 _MAX_OPEN = 256  # calls sent to one address at once: above what it runs, below what overflows a listen queue
 
 
-class _Unreached(Exception):
-    """No connection could be made; nothing was sent."""
-
-
 class _Lost(Exception):
-    """The connection ended, or the address fell silent, with the call open."""
+    """The call will get no answer."""
+
+    def __init__(self, why: str, *, sent: bool = True) -> None:
+        super().__init__(why)
+        self.sent = sent  # False: no connection could be made, so nothing ran
 
 
 class _Address:
@@ -101,7 +101,7 @@ class _Address:
             return str(e) or type(e).__name__
 
     async def post(self, body: bytes, limit_s: float) -> tuple[int, Mapping[str, str], bytes]:
-        """The answer's status, headers and body. Raises _Unreached, _Lost, or TimeoutError after `limit_s`."""
+        """The answer's status, headers and body. Raises _Lost, TimeoutError after `limit_s`, or another ClientError."""
         assert self._session is not None
         call = asyncio.timeout(limit_s)
         self._calls.add(call)
@@ -109,16 +109,14 @@ class _Address:
         try:
             async with call, self._slots, self._session.post(self._run_url, data=body) as response:
                 data = await response.read()
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as e:
-            self._revive()
-            raise _Unreached(f"{self.text}: {e or type(e).__name__}") from None
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError) as e:
             self._revive()
-            raise _Lost(f"{self.text} was lost while the snippet ran: {e or type(e).__name__}") from None
+            sent = not isinstance(e, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
+            raise _Lost(f"{self.text}: {'lost while the snippet ran, ' * sent}{e!r}", sent=sent) from None
         except TimeoutError:
             if self.alive:
                 raise
-            raise _Lost(f"{self.text} was silent for {self._silence_s:g} s while the snippet ran") from None
+            raise _Lost(f"{self.text}: silent for {self._silence_s:g} s while the snippet ran") from None
         finally:
             self._calls.discard(call)
         self._last_heard = asyncio.get_running_loop().time()
@@ -242,14 +240,12 @@ class SandboxClient:
             try:
                 limit_s = begin + self._queue_s - loop.time() + request.wall_s + _MARGIN_S
                 status, headers, data = await address.post(body, limit_s)
-            except _Unreached as e:
-                why = str(e)
-                continue
             except _Lost as e:
-                lost, why = lost + 1, str(e)
+                lost, why = lost + e.sent, str(e)
                 if lost > 1:
                     return ExecutionResult.infra(why)
-                self.counters["sandbox_resent"] += 1
+                if e.sent:
+                    self.counters["sandbox_resent"] += 1
                 continue
             except (TimeoutError, aiohttp.ClientError) as e:  # no answer within `limit_s`, or one that is no HTTP
                 return ExecutionResult.infra(f"{address.text}: {type(e).__name__} {e}")
