@@ -353,8 +353,8 @@ def _sandbox(config: Config) -> Iterator[Check]:
 
     async def tier() -> str:
         async with SandboxPool(config.sandbox) as pool:  # starts zygotes and runs a snippet
-            assert pool.plan is not None
-            return f"tier {pool.plan.tier}: {', '.join(pool.plan.mechanisms)}"
+            assert pool.setup is not None
+            return f"tier {pool.setup.tier}: {', '.join(pool.setup.mechanisms)}"
 
     try:
         found = asyncio.run(asyncio.wait_for(tier(), SANDBOX_LIMIT_S))
