@@ -24,7 +24,8 @@ from torl_mega.config_file import config_hash, load_config
 from torl_mega.errors import TorlError
 from torl_mega.interfaces import Rollouts, RunLog, Trainer, WeightSink
 from torl_mega.loop import Loop, due
-from torl_mega.process import start as process
+from torl_mega.process import exit_codes
+from torl_mega.process.start import forks_die_with_parent
 from torl_mega.process.stop_flag import StopFlag
 from torl_mega.rollout.build import Rank0, build_rank0
 from torl_mega.rollout.replay import NoServers
@@ -33,14 +34,12 @@ from torl_mega.run.limits import check_guards
 from torl_mega.run.metrics import Silent, summarize, write_json
 from torl_mega.serving.probe_agreement import check_engines
 
-EXIT_DONE, EXIT_ERROR, EXIT_REQUEUE = 0, 1, 85
-
 T = TypeVar("T")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
-    process.forks_die_with_parent()  # Megatron writes checkpoints in forks
+    forks_die_with_parent()  # Megatron writes checkpoints in forks
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     # the engines say at every start which optional kernels they lack; `torl doctor` says it once, in order
     warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers|torl_mega\.trainer\.cpu_backend)")
@@ -48,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return train(load_config(args[0], args[1:]))
     except TorlError as exc:
         print(f"torl: error: {exc}", file=sys.stderr, flush=True)
-        return EXIT_ERROR
+        return exit_codes.ERROR
 
 
 def train(config: Config) -> int:
@@ -76,12 +75,12 @@ def train(config: Config) -> int:
             complete = loop.run(start, evaluate_first=_lacks_evaluation(config, rank0, start))
             trainer.finish_saves()
             if not complete:
-                return EXIT_REQUEUE
+                return exit_codes.REQUEUE
             if config.checkpoint.export_hf:
                 trainer.export_hf(folder.hf)
             if rank0 is not None:
                 _finish(config, folder, rank0, time.monotonic() - started)
-            return EXIT_DONE
+            return exit_codes.DONE
     finally:
         parallel.destroy()
 

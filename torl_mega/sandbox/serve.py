@@ -94,7 +94,6 @@ def _unlink(path: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m torl_mega.sandbox.serve", description=__doc__)
     parser.add_argument("--socket", help="path of a unix socket for SandboxClient")
-    parser.add_argument("--own-folder", action="store_true", help="the socket's folder is removed at the end too")
     parser.add_argument("--host", default="127.0.0.1", help="address for SandboxFusion's HTTP interface")
     parser.add_argument("--port", type=int, help="port for it; 0 takes a free one, printed in the ready line")
     parser.add_argument("--parent-fd", type=int, help="inherited pipe; end of file on it ends the service")
@@ -106,10 +105,6 @@ def main(argv: list[str] | None = None) -> int:
     except (TorlError, ValueError) as e:
         print(f"sandbox: {e}", file=sys.stderr)
         return 1
-    finally:
-        if args.own_folder and args.socket:
-            with contextlib.suppress(OSError):  # somebody else's files are in it, or it is gone
-                os.rmdir(os.path.dirname(args.socket))
 
 
 if __name__ == "__main__":
