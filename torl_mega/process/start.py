@@ -85,8 +85,9 @@ def start(
     if scratch is not None:
         scratch.mkdir(mode=0o711)  # a sandbox in it runs snippets as other users
         env = {**(os.environ if env is None else env), "TMPDIR": str(scratch)}
-    words = [os.fspath(part) for part in cmd]
     ours, theirs = socket.socketpair()
+    words = [sys.executable, "-I", "-S", str(_REAPER), str(theirs.fileno()), str(scratch or "")]
+    words += [os.fspath(part) for part in cmd]
     with contextlib.ExitStack() as stack:
         stack.callback(theirs.close)
         log: IO[bytes] | None = None
@@ -94,15 +95,7 @@ def start(
             log_path.parent.mkdir(parents=True, exist_ok=True)
             log = stack.enter_context(log_path.open("ab"))
         reaper = subprocess.Popen(
-            [
-                sys.executable,
-                "-I",
-                "-S",
-                str(_REAPER),
-                str(theirs.fileno()),
-                str(scratch or ""),
-                *(os.fspath(part) for part in cmd),
-            ],
+            words,
             stdin=stdin,
             stdout=log,
             stderr=subprocess.STDOUT if log is not None else None,
