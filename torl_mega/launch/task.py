@@ -95,8 +95,8 @@ def run_role(role: str, placement: Placement, conf: str, status: Path) -> int:
         env = {**os.environ, **environment(mine, placement, config), "TMPDIR": scratch}
         cmd = command(role, mine, placement, config, conf, status.parent)
         if role in PROGRAMS:
-            return _run_rank(mine, cmd, env, status, config, hang_s=config.cluster.hang_s if role == "rank" else None)
-        return _run_sidecar(mine, cmd, env, status)
+            return run_rank(mine, cmd, env, status, config, hang_s=config.cluster.hang_s if role == "rank" else None)
+        return run_sidecar(mine, cmd, env, status)
 
 
 def this_task() -> tuple[str, int]:
@@ -112,7 +112,7 @@ def this_task() -> tuple[str, int]:
 # ---------------------------------------------------------------------------------------------------- ranks
 
 
-def _run_rank(
+def run_rank(
     mine: Process, cmd: list[str], env: dict[str, str], status: Path, config: Config, *, hang_s: float | None
 ) -> int:
     folder = RunFolder.of(config)
@@ -171,7 +171,7 @@ def _watch_rank(
 
 
 def _end(child: subprocess.Popen[bytes], number: signal.Signals, grace_s: float) -> None:
-    """Signals the rank and waits for its end; what still runs then is killed by `_run_rank`."""
+    """Signals the rank and waits for its end; what still runs then is killed by `run_rank`."""
     child.send_signal(number)
     _ended(child, grace_s)
 
@@ -203,7 +203,7 @@ class _SignOfLife:
 # ------------------------------------------------------------------------------------------------ side-cars
 
 
-def _run_sidecar(mine: Process, cmd: list[str], env: dict[str, str], status: Path) -> int:
+def run_sidecar(mine: Process, cmd: list[str], env: dict[str, str], status: Path) -> int:
     """Keeps the side-car running until the note `end` or a SIGTERM: then the run or the job is about to end."""
     stop = StopFlag(signal.SIGTERM)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # inherited
