@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from torl_mega.process import start as process
+from torl_mega.process.start import GuardedProcess
 
 REPO = Path(__file__).parents[1]
 
@@ -17,7 +17,7 @@ class LiveServer:
     """A server under its supervisor, as the launcher starts it."""
 
     url: str
-    sidecar: process.GuardedProcess
+    sidecar: GuardedProcess
     log: Path
 
 
