@@ -140,11 +140,14 @@ def test_a_killed_run_leaves_nothing_and_resumes(runs_dir, temporary):
 
 
 @pytest.mark.parametrize(
-    "victim", ["torl_mega.train", pytest.param("torl_mega.launch.task rank", marks=pytest.mark.slow)]
+    ("name", "victim"),
+    [
+        ("killed_rank", "torl_mega.train"),
+        pytest.param("killed_task", "torl_mega.launch.task rank", marks=pytest.mark.slow),
+    ],
 )
-def test_a_killed_rank_starts_again_from_the_last_checkpoint(trained, runs_dir, tmp_path, victim):
+def test_a_killed_rank_starts_again_from_the_last_checkpoint(trained, runs_dir, tmp_path, name, victim):
     """And ends with the weights of the undisturbed run whose record it replays."""
-    name = f"rank_{victim.split()[-1]}"
     with (tmp_path / "out").open("w") as out:
         process = start(command("train", runs_dir, name, f"rollout.replay={trained}"), out)
         wait_until(lambda: rows(runs_dir / name), limit_s=LIMIT_S, what="one step")
