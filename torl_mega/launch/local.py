@@ -29,7 +29,7 @@ from torl_mega.launch.commands import task_command
 from torl_mega.launch.inputs import check_inputs, freeze, without_trainer
 from torl_mega.launch.place import place_here, with_addresses
 from torl_mega.launch.task import ERROR_MARK, last_words
-from torl_mega.planner.placement import Placement, Process
+from torl_mega.planner.placement import Placement
 from torl_mega.process import exit_codes
 from torl_mega.process.exit_codes import as_shell_code
 from torl_mega.process.start import GuardedProcess, start
@@ -59,12 +59,10 @@ def collect(program: str, config: Config, *, json: bool) -> int:
     placement = place_here(config, trains=False)
     check_inputs(config, None)
     with _held(config) as folder:
-        result = (
-            folder.path / "eval" / f"step_00000.{'json' if json else 'md'}" if program == "eval" else folder.summary
-        )
-        wanted = program == "eval" or json
-        code = _attempts(program, config, placement, folder, sys.stderr if wanted else sys.stdout)
-        if code == exit_codes.DONE and wanted:
+        report = folder.path / "eval" / f"step_00000.{'json' if json else 'md'}"
+        result = report if program == "eval" else folder.summary if json else None
+        code = _attempts(program, config, placement, folder, sys.stderr if result else sys.stdout)
+        if code == exit_codes.DONE and result:
             print(result.read_text(), end="")
         return code
 
@@ -87,11 +85,8 @@ def _attempts(program: str, config: Config, placement: Placement, folder: RunFol
     conf = freeze(config, folder, "local")
     stop = StopFlag(signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     for left in reversed(range(int(text) + 1)):
-        attempt = _Attempt(program, placement, conf, folder, stop)
-        code = attempt.run(_Voice(folder.logs / "rank_0.log", console))
-        if code in (exit_codes.DONE, exit_codes.REQUEUE):
-            return code
-        if stop.requested:
+        code = _attempt(program, placement, conf, folder, stop, _Voice(folder.logs / "rank_0.log", console))
+        if code != exit_codes.DONE and stop.requested:
             return exit_codes.REQUEUE
         if code < 128:
             return code
@@ -101,58 +96,51 @@ def _attempts(program: str, config: Config, placement: Placement, folder: RunFol
     return exit_codes.KILLED_TOO_OFTEN
 
 
-class _Attempt:
-    """One start of all tasks of a run, until the ranks have ended."""
+def _attempt(program: str, placement: Placement, conf: Path, folder: RunFolder, stop: StopFlag, voice: _Voice) -> int:
+    """Starts all tasks; the exit code of the ranks once all have ended: the highest, as srun has it."""
+    scratch, file, status = _scratch_folder(), folder.logs / "placement.json", folder.logs / "status"
+    placement = with_addresses(placement, scratch)
+    file.write_text(placement.to_json())
+    shutil.rmtree(status, ignore_errors=True)
+    status.mkdir()
+    stop.on_request = (status / "stop").touch
+    if stop.requested:  # before this attempt had a place to note it
+        stop.on_request()
+    ranks, sidecars = [], []
+    try:
+        for process in reversed(placement.processes):  # side-cars first: they take longest to come up
+            is_rank = process.role == "rank"
+            here = {"TORL_NODE": process.host, "TORL_LOCAL_ID": str(process.local), "TORL_STATUS": str(status)}
+            task = start(
+                task_command(program if is_rank else process.role, file, conf),
+                name=process.name,
+                log_path=folder.logs / f"{process.name}.log",
+                env={**os.environ, **here},
+                scratch=scratch / process.name,
+            )
+            (ranks if is_rank else sidecars).append(task)
+        return _watch(ranks, sidecars, status, stop, voice)
+    finally:
+        (status / "end").touch()
+        for task in (*ranks, *sidecars):
+            task.stop(STOP_S)
+        voice.close(last_words(status))
 
-    def __init__(self, program: str, placement: Placement, conf: Path, folder: RunFolder, stop: StopFlag) -> None:
-        self._program, self._conf, self._logs, self._stop = program, conf, folder.logs, stop
-        self._scratch = _scratch_folder()
-        self._placement = with_addresses(placement, self._scratch)
-        self._file = self._logs / "placement.json"
-        self._file.write_text(self._placement.to_json())
-        self._status = self._logs / "status"
-        shutil.rmtree(self._status, ignore_errors=True)
-        self._status.mkdir()
 
-    def run(self, voice: _Voice) -> int:
-        """The exit code of the ranks: the highest of all, as srun has it. Their last words are on stderr then."""
-        self._stop.on_request = (self._status / "stop").touch
-        if self._stop.requested:
-            return exit_codes.REQUEUE
-        ranks, sidecars = [], []
-        try:
-            for process in reversed(self._placement.processes):  # side-cars first: they take longest to come up
-                (ranks if process.role == "rank" else sidecars).append(self._start(process))
-            return self._watch(ranks, sidecars, voice)
-        finally:
-            (self._status / "end").touch()
-            for task in (*ranks, *sidecars):
-                task.stop(STOP_S)
-            voice.close(last_words(self._status))
-
-    def _start(self, process: Process) -> GuardedProcess:
-        role = self._program if process.role == "rank" else process.role
-        here = {"TORL_NODE": process.host, "TORL_LOCAL_ID": str(process.local), "TORL_STATUS": str(self._status)}
-        return start(
-            task_command(role, self._file, self._conf),
-            name=process.name,
-            log_path=self._logs / f"{process.name}.log",
-            env={**os.environ, **here},
-            scratch=self._scratch / process.name,
-        )
-
-    def _watch(self, ranks: list[GuardedProcess], sidecars: list[GuardedProcess], voice: _Voice) -> int:
-        deadline: float | None = None
-        while None in (codes := [rank.poll() for rank in ranks]):
-            voice.copy()
-            if self._stop.requested and deadline is None:
-                deadline = time.monotonic() + GRACE_S
-            elif deadline is None and any(car.poll() is not None for car in sidecars):
-                (self._status / "lost").touch()
-            if deadline is not None and time.monotonic() > deadline:
-                raise TorlError(f"the ranks did not stop within {GRACE_S:g} s after {self._stop.signal_name}; killed")
-            time.sleep(POLL_S)
-        return max(as_shell_code(code) for code in codes if code is not None)
+def _watch(
+    ranks: list[GuardedProcess], sidecars: list[GuardedProcess], status: Path, stop: StopFlag, voice: _Voice
+) -> int:
+    deadline: float | None = None
+    while None in (codes := [rank.poll() for rank in ranks]):
+        voice.copy()
+        if stop.requested and deadline is None:
+            deadline = time.monotonic() + GRACE_S
+        elif deadline is None and any(car.poll() is not None for car in sidecars):
+            (status / "lost").touch()
+        if deadline is not None and time.monotonic() > deadline:
+            raise TorlError(f"the ranks did not stop within {GRACE_S:g} s after {stop.signal_name}; killed")
+        time.sleep(POLL_S)
+    return max(as_shell_code(code) for code in codes if code is not None)
 
 
 class _Voice:

@@ -73,19 +73,15 @@ def _num_gpus() -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Place a run without a trainer: every GPU serves.")
     parser.add_argument("conf", type=Path)
-    parser.add_argument("--nodes", type=int)
-    parser.add_argument("--gpus", type=int, help="per node")
-    parser.add_argument("--hosts", default="", help="comma-separated node names")
-    parser.add_argument("--cores", type=int, default=0, help="per node")
-    parser.add_argument("--base-port", type=int, default=20000)
-    parser.add_argument("--out", type=Path)
+    for name, kind in {"nodes": int, "gpus": int, "hosts": str, "cores": int, "base-port": int, "out": Path}.items():
+        parser.add_argument(f"--{name}", type=kind)
     args = parser.parse_args()
     try:
         config = load_config(args.conf)
         found, problems = place(
             config, nodes=args.nodes or config.cluster.nodes, gpus=args.gpus or config.cluster.gpus_per_node,
-            gpu=config.cluster.gpu, hosts=tuple(filter(None, args.hosts.split(","))), cores=args.cores,
-            base_port=args.base_port, trains=False,
+            gpu=config.cluster.gpu, hosts=tuple(args.hosts.split(",")) if args.hosts else (),
+            cores=args.cores or 0, base_port=args.base_port or 20000, trains=False,
         )  # fmt: skip
         if found is None:
             raise ConfigError("; ".join(problems))
