@@ -8,6 +8,7 @@ import socket
 from pathlib import Path
 
 import pytest
+import torch
 
 from torl_mega.config import Config
 from torl_mega.config_file import load_config
@@ -138,6 +139,20 @@ def test_what_nvidia_smi_says_is_judged(
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     plan, _ = place(load_config("conf/torl_7b.yaml"), nodes=1, gpus=8, gpu="h100")
     assert any(finding in c.detail and c.level == "fail" for c in checks.gpu_checks(plan))
+
+
+def test_the_adam_in_use_is_named_and_a_profile_that_cannot_run() -> None:
+    adam, profile = checks.guarded("trainer", lambda: checks.trainer(config("trainer.precision=mxfp8")))
+    assert "Adam: torl_mega.trainer.cpu.adam.FusedAdam" in adam.detail or torch.cuda.is_available()
+    assert profile.level == "fail"
+    assert "trainer.precision = mxfp8 needs" in profile.detail
+
+
+def test_sglangs_python_is_the_one_that_servers_start_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORL_SGLANG_PYTHON", "/nowhere/python")
+    found = only(checks.guarded("packages", checks.packages), "sglang")
+    assert found.level == "fail"
+    assert "/nowhere/python" in found.detail
 
 
 def test_an_unknown_interface_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

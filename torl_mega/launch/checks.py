@@ -16,6 +16,7 @@ import shutil
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -153,9 +154,11 @@ def gpus(wanted: bool, per_node: int) -> Iterator[Check]:
 
 def trainer(config: Config | None) -> Iterator[Check]:
     """What a step would run with. Imports torch and Megatron, which takes seconds."""
-    from torl_mega.trainer.precision import check_precision, report, this_machine
+    with warnings.catch_warnings():  # in which the engines say what is said here in order
+        warnings.simplefilter("ignore")
+        from torl_mega.trainer.precision import check_precision, report, this_machine
 
-    found = report()
+        found = report()
     profiles = ", ".join(found["usable_profiles"])
     yield Check("trainer", "ok", f"Adam: {found['optimizer']}, layers: {found['layer_spec']}, precision: {profiles}")
     if config is not None:

@@ -32,14 +32,14 @@ from torl_mega.launch.task import ERROR_MARK, last_words
 from torl_mega.planner.placement import Placement
 from torl_mega.process import exit_codes
 from torl_mega.process.exit_codes import as_shell_code
-from torl_mega.process.start import GuardedProcess, start
+from torl_mega.process.start import GuardedProcess, short_tempdir, start
 from torl_mega.process.stop_flag import StopFlag
 from torl_mega.run.folder import RunFolder, is_complete, lock_run, open_run
 
 POLL_S = 0.1
 GRACE_S = 60.0  # for ranks that were told to stop: finish or drop the step, write a checkpoint
 STOP_S = 5.0  # for tasks that are ended because the run is over
-LONGEST_FOLDER = 60  # of 107 bytes that a unix socket's path may have
+LONGEST_TEMPDIR = 50  # an attempt's folder and a task's in it are some 25 bytes more
 
 
 def train(config: Config) -> int:
@@ -171,10 +171,9 @@ class _Voice:
 
 
 def _scratch_folder() -> Path:
-    """A new folder for all temporary files of an attempt; a unix socket's path has to fit below it."""
-    base = tempfile.gettempdir()
-    scratch = Path(tempfile.mkdtemp(prefix="torl-", dir=base if len(base) <= LONGEST_FOLDER else "/tmp"))
-    scratch.chmod(0o711)  # see process.start
+    """A new folder for all temporary files of an attempt."""
+    scratch = Path(tempfile.mkdtemp(prefix="torl-", dir=short_tempdir(LONGEST_TEMPDIR)))
+    scratch.chmod(0o711)  # a sandbox in it runs snippets as other users
     return scratch
 
 

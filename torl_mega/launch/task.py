@@ -41,7 +41,7 @@ from torl_mega.launch.inputs import freeze, without_trainer
 from torl_mega.planner.placement import Placement, Process, read_placement
 from torl_mega.process import exit_codes
 from torl_mega.process.exit_codes import MAX_RESTARTS, as_shell_code, how_it_ended
-from torl_mega.process.start import GuardedProcess, start, tail
+from torl_mega.process.start import GuardedProcess, short_tempdir, start, tail
 from torl_mega.process.stop_flag import StopFlag
 from torl_mega.run.folder import RunFolder, lock_run, open_run
 
@@ -52,6 +52,7 @@ STACKS_S = 2.0  # from SIGABRT to the end of faulthandler's print
 RESTART_DELAY_S = 2.0
 SIDECAR_GRACE_S = 3.0
 RANK_GRACE_S = 5.0  # for a rank that cannot go on
+LONGEST_TEMPDIR = 78  # with room for our own folder and a socket in it
 ERROR_MARK = "torl: error: "
 
 
@@ -90,7 +91,8 @@ def run_role(role: str, placement: Placement, conf: str, status: Path) -> int:
         return exit_codes.DONE
     _take_cores(mine, placement)
     config = load_config(conf)
-    with tempfile.TemporaryDirectory(prefix="torl-", ignore_cleanup_errors=True) as scratch:
+    base = short_tempdir(LONGEST_TEMPDIR)
+    with tempfile.TemporaryDirectory(prefix="torl-", dir=base, ignore_cleanup_errors=True) as scratch:
         os.chmod(scratch, 0o711)  # a sandbox in it runs snippets as other users
         env = {**os.environ, **environment(mine, placement, config), "TMPDIR": scratch}
         cmd = command(role, mine, placement, config, conf, status.parent)

@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -144,6 +145,13 @@ def tail(log_path: Path, num_lines: int = 30, *, begin: int = 0, max_bytes: int 
             return "\n".join(log.read().decode(errors="replace").splitlines()[-num_lines:])
     except FileNotFoundError:
         return ""
+
+
+def short_tempdir(longest: int) -> str:
+    """Where temporary folders go: the system's place for them, or /tmp where that has more than `longest` bytes, because a
+    unix socket's path may have 107."""
+    base = tempfile.gettempdir()
+    return base if len(os.fsencode(base)) <= longest else "/tmp"
 
 
 def free_port(host: str = "127.0.0.1") -> int:
