@@ -72,7 +72,6 @@ def _unlink(path: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m torl_mega.sandbox.serve", description=__doc__)
     parser.add_argument("--socket", help="path of a unix socket to listen on, for this user alone")
-    parser.add_argument("--own-folder", action="store_true", help="the socket's folder is removed at the end too")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on with --port")
     parser.add_argument("--port", type=int, help="TCP port; 0 takes a free one, printed in the ready line")
     parser.add_argument("--settings", default="{}", help='SandboxConfig as JSON, e.g. \'{"tier": "B"}\'')
@@ -83,10 +82,6 @@ def main(argv: list[str] | None = None) -> int:
     except (TorlError, ValueError) as e:
         print(f"sandbox: {e}", file=sys.stderr)
         return 1
-    finally:
-        if args.own_folder and args.socket:
-            with contextlib.suppress(OSError):  # somebody else's files are in it, or it is gone
-                os.rmdir(os.path.dirname(args.socket))
 
 
 if __name__ == "__main__":
