@@ -59,7 +59,9 @@ def test_an_asynchronous_save_resumes_bit_for_bit(model: Path, tmp_path: Path, b
     run_python(WORKER, resumed, model, "3", "async", next_megatron=True, also=also, timeout_s=120)
     assert (resumed / "final.json").read_text() == (calm / "final.json").read_text()
     whole = (calm / "metrics.jsonl").read_text().splitlines()
-    assert (resumed / "metrics.jsonl").read_text().splitlines() == whole[2:], "it trained what was not saved, and no more"
+    assert (resumed / "metrics.jsonl").read_text().splitlines() == whole[2:], (
+        "it trained what was not saved, and no more"
+    )
 
 
 def test_megatron_is_not_imported_beside_an_older_one_and_the_pin_is_new_enough(tmp_path: Path) -> None:
