@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "parallel"))
 
 import hf_reference as ref
 import transformers
+from rope_files import ACCEPTED, LLAMA3, YARN, change
 
 from torl_mega.errors import ConfigError
 from torl_mega.layout import describe_model, read_hf_config
@@ -47,12 +48,6 @@ def refusal(call: Any, *args: Any) -> str:
         call(*args)
     assert "\n" not in str(caught.value)
     return str(caught.value)
-
-
-def change(folder: Path, **settings: Any) -> None:
-    """Settings of config.json; ... takes one out."""
-    config = {**json.loads((folder / "config.json").read_text()), **settings}
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
 
 
 def add(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -106,21 +101,6 @@ def test_case_6_a_tied_head_may_be_there_as_a_copy_and_nothing_else(model: Path)
 
 
 # ------------------------------------------------------------------------------------------- case 7: rotary settings
-
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-ACCEPTED: dict[str, dict[str, Any]] = {
-    "version 4": {"rope_parameters": ..., "rope_theta": 1e6},
-    "version 4 with yarn": {"rope_parameters": ..., "rope_theta": 1e6, "rope_scaling": YARN},
-    "version 4, old key": {"rope_parameters": ..., "rope_scaling": {"type": "linear", "factor": 2.0}},
-    "version 5": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
-    "theta beside": {"rope_parameters": YARN, "rope_theta": 1e6},
-    "both alike": {"rope_parameters": {**YARN, "rope_theta": 1e6}, "rope_scaling": YARN, "rope_theta": 1e6},
-    "yarn of the whole context": {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}},
-    "llama3 of the whole context": {"rope_parameters": {**LLAMA3, "rope_theta": 1e4}},
-    "no setting": {"rope_parameters": ..., "rope_theta": ...},
-    "whole heads": {"partial_rotary_factor": 1.0, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
-}
 
 
 @pytest.mark.parametrize("model", ["qwen2_untied", "llama_untied"], indirect=True)
