@@ -104,7 +104,7 @@ def _check_rope(model_path: Path, rope: dict[str, Any]) -> None:
     given, scale = rope.get("attention_factor"), rope.get("factor")
     if given is None or not scale:
         return
-    pair = (rope.get("mscale"), rope.get("mscale_all_dim"))
+    pair = [float(rope.get(name) or 0.0) for name in ("mscale", "mscale_all_dim")]
     of, over = (0.1 * weight * math.log(scale) + 1 for weight in (pair if all(pair) else (1.0, 0.0)))
     if abs(given - of / over) > 1e-6:
         raise ServerError(
