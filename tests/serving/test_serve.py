@@ -103,6 +103,10 @@ def test_the_command_line_says_what_the_config_says(tiny_config: Config) -> None
     assert gpu["--random-seed"] != options["--random-seed"]
     env = launch_env(tiny_config, gpu_ids=(2, 3), base={"RANK": "0", "PATH": "/bin"})
     assert env["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert env["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] == "0", "trainer ranks share these GPUs"
+    cluster = tiny_config.cluster.model_copy(update={"placement": "disaggregated", "server_nodes": 1})
+    apart = launch_env(tiny_config.model_copy(update={"cluster": cluster}), gpu_ids=(2, 3), base={})
+    assert "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK" not in apart
     assert "RANK" not in env
 
 
