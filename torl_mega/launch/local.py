@@ -38,6 +38,7 @@ GRACE_S = 60.0  # for ranks that were told to stop: finish or drop the step, wri
 MAX_RESTARTS = 20  # of one side-car in one run
 STOP_S = 5.0  # for side-cars and ranks that are ended because the run is over
 EXIT_REQUEUE = 85
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}  # threads that spin take the cores from servers and sandbox, for seconds at worst
 
 
 @dataclass(slots=True)
@@ -224,7 +225,7 @@ def _ranks(config: Config, config_args: Sequence[str], folder: RunFolder, env: d
             command,
             name=f"rank_{rank}",
             log_path=_log(folder, f"rank_{rank}") if rank else None,  # rank 0 speaks for the run
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env={**WAITING, **os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(world_size)
     ]
