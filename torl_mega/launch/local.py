@@ -38,7 +38,8 @@ GRACE_S = 60.0  # for ranks that were told to stop: finish or drop the step, wri
 MAX_RESTARTS = 20  # of one side-car in one run
 STOP_S = 5.0  # for side-cars and ranks that are ended because the run is over
 EXIT_REQUEUE = 85
-WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}  # threads that spin take the cores from servers and sandbox, for seconds at worst
+# threads that spin while they wait take the cores from servers and sandbox, in a rank's first step for seconds
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 @dataclass(slots=True)
