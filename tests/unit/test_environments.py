@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from torl_mega.config_file import load_config
-from torl_mega.launch import doctor
+from torl_mega.launch import checks
 from torl_mega.launch.environments import differences, main
 from torl_mega.planner.placement import place
 
