@@ -11,6 +11,7 @@ import pytest
 
 from torl_mega.config import DataConfig, EvalConfig
 from torl_mega.data.prompts import PromptSource
+from torl_mega.errors import DataError
 from torl_mega.rollout.evaluate import Evaluation, canonical_name, estimate, evaluate, load_benchmarks, pass_at_k
 from torl_mega.types import (
     ExecutionStatus,
@@ -122,7 +123,7 @@ def test_long_prompts_count_as_wrong_and_lost_attempts_are_left_out(tmp_path: Pa
     )
     [s] = report.benchmarks
     assert s.accuracy.value == pytest.approx(1 / 2)  # one right, one too long, one lost
-    assert any("1 problems over data.max_prompt_tokens" in w for w in s.warnings)
+    assert any("1 problems over eval.max_prompt_tokens" in w for w in s.warnings)
     assert any("1 attempts lost" in w for w in s.warnings)
     assert report.faults == {"lost": 1}
 
@@ -196,3 +197,24 @@ def test_the_released_file_is_told_with_its_doubts(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_benchmarks_are_known_under_all_their_names(source: str, name: str) -> None:
     assert canonical_name(source) == name
+
+
+def test_an_evaluation_has_a_prompt_limit_of_its_own(tmp_path: Path) -> None:
+    config, data = settings(tmp_path, [row("amc23", "p" * 60), row("amc23", "p" * 71)], max_prompt_tokens=70)
+    (benchmark,) = load_benchmarks(config, data, encode)
+    assert (len(benchmark.prompts), len(benchmark.overlong)) == (1, 1)
+
+
+def test_an_absent_benchmark_is_named_and_a_wrong_path_is_refused(tmp_path: Path, caplog) -> None:
+    config, data = settings(tmp_path, [row("amc23", "p0")])
+    absent = str(tmp_path / "olympiadbench.jsonl")
+    both = config.model_copy(update={"data": (*config.data, absent)})
+    report = Evaluation(both, data, encode, tmp_path / "eval").report(Policy(lambda problem, sample: True), name="e")
+    assert "1 of 2 benchmarks are not there" in caplog.text
+    assert report is not None
+    assert report.mean_accuracy == 1.0
+    assert f"olympiadbench: absent, and not in avg ({absent} is not there)" in report.to_markdown(name="e")
+    with pytest.raises(DataError, match="none of the benchmarks"):
+        load_benchmarks(config.model_copy(update={"data": (absent,)}), data, encode)
+    with pytest.raises(DataError, match="no such data file"):
+        load_benchmarks(config.model_copy(update={"data": (*config.data, str(tmp_path / "typo.jsonl"))}), data, encode)

@@ -14,6 +14,7 @@ wrong; an attempt lost to the infrastructure is left out and counted.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
@@ -25,15 +26,18 @@ from typing import Any, Protocol
 
 from torl_mega.config import DataConfig, EvalConfig
 from torl_mega.data.prompts import Encode, encode_prompts, load_problems
-from torl_mega.errors import ConfigError
+from torl_mega.errors import ConfigError, DataError
 from torl_mega.rollout.statistics import rollout_metrics
 from torl_mega.types import Group, Problem, Prompt, Reward, Rollout, Trajectory
 
-KNOWN_SIZES = {"aime24": 30, "aime25": 30, "math500": 500, "olympiadbench": 675, "amc23": 40}
+log = logging.getLogger(__name__)
+
+KNOWN_SIZES = {"aime24": 30, "aime25": 30, "math500": 500, "olympiadbench": 675, "amc23": 40}  # problems of each
 PAPER_TABLE_3 = {  # arXiv 2503.23383, accuracy in %; the averages are those of the columns (7B is printed as 62.1)
     "ToRL-1.5B (paper)": {"aime24": 26.7, "aime25": 26.7, "math500": 77.8, "olympiadbench": 44.0, "amc23": 67.5},
     "ToRL-7B (paper)": {"aime24": 43.3, "aime25": 30.0, "math500": 82.2, "olympiadbench": 49.9, "amc23": 75.0},
 }
+WHERE_FROM = "docs/evaluation.md says where each comes from; eval.data=[] evaluates nothing"
 _Z95 = 1.959964
 
 
@@ -74,6 +78,7 @@ class EvalReport:
     benchmarks: tuple[BenchmarkResult, ...]
     overall: Mapping[str, float]  # rollout metrics over all attempts
     faults: Mapping[str, int]
+    absent: tuple[str, ...] = ()  # files of known benchmarks that are not there
 
     @property
     def mean_accuracy(self) -> float:
@@ -109,18 +114,29 @@ class Benchmark:
     cut_to: int | None  # eval.max_problems where it left rows out
 
 
+def absent_benchmarks(config: EvalConfig) -> list[str]:
+    """The files of `eval.data` that are named after a known benchmark and are not there."""
+    missing = [spec for spec in config.data if not Path(spec).exists()]
+    return [spec for spec in missing if canonical_name(Path(spec).stem) in KNOWN_SIZES]
+
+
 def load_benchmarks(config: EvalConfig, data: DataConfig, encode: Encode) -> list[Benchmark]:
-    """Reads `eval.data`, templated as in training, one Benchmark per source. Raises DataError for a bad file."""
+    """Reads `eval.data`, templated as in training, one Benchmark per source. Benchmarks that are absent are left out as
+    long as one is there. Raises DataError for a bad file."""
+    absent = absent_benchmarks(config)
+    present = [spec for spec in config.data if spec not in absent]
+    if absent and not present:
+        raise DataError(f"none of the benchmarks of eval.data is there ({', '.join(absent)}); {WHERE_FROM}")
     by_source: dict[str, list[Problem]] = {}
     cut: set[str] = set()
-    for spec in config.data:
+    for spec in present:
         problems = load_problems(spec, max_problems=config.max_problems)
         for problem in problems:
             by_source.setdefault(canonical_name(problem.source), []).append(problem)
             if len(problems) == config.max_problems:
                 cut.add(canonical_name(problem.source))
     return [
-        _benchmark(name, problems, data, encode, cut_to=config.max_problems if name in cut else None)
+        _benchmark(name, problems, config, data, encode, cut_to=config.max_problems if name in cut else None)
         for name, problems in by_source.items()
     ]
 
@@ -133,16 +149,15 @@ def canonical_name(source: str) -> str:
 
 
 def _benchmark(
-    name: str, problems: list[Problem], data: DataConfig, encode: Encode, *, cut_to: int | None
+    name: str, problems: list[Problem], config: EvalConfig, data: DataConfig, encode: Encode, *, cut_to: int | None
 ) -> Benchmark:
-    prompts = encode_prompts(
-        problems, template=data.template, encode=encode, max_prompt_tokens=data.max_prompt_tokens, overlong="drop"
-    )
+    limit = config.max_prompt_tokens or data.max_prompt_tokens
+    prompts = encode_prompts(problems, template=data.template, encode=encode, max_prompt_tokens=limit, overlong="drop")
     kept = {prompt.problem.problem_id for prompt in prompts}
     overlong = tuple(p for p in problems if p.problem_id not in kept)
     if overlong and data.overlong_prompts == "error" and not prompts:
         raise ConfigError(
-            f"{name}: every prompt is longer than data.max_prompt_tokens = {data.max_prompt_tokens}; raise it to evaluate"
+            f"{name}: every prompt is longer than {limit} tokens; raise eval.max_prompt_tokens to evaluate"
         )
     return Benchmark(name, tuple(prompts), overlong, cut_to)
 
@@ -155,6 +170,7 @@ def evaluate(
     samples_per_problem: int,
     max_tool_calls: int,
     on_rollout: Callable[[Rollout], None] = lambda rollout: None,
+    absent: Sequence[str] = (),
 ) -> EvalReport:
     """Attempts every problem of every benchmark at once and scores them. `on_rollout` sees the attempts (transcripts)."""
     prompts = [prompt for benchmark in benchmarks for prompt in benchmark.prompts]
@@ -162,9 +178,8 @@ def evaluate(
     on_rollout(rollout)
     groups = {group.prompt.problem.problem_id: group for group in rollout.groups}
     results = tuple(_score(b, groups, samples_per_problem, max_tool_calls) for b in benchmarks)
-    return EvalReport(
-        temperature, results, rollout_metrics(rollout, max_tool_calls=max_tool_calls), dict(rollout.faults)
-    )
+    overall = rollout_metrics(rollout, max_tool_calls=max_tool_calls)
+    return EvalReport(temperature, results, overall, dict(rollout.faults), tuple(absent))
 
 
 def _score(
@@ -213,7 +228,7 @@ def _warnings(benchmark: Benchmark, groups: Sequence[Group], samples_per_problem
             f"{len(problems)} rows state {len(repeats)} problems, each {how_often}; counted as further attempts"
         )
     if benchmark.overlong:
-        notes.append(f"{len(benchmark.overlong)} problems over data.max_prompt_tokens; counted as wrong")
+        notes.append(f"{len(benchmark.overlong)} problems over eval.max_prompt_tokens; counted as wrong")
     lost = len(benchmark.prompts) * samples_per_problem - sum(len(group.trajectories) for group in groups)
     if lost:
         notes.append(f"{lost} attempts lost to infrastructure faults; left out")
@@ -280,7 +295,11 @@ def _detail_table(report: EvalReport) -> list[str]:
 
 
 def _warning_list(report: EvalReport) -> list[str]:
-    return [f"- \\* {b.name}: {warning}" for b in report.benchmarks for warning in b.warnings]
+    return [f"- \\* {b.name}: {warning}" for b in report.benchmarks for warning in b.warnings] + [
+        f"- {canonical_name(Path(spec).stem)}: absent, and not in avg ({spec} is not there); docs/evaluation.md says where "
+        "it comes from"
+        for spec in report.absent
+    ]
 
 
 def write_transcripts(path: Path, rollout: Rollout) -> None:
@@ -324,6 +343,10 @@ class Evaluation:
         self._folder = folder
         self._max_tool_calls = max_tool_calls
         self._benchmarks = load_benchmarks(config, data, encode)
+        self._absent = absent_benchmarks(config)
+        if self._absent:
+            log.warning("%d of %d benchmarks are not there and are left out: %s; %s", len(self._absent), len(config.data),
+                        ", ".join(self._absent), WHERE_FROM)  # fmt: skip
 
     def run(self, collect: Collect, step: int) -> Mapping[str, float]:
         """Evaluates the current weights; flat metrics, empty when `eval.data` is."""
@@ -341,6 +364,7 @@ class Evaluation:
             samples_per_problem=self._config.samples_per_problem,
             max_tool_calls=self._max_tool_calls,
             on_rollout=lambda rollout: write_transcripts(self._folder / f"{name}.jsonl", rollout),
+            absent=self._absent,
         )
         _write(self._folder / f"{name}.json", json.dumps(report.to_json(), indent=2) + "\n")
         _write(self._folder / f"{name}.md", report.to_markdown(name=name))

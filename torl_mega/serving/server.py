@@ -90,8 +90,8 @@ def _check_context(model_path: Path, needed: int) -> None:
     most = tree.get("max_position_embeddings")
     if most is not None and needed > most:
         raise ServerError(
-            f"data.max_prompt_tokens + rollout.max_response_tokens = {needed} tokens, but {model_path} has "
-            f"max_position_embeddings {most}; lower one of them"
+            f"the longest prompt (data.max_prompt_tokens, eval.max_prompt_tokens) + rollout.max_response_tokens = {needed} "
+            f"tokens, but {model_path} has max_position_embeddings {most}; lower one of them"
         )
 
 
