@@ -15,6 +15,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
+AdvantageKind = Literal["grpo", "dr_grpo", "rloo", "batch_std", "reinforce_pp"]
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
@@ -229,32 +231,66 @@ class RewardConfig(Section):
 
 
 class AlgoConfig(Section):
-    advantage: Literal["grpo", "dr_grpo"]
-    """`grpo`: (r - mean) / std over the group; `dr_grpo`: r - mean (arXiv 2503.20783). Source: paper §3.1, script:19,
+    advantage: AdvantageKind
+    """(reward - baseline) / scale; docs/algorithms.md has the kinds. Source: paper §3.1, script:19,
     core_algos.py:146-151. Differs: a group of one has advantage 0, not its reward."""
+    loss: Literal["ppo", "gspo", "cispo"] = "ppo"
+    """PPO's clip per token, GSPO's per sequence, or CISPO's clipped weight that keeps every token's gradient. Source: paper
+    §3.1, core_algos.py:299."""
     clip_low: float = Field(gt=0, le=1)
     """Lower side of the ratio clip: 1 - clip_low. Source: ppo_trainer.yaml:35."""
     clip_high: float = Field(gt=0)
     """Upper side: 1 + clip_high (0.28 is DAPO's clip-higher). Source: ppo_trainer.yaml:35."""
-    loss_agg: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"]
-    """Tokens of the mini-batch alike; every sequence alike; or sums over a constant length (Dr. GRPO).
+    dual_clip: float | None = Field(default=None, gt=1)
+    """Where the advantage is negative, most that a token counts, in advantages: bounds ratios far above 1 (1912.09729; verl
+    takes 3). Source: none in core_algos.py:299."""
+    loss_agg: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm", "prompt_mean"]
+    """Tokens of the mini-batch alike; every sequence alike; sums over a constant length (Dr. GRPO); every prompt alike.
     Source: dp_actor.py:283-312, the token mean of every micro-batch, weighed by sequences. Differs: that depends on packing
     and on the number of GPUs; ours is the token mean of the whole mini-batch."""
     kl_coef: float = Field(ge=0)
     """Weight of the KL to the starting policy. Source: paper §3.1, script:7-8. Differs: at 0 no reference pass is made."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Per-token estimator of the KL; k3 is clamped at 10. Source: script:33, core_algos.py (low-var k3)."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """A term of the loss, or its sum over the response taken off the reward. Source: script:9,50."""
+    ref_every_steps: int = Field(default=0, ge=0)
+    """RL steps after which the reference becomes the current policy; 0 = the starting weights for ever."""
     entropy_coef: float = Field(ge=0)
     """Weight of the entropy bonus. Source: script:10."""
-    correction: Literal["none", "tis", "mis", "geo"] = "none"
-    """Off-policy correction between server and trainer: truncated or masked importance sampling per token, or
-    geometric-mean masking per sequence. Left out, it is `tis` where rollout.max_staleness > 0."""
+    correction: Literal["none", "tis", "seq_tis", "mis", "geo", "geo_tis"] = "none"
+    """Correction between server and trainer, off- or on-policy: importance sampling truncated per token or sequence, masked
+    per token, geometric-mean rejection of sequences, or that with `tis`. Left out, it is `tis` where rollout.max_staleness >
+    0."""
     correction_low: float = Field(default=0.5, ge=0)
     """Ratios below it are masked (mis, geo)."""
     correction_high: float = Field(default=2.0, gt=0)
-    """Ratios above it are truncated (tis) or masked (mis, geo)."""
+    """Ratios above it are truncated (tis, seq_tis) or masked (mis, geo)."""
+    correction_geo: tuple[float, float] | None = None
+    """Bounds of the geometric-mean ratio, for geo and geo_tis; None = correction_low and correction_high. verl's preset for
+    long answers: [0.999, 1.001]."""
+    correction_veto: float | None = Field(default=None, gt=0, lt=1)
+    """A token with a ratio below it drops its whole sequence (verl: 1e-4)."""
+    zero_signal: Literal["keep", "drop", "refill"] = "keep"
+    """Groups whose advantages are all zero: counted in the mean, left out of it, or replaced by sampling further prompts
+    (DAPO's dynamic sampling), at most rollout.refill_rounds times. Source: core_algos.py:146, kept."""
+    penalties: Literal["reward", "advantage"] = "reward"
+    """Where the reward's penalties act: in the reward, where a group's std may blow them up, or on the advantage, at most
+    `penalty_bound` of its size."""
+    penalty_bound: float = Field(default=0.5, ge=0, lt=1)
+    """Share of an advantage that penalties take at most (ASPO 2508.19201); below 1 no sign flips."""
+    old_logprobs: Literal["always", "when_needed"] = "always"
+    """`when_needed` leaves the pass out where the ratio is 1 by construction: one update per step on the newest weights,
+    without correction and without KL in the reward. Mismatch quantiles are then not logged. Source: ray_trainer.py:990,
+    always."""
     void_turns: Literal["keep", "mask"] = "keep"
     """Mask trajectories with a turn that holds neither a complete code block nor an answer (SimpleTIR, 2509.02479)."""
     mask_truncated: bool = False
     """Leave responses that ran out of budget out of the loss (DAPO's overlong filter)."""
+
+    @property
+    def geo_bounds(self) -> tuple[float, float]:
+        return self.correction_geo or (self.correction_low, self.correction_high)
 
 
 class OptimConfig(Section):
@@ -362,6 +398,10 @@ class GuardsConfig(Section):
     """Trajectories lost to infrastructure faults."""
     max_logprob_diff: PositiveFloat | None = None
     """Largest |server - trainer| log-prob of any trained token."""
+    warn_k3: PositiveFloat = 0.01
+    """KL(server || trainer) per token, by k3, above which a step warns. bf16 on both sides gives about 1e-4 to 1e-3."""
+    max_skipped_updates: int = Field(default=3, ge=0)
+    """Updates in a row that are skipped because their gradient is not a number; one more ends the run."""
     max_void_turn_ratio: float | None = Field(default=None, ge=0, le=1)
     """Trajectories with a turn that holds neither a complete program nor an answer."""
     max_truncated_ratio: float | None = Field(default=None, ge=0, le=1)
@@ -441,6 +481,20 @@ class Config(Section):
     logging: LoggingConfig = LoggingConfig()
 
     @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps per RL step."""
+        return self.rollout.prompts_per_step * self.rollout.group_size // self.trainer.mini_batch_samples
+
+    @property
+    def needs_old_logprobs(self) -> bool:
+        """False where leaving the old-log-prob pass out was asked for and changes nothing."""
+        algo = self.algo
+        on_policy = self.updates_per_step == 1 and self.rollout.max_staleness == 0
+        charged = algo.kl_coef > 0 and algo.kl_in == "reward"
+        corrected = algo.correction != "none" or algo.correction_veto is not None
+        return algo.old_logprobs == "always" or charged or corrected or not on_policy
+
+    @property
     def max_train_tokens(self) -> int:
         """Longest sequence that is trained on."""
         return self.data.max_prompt_tokens + self.rollout.max_response_tokens
@@ -500,6 +554,6 @@ class Config(Section):
             raise ValueError("parallel.sequence = true needs parallel.tensor > 1")
         if self.parallel.virtual_pipeline > 1 and self.parallel.pipeline == 1:
             raise ValueError("parallel.virtual_pipeline > 1 needs parallel.pipeline > 1")
-        if self.algo.correction_low > self.algo.correction_high:
-            raise ValueError("algo.correction_low is above algo.correction_high")
+        if self.algo.correction_low > self.algo.correction_high or self.algo.geo_bounds[0] > self.algo.geo_bounds[1]:
+            raise ValueError("algo.correction_low is above algo.correction_high, or correction_geo is not [low, high]")
         return self

@@ -22,6 +22,7 @@ from torl_mega.types import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 
@@ -90,6 +91,10 @@ class Trainer(Protocol):
     """
 
     def old_logprobs(self, samples: Sequence[Sample]) -> list[TrainSample]: ...
+
+    def score(self, sample: Sample, *, temperature: float) -> np.ndarray:
+        """[T] log-probs of one sample's tokens, with logits divided by `temperature`."""
+        ...
 
     def forward_backward(self, batch: Sequence[TrainSample]) -> Mapping[str, float]: ...
 

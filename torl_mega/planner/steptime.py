@@ -142,7 +142,7 @@ def _rollout_s(
 
 def _optimizer_s(shape: ModelShape, config: Config, gpu: Gpu, data: int, nodes: int, assume: Assumptions) -> float:
     """Gradient reduction, Adam and parameter gathering of all optimizer steps of one RL step."""
-    steps = config.rollout.prompts_per_step * config.rollout.group_size // config.trainer.mini_batch_samples
+    steps = config.updates_per_step
     params = shape.num_parameters / (config.parallel.tensor * config.parallel.pipeline)
     link = gpu.network if nodes > 1 else gpu.nvlink
     wire = params * (4 + dtype_bytes(config)) / (link * assume.collective) if data > 1 else 0.0

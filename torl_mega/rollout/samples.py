@@ -8,24 +8,33 @@ from typing import TypeVar
 
 import numpy as np
 
-from torl_mega.algo.advantage import group_advantages
+from torl_mega.algo.advantage import bounded_penalty, step_advantages
 from torl_mega.config import AlgoConfig
 from torl_mega.rollout.filters import is_trained
-from torl_mega.types import Group, Sample, Trajectory
+from torl_mega.types import Group, Reward, Sample, Trajectory
 
 T = TypeVar("T")
 
 
 def make_samples(groups: Sequence[Group], config: AlgoConfig) -> list[Sample]:
-    """One Sample per trajectory, in group order. A filtered trajectory keeps its place (and its part in the group's
-    baseline) with an all-False loss mask, so batch sizes do not move."""
+    """One Sample per trajectory, in group order. A filtered trajectory, or one of a group without signal that is dropped,
+    keeps its place (and its part in the baseline) with an all-False loss mask, so batch sizes do not move."""
     samples: list[Sample] = []
-    for group in groups:
-        rewards_G = np.array([r.value for r in group.rewards], np.float64)
-        advantages_G = group_advantages(rewards_G, config.advantage)
-        for trajectory, advantage in zip(group.trajectories, advantages_G, strict=True):
-            samples.append(_sample(trajectory, float(advantage), trained=is_trained(trajectory, config)))
+    rewards = [np.array([_own_reward(r, config) for r in group.rewards], np.float64) for group in groups]
+    advantages = step_advantages(rewards, config.advantage)
+    for number, (group, advantages_G) in enumerate(zip(groups, advantages, strict=True)):
+        has_signal = config.zero_signal == "keep" or bool(advantages_G.any())
+        for index, (trajectory, reward) in enumerate(zip(group.trajectories, group.rewards, strict=True)):
+            own = float(rewards[number][index])
+            advantage = bounded_penalty(float(advantages_G[index]), reward.value - own, config.penalty_bound)
+            trained = has_signal and is_trained(trajectory, config)
+            samples.append(_sample(trajectory, advantage, own, number, trained=trained))
     return samples
+
+
+def _own_reward(reward: Reward, config: AlgoConfig) -> float:
+    """What the advantage is computed from: everything, or the answer's part alone where penalties act on advantages."""
+    return reward.value if config.penalties == "reward" else reward.parts.get("answer", reward.value)
 
 
 def split_mini_batches(items: Sequence[T], num_mini_batches: int) -> list[list[T]]:
@@ -34,7 +43,7 @@ def split_mini_batches(items: Sequence[T], num_mini_batches: int) -> list[list[T
     return [list(items[a:b]) for a, b in itertools.pairwise(bounds) if b > a]
 
 
-def _sample(trajectory: Trajectory, advantage: float, *, trained: bool) -> Sample:
+def _sample(trajectory: Trajectory, advantage: float, reward: float, group: int, *, trained: bool) -> Sample:
     prompt = trajectory.prompt.token_ids
     response, mask = trajectory.response_ids, trajectory.loss_mask
     num_prompt = len(prompt)
@@ -50,4 +59,6 @@ def _sample(trajectory: Trajectory, advantage: float, *, trained: bool) -> Sampl
         rollout_logprobs=logprobs,
         policy_versions=versions,
         advantage=advantage,
+        group=group,
+        reward=reward,
     )

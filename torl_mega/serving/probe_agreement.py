@@ -23,8 +23,8 @@ def check_engines(trainer: Trainer, rank0: Rank0 | None, config: Config, share: 
         return
     mask = np.arange(len(ids)) > 0
     sample = Sample(np.array(ids, np.int64), mask, np.zeros(len(ids), np.float32), np.full(len(ids), -1, np.int32), 0.0)
-    (mine,) = trainer.old_logprobs([sample])
-    share(lambda: rank0 and _compare(rank0, ids, mine.old_logprobs, config))
+    mine = trainer.score(sample, temperature=1.0)  # as the servers' prompt log-probs are, whatever they sample at
+    share(lambda: rank0 and _compare(rank0, ids, mine, config))
 
 
 def _compare(rank0: Rank0, ids: tuple[int, ...], trainer_logprobs: np.ndarray, config: Config) -> None:
@@ -32,12 +32,9 @@ def _compare(rank0: Rank0, ids: tuple[int, ...], trainer_logprobs: np.ndarray, c
 
     for url in rank0.server_urls:
         rank0.run(probe.check_tokenizer(url, rank0.tokenizer, PROBE_TEXT))
-        # the trainer divides logits by the sampling temperature, the server's prompt log-probs do not
-        if config.rollout.temperature != 1.0:
-            continue
         server_logprobs = rank0.run(probe.prompt_logprobs(url, ids))
         gap = np.abs(server_logprobs[1:] - trainer_logprobs[1:])
-        if gap.max() > config.guards.probe_logprob_diff:
+        if not gap.max() <= config.guards.probe_logprob_diff:  # so that NaN does not pass
             at = int(gap.argmax()) + 1
             raise ServerError(
                 f"{url} and the trainer disagree on the probe text: token {at} (id {ids[at]}) has log-prob "
