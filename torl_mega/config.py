@@ -29,6 +29,9 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"]
     """Type of the weights in forward and backward; the optimizer keeps fp32 masters either way. Source:
     verl/workers/fsdp_workers.py:170,236, bf16 compute with fp32 masters and reduction."""
+    fp32_head: bool = False
+    """Compute logits in fp32 on trainer and servers: most of their mismatch in bf16 is rounding there (MiniMax-M1 2506.13585,
+    ScaleRL 2510.13786). Costs an fp32 copy of the head on either side."""
 
 
 class DataConfig(Section):
@@ -550,6 +553,8 @@ class Config(Section):
             raise ValueError(
                 "rollout.max_staleness > 0 needs logging.trajectories: a resumed run reads collected steps back"
             )
+        if self.algo.ref_every_steps and not self.algo.kl_coef:
+            raise ValueError("algo.ref_every_steps moves the reference of the KL; it needs algo.kl_coef above 0")
         if self.parallel.sequence and self.parallel.tensor == 1:
             raise ValueError("parallel.sequence = true needs parallel.tensor > 1")
         if self.parallel.virtual_pipeline > 1 and self.parallel.pipeline == 1:

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import slow_algo
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -87,33 +88,6 @@ def current(rng, batch, spread=0.3):
 # ------------------------------------------------------------------------------------------------ advantages
 
 
-def slow_advantages(groups, kind):
-    def mean(values):
-        return sum(values) / len(values)
-
-    def std(values):
-        m = mean(values)
-        return math.sqrt(sum((v - m) ** 2 for v in values) / (len(values) - 1)) + 1e-6
-
-    step = [r for group in groups for r in group]
-    found = []
-    for group in groups:
-        row = []
-        for i, r in enumerate(group):
-            others = [x for j, x in enumerate(group) if j != i]
-            if kind == "reinforce_pp":
-                row.append((r - mean(step)) / (std(step) if len(step) > 1 else 1.0))
-            elif not others:
-                row.append(0.0)
-            elif kind == "rloo":
-                row.append(r - mean(others))
-            else:
-                scale = {"grpo": lambda g=group: std(g), "dr_grpo": lambda: 1.0, "batch_std": lambda: std(step)}[kind]()
-                row.append((r - mean(group)) / scale)
-        found.append(row)
-    return found
-
-
 REWARDS = st.lists(
     st.lists(st.sampled_from([-1.0, -0.5, 0.25, 1.0]), min_size=1, max_size=6).map(np.array), min_size=1, max_size=5
 )
@@ -123,7 +97,7 @@ REWARDS = st.lists(
 @MANY
 @given(groups=REWARDS)
 def test_advantages_equal_the_slow_loop(kind, groups):
-    for got, wanted in zip(step_advantages(groups, kind), slow_advantages(groups, kind), strict=True):
+    for got, wanted in zip(step_advantages(groups, kind), slow_algo.advantages(groups, kind), strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-9, atol=1e-9)
 
 
@@ -170,8 +144,8 @@ def test_kl_in_the_reward_equals_the_slow_loop(estimator, seed):
     for i, b in enumerate(batch):
         for t in np.flatnonzero(b.sample.loss_mask):
             gap = float(b.ref_logprobs[t] - b.old_logprobs[t])
-            charged[i] -= 0.3 * {"k1": -gap, "k2": gap**2 / 2, "k3": math.exp(gap) - gap - 1}[estimator]
-    wanted = slow_advantages([[charged[i] for i in order[g]] for g in groups], "grpo")
+            charged[i] -= 0.3 * slow_algo.kl(gap, estimator)
+    wanted = slow_algo.advantages([[charged[i] for i in order[g]] for g in groups], "grpo")
     got = [item.sample.advantage for item in charge_kl(batch, config)]
     for g, values in zip(groups, wanted, strict=True):
         np.testing.assert_allclose([got[i] for i in order[g]], np.array(values) - 0.01, rtol=1e-5, atol=1e-5)
@@ -186,42 +160,10 @@ def test_kl_in_the_reward_equals_the_slow_loop(estimator, seed):
 def test_loss_weights_equal_the_formula(loss_agg, seed):
     batch = ragged(np.random.default_rng(seed))
     weights = loss_weights(batch, algo(loss_agg=loss_agg), max_response_tokens=LONGEST)
-    trained = [(i, t) for i, b in enumerate(batch) for t in np.flatnonzero(b.sample.loss_mask)]
-    sequences = {i for i, _ in trained}
-    prompts = {batch[i].sample.group for i in sequences}
-    for i, item in enumerate(batch):
-        of_sequence = sum(j == i for j, _ in trained)
-        of_prompt = sum(batch[j].sample.group == item.sample.group for j, _ in trained)
-        for t, weight in enumerate(weights[i]):
-            wanted = {
-                "token_mean": lambda: 1 / len(trained),
-                "seq_mean_token_mean": lambda n=of_sequence: 1 / (len(sequences) * n),
-                "seq_mean_token_sum_norm": lambda: 1 / (len(sequences) * LONGEST),
-                "prompt_mean": lambda n=of_prompt: 1 / (len(prompts) * n),
-            }[loss_agg]
-            assert weight == pytest.approx(wanted() if (i, t) in trained else 0.0, rel=1e-5)
-
-
-def slow_correction(item, kind, low, high, geo, veto):
-    where = np.flatnonzero(item.sample.loss_mask)
-    ratios = {t: math.exp(float(item.old_logprobs[t] - item.sample.rollout_logprobs[t])) for t in where}
-    kept = not ratios or veto is None or min(ratios.values()) >= veto
-    product = math.prod(ratios.values())
-    if kind in ("geo", "geo_tis") and ratios:
-        kept = kept and geo[0] <= product ** (1 / len(ratios)) <= geo[1]
-    found = []
-    for t in range(item.sample.loss_mask.size):
-        ratio = ratios.get(t, 1.0)
-        factor = {
-            "none": 1.0,
-            "tis": min(ratio, high),
-            "seq_tis": min(product, high),
-            "mis": ratio if low <= ratio <= high else 0.0,
-            "geo": 1.0,
-            "geo_tis": min(ratio, high),
-        }[kind]
-        found.append(factor if kept else 0.0)
-    return found
+    lengths = [int(b.sample.loss_mask.sum()) for b in batch]
+    wanted = slow_algo.aggregation(lengths, [b.sample.group for b in batch], loss_agg, LONGEST)
+    for item, weight, value in zip(batch, weights, wanted, strict=True):
+        np.testing.assert_allclose(weight, np.where(item.sample.loss_mask, value, 0), rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", CORRECTIONS)
@@ -232,9 +174,10 @@ def test_corrections_equal_the_slow_loop(kind, veto, seed):
     bounds = {"correction_low": 0.7, "correction_high": 1.5, "correction_geo": "[0.9,1.2]", "correction_veto": veto}
     config = algo(correction=kind, **bounds)
     for item in ragged(np.random.default_rng(seed)):
-        got = correction_weights(item, config)[item.sample.loss_mask]
-        wanted = np.array(slow_correction(item, kind, 0.7, 1.5, (0.9, 1.2), veto))[item.sample.loss_mask]
-        np.testing.assert_allclose(got, wanted, rtol=1e-5)
+        mask = item.sample.loss_mask
+        gaps = (item.old_logprobs - item.sample.rollout_logprobs)[mask].astype(float).tolist()
+        got = correction_weights(item, config)[mask]
+        np.testing.assert_allclose(got, slow_algo.correction(gaps, config), rtol=1e-5)
 
 
 def test_corrections_by_hand():

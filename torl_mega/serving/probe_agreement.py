@@ -32,12 +32,18 @@ def _compare(rank0: Rank0, ids: tuple[int, ...], trainer_logprobs: np.ndarray, c
 
     for url in rank0.server_urls:
         rank0.run(probe.check_tokenizer(url, rank0.tokenizer, PROBE_TEXT))
-        server_logprobs = rank0.run(probe.prompt_logprobs(url, ids))
-        gap = np.abs(server_logprobs[1:] - trainer_logprobs[1:])
-        if not gap.max() <= config.guards.probe_logprob_diff:  # so that NaN does not pass
-            at = int(gap.argmax()) + 1
-            raise ServerError(
-                f"{url} and the trainer disagree on the probe text: token {at} (id {ids[at]}) has log-prob "
-                f"{server_logprobs[at]:.4f} there and {trainer_logprobs[at]:.4f} here, guards.probe_logprob_diff is "
-                f"{config.guards.probe_logprob_diff:g}; both must load the same weights from {config.model.path}"
-            )
+        check_gap(url, ids, rank0.run(probe.prompt_logprobs(url, ids)), trainer_logprobs, config)
+
+
+def check_gap(
+    url: str, ids: tuple[int, ...], server_logprobs: np.ndarray, trainer_logprobs: np.ndarray, config: Config
+) -> None:
+    """Raises ServerError for the token where the two [T] log-probs differ most, if that is above the limit."""
+    gap = np.abs(server_logprobs[1:] - trainer_logprobs[1:])
+    if not gap.max() <= config.guards.probe_logprob_diff:  # so that NaN does not pass
+        at = int(gap.argmax()) + 1
+        raise ServerError(
+            f"{url} and the trainer disagree on the probe text: token {at} (id {ids[at]}) has log-prob "
+            f"{server_logprobs[at]:.4f} there and {trainer_logprobs[at]:.4f} here, guards.probe_logprob_diff is "
+            f"{config.guards.probe_logprob_diff:g}; both must load the same weights from {config.model.path}"
+        )

@@ -35,6 +35,8 @@ def launch_command(config: Config, *, host: str, port: int, on_gpu: bool) -> lis
     # servers of one run must not draw the same numbers, or a group spread over two of them repeats itself
     command += ["--random-seed", str(config.seed + port)]
     command += ["--context-length", str(context), "--log-level-http", "warning"]
+    if config.model.fp32_head:
+        command += ["--enable-fp32-lm-head"]
     if serving.weight_dtype == "fp8_block":
         command += _fp8_arguments(on_gpu=on_gpu)
     if serving.max_total_tokens is not None:

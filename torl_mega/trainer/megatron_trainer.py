@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -102,15 +103,13 @@ class MegatronTrainer:
     def old_logprobs(self, samples: Sequence[Sample]) -> list[TrainSample]:
         """Log-probs and entropies of every sampled token under the current weights (None where they are not needed), and
         the reference's where there is a KL, which is charged to the advantages if it belongs to the reward."""
+        self._move_reference()
         algo, nothing = self.config.algo, [None] * len(samples)
         logprobs, entropies = self._score(samples) if self.config.needs_old_logprobs else (nothing, nothing)
         reference: Sequence[Any] = nothing
         if self._reference is not None:
-            self._swap_reference()
-            try:
+            with self._at_reference():
                 reference, _ = self._score(samples)
-            finally:
-                self._swap_reference()
         scored = [TrainSample(*fields) for fields in zip(samples, logprobs, entropies, reference, strict=True)]
         return charge_kl(scored, algo) if algo.kl_coef and algo.kl_in == "reward" else scored
 
@@ -171,7 +170,7 @@ class MegatronTrainer:
 
     def optim_step(self) -> Mapping[str, float]:
         """Clip, step, advance the schedule. An update whose gradient is not a number is skipped: weights and Adam's state
-        stay as they are (`skipped_updates` 1, `grad_norm` 0). Raises GuardError when that repeats."""
+        stay as they are, `grad_norm` is 0 and `faults/skipped_updates` 1. Raises GuardError when that repeats."""
         lr = float(self.optimizer.param_groups[0]["lr"])
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
@@ -187,7 +186,7 @@ class MegatronTrainer:
             )
         self.schedule.step(1)
         self.checkpoints.poll()
-        return {"grad_norm": norm if finite else 0.0, "lr": lr, "skipped_updates": float(not finite)}
+        return {"grad_norm": norm, "lr": lr} if finite else {"grad_norm": 0.0, "lr": lr, "faults/skipped_updates": 1.0}
 
     def weights(self) -> Iterator[NamedTensor]:
         self._settle_weights()
@@ -195,10 +194,18 @@ class MegatronTrainer:
 
     def save(self, path: Path, *, extra: Mapping[str, Any]) -> None:
         self._settle_weights()
-        self.checkpoints.save(path, self.model, self.optimizer, self.schedule, extra)
+        reference = None
+        if self._reference_moves:
+            with self._at_reference():
+                reference = checkpoint.reference_state(self.model)
+        self.checkpoints.save(path, self.model, self.optimizer, self.schedule, extra, reference)
 
     def load(self, path: Path) -> Mapping[str, Any]:
-        return self.checkpoints.load(path, self.model, self.optimizer, self.schedule)
+        def take_reference() -> None:
+            self._reference = self._copy_weights()
+
+        take = take_reference if self._reference_moves else None
+        return self.checkpoints.load(path, self.model, self.optimizer, self.schedule, take)
 
     def finish_saves(self) -> None:
         """Wait for checkpoints that are still being written (checkpoint.async_save)."""
@@ -308,6 +315,7 @@ class MegatronTrainer:
             targets,
             valid_vocab=self.shape.vocab,
             temperature=self._temperature,
+            fp32=self.config.model.fp32_head,
             chunk=self.config.trainer.logprob_chunk_tokens,
         )
         return (logprobs[:0], entropies[:0]) if empty else (logprobs, entropies)
@@ -345,6 +353,26 @@ class MegatronTrainer:
 
     def _copy_weights(self) -> list[torch.Tensor]:
         return [p.detach().to("cpu", copy=True) for names in self.weight_map.parameters for p in names.values()]
+
+    @property
+    def _reference_moves(self) -> bool:
+        return self._reference is not None and self.config.algo.ref_every_steps > 0
+
+    def _move_reference(self) -> None:
+        """Every `algo.ref_every_steps` RL steps the policy becomes the reference."""
+        done, rest = divmod(self.schedule.num_steps, self.config.updates_per_step)
+        if self._reference_moves and done and not rest and done % self.config.algo.ref_every_steps == 0:
+            self._settle_weights()
+            self._reference = self._copy_weights()
+
+    @contextmanager
+    def _at_reference(self) -> Iterator[None]:
+        """The model holds the reference's weights meanwhile."""
+        self._swap_reference()
+        try:
+            yield
+        finally:
+            self._swap_reference()
 
     @torch.no_grad()
     def _swap_reference(self) -> None:
