@@ -47,6 +47,9 @@ class DataConfig(Section):
     overlong_prompts: Literal["error", "drop"] = "error"
     """What a longer prompt does: stop before step 0 and name it, or leave it out and count it. Source: rl_dataset.py:149,
     left out."""
+    retire_above: float | None = Field(default=None, gt=0, le=1)
+    """Problems of which at least this share of a step's attempts is right are not drawn again (ScaleRL's no-positive-resampling,
+    2510.13786: 0.9). Generated data never repeats a problem."""
     shuffle: bool = True
     """Draw a new order each epoch from `seed`; False keeps the file's order."""
 
@@ -70,6 +73,11 @@ class RolloutConfig(Section):
     """Prompts started per prompt that a step needs. Above 1 the step ends with its first `prompts_per_step` complete groups;
     the slower ones are cut off and their prompts come first in the next step. Which ones those are depends on timing, so
     exact repetition needs 1."""
+    refill_rounds: PositiveInt = 4
+    """Further collections of a step, at most, with algo.zero_signal = refill."""
+    attempts_per_prompt: PositiveInt | None = None
+    """Attempts at each prompt, of which `group_size` are kept by GRPO-RoC: correct ones with the fewest failed calls first.
+    None = group_size, all kept. rStar2 takes twice the group size."""
     max_concurrency: PositiveInt = 4096
     """Trajectories in flight at once; the rest wait without cost."""
     trajectory_deadline_s: PositiveFloat = 1800.0
@@ -552,6 +560,11 @@ class Config(Section):
         if self.rollout.max_staleness and not self.logging.trajectories:
             raise ValueError(
                 "rollout.max_staleness > 0 needs logging.trajectories: a resumed run reads collected steps back"
+            )
+        if self.rollout.attempts_per_prompt and self.rollout.attempts_per_prompt < self.rollout.group_size:
+            raise ValueError(
+                f"rollout.attempts_per_prompt = {self.rollout.attempts_per_prompt} is fewer than the "
+                f"rollout.group_size = {self.rollout.group_size} that are kept of them"
             )
         if self.algo.ref_every_steps and not self.algo.kl_coef:
             raise ValueError("algo.ref_every_steps moves the reference of the KL; it needs algo.kl_coef above 0")

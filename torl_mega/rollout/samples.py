@@ -10,8 +10,8 @@ import numpy as np
 
 from torl_mega.algo.advantage import bounded_penalty, step_advantages
 from torl_mega.config import AlgoConfig
-from torl_mega.rollout.filters import is_trained
-from torl_mega.types import Group, Reward, Sample, Trajectory
+from torl_mega.rollout.filters import is_trained, own_reward
+from torl_mega.types import Group, Sample, Trajectory
 
 T = TypeVar("T")
 
@@ -20,7 +20,7 @@ def make_samples(groups: Sequence[Group], config: AlgoConfig) -> list[Sample]:
     """One Sample per trajectory, in group order. A filtered trajectory, or one of a group without signal that is dropped,
     keeps its place (and its part in the baseline) with an all-False loss mask, so batch sizes do not move."""
     samples: list[Sample] = []
-    rewards = [np.array([_own_reward(r, config) for r in group.rewards], np.float64) for group in groups]
+    rewards = [np.array([own_reward(r, config) for r in group.rewards], np.float64) for group in groups]
     advantages = step_advantages(rewards, config.advantage)
     for number, (group, advantages_G) in enumerate(zip(groups, advantages, strict=True)):
         has_signal = config.zero_signal == "keep" or bool(advantages_G.any())
@@ -30,11 +30,6 @@ def make_samples(groups: Sequence[Group], config: AlgoConfig) -> list[Sample]:
             trained = has_signal and is_trained(trajectory, config)
             samples.append(_sample(trajectory, advantage, own, number, trained=trained))
     return samples
-
-
-def _own_reward(reward: Reward, config: AlgoConfig) -> float:
-    """What the advantage is computed from: everything, or the answer's part alone where penalties act on advantages."""
-    return reward.value if config.penalties == "reward" else reward.parts.get("answer", reward.value)
 
 
 def split_mini_batches(items: Sequence[T], num_mini_batches: int) -> list[list[T]]:
