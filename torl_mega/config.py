@@ -373,6 +373,14 @@ class TrainerConfig(Section):
     """How long ranks wait for rank 0 while it samples or evaluates."""
 
 
+class BenchmarkConfig(Section):
+    """How one benchmark is sampled where it differs from the others."""
+
+    samples_per_problem: PositiveInt | None = None
+    temperature: float | None = Field(default=None, ge=0)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+
+
 class EvalConfig(Section):
     data: tuple[str, ...] = ()
     """Benchmarks: paths as in data.train, or `arithmetic:SEED`; empty = no evaluation. A name that is no file stands for a
@@ -385,6 +393,10 @@ class EvalConfig(Section):
     """First problems of each benchmark; None = all."""
     temperature: float = Field(ge=0)
     """0 = greedy. Source: paper §3.1, ray_trainer.py:648."""
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    """Nucleus; None = rollout.top_p."""
+    benchmarks: dict[str, BenchmarkConfig] = {}
+    """By name (aime24, math500, …): samples_per_problem, temperature and top_p of its own."""
     samples_per_problem: PositiveInt = 1
     """k of avg@k and pass@k. Source: paper §3.1, one greedy attempt."""
     every_steps: int = Field(default=0, ge=0)

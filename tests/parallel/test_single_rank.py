@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from layout_cases import Layout
 from layout_worker import config_for
 
 from torl_mega.algo.correction import mismatch
-from torl_mega.errors import ConfigError
+from torl_mega.config import GuardsConfig
+from torl_mega.errors import ConfigError, GuardError
+from torl_mega.run.limits import check_guards
 from torl_mega.trainer import parallel
 from torl_mega.types import Sample
 
@@ -228,3 +231,32 @@ def test_a_head_in_fp32_is_nearer_to_the_exact_log_probs(tmp_path: Path) -> None
         gradients.append(trainer.optim_step()["grad_norm"])
     assert gaps[1] < gaps[0]
     assert gradients[1] == pytest.approx(exact.update(), rel=0.02)
+
+
+@pytest.mark.parametrize("lie", ["none", "noise", "temperature", "stale weights"])
+def test_a_generator_that_lies_is_noticed_within_two_steps(
+    tmp_path: Path, lie: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = ref.make_model("qwen2", tied=True, layers=2, initializer_range=0.2)
+    ref.save_model(model, tmp_path)
+    trainer, rng = trainer_for(tmp_path, "optim.lr=0.01"), np.random.default_rng(0)
+    reported: list[np.ndarray] = []
+    for step in range(2):
+        samples = ref.make_samples(step)
+        if step == 0 or lie != "stale weights":  # those servers hold the first weights for ever
+            reported = [t.old_logprobs for t in trainer.old_logprobs(samples)]
+        else:
+            reported = [t.old_logprobs for t in trainer_for(tmp_path).old_logprobs(samples)]
+        if lie == "noise":
+            reported = [r + rng.normal(0, 0.2, r.shape).astype(np.float32) for r in reported]
+        if lie == "temperature":
+            reported = [trainer.score(s, temperature=1.3 * ref.TEMPERATURE) for s in samples]
+        told = [replace(s, rollout_logprobs=r) for s, r in zip(samples, reported, strict=True)]
+        scored = trainer.old_logprobs(told)
+        check_guards(step, mismatch(scored), GuardsConfig())
+        trainer.forward_backward(scored)
+        trainer.optim_step()
+    assert ("k3" in caplog.text) == (lie != "none"), mismatch(scored)
+    if lie != "none":
+        with pytest.raises(GuardError, match="max_logprob_diff"):
+            check_guards(1, mismatch(scored), GuardsConfig(max_logprob_diff=0.05))

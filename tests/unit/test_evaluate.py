@@ -11,7 +11,7 @@ import pytest
 
 from torl_mega.config import DataConfig, EvalConfig
 from torl_mega.data.prompts import PromptSource
-from torl_mega.errors import DataError
+from torl_mega.errors import ConfigError, DataError
 from torl_mega.rollout.evaluate import Evaluation, canonical_name, estimate, evaluate, load_benchmarks, pass_at_k
 from torl_mega.types import (
     ExecutionStatus,
@@ -47,9 +47,13 @@ class Policy:
 
     def __init__(self, right, *, lose: int = 0) -> None:
         self.right, self.lose, self.calls = right, lose, []
+        self.top_ps: list[float | None] = []
 
-    def __call__(self, prompts: Sequence[Prompt], *, temperature: float, samples_per_prompt: int) -> Rollout:
+    def __call__(
+        self, prompts: Sequence[Prompt], *, temperature: float, samples_per_prompt: int, top_p: float | None = None
+    ) -> Rollout:
         self.calls.append((len(prompts), temperature, samples_per_prompt))
+        self.top_ps.append(top_p)
         groups, lost = [], self.lose
         for prompt in prompts:
             attempts = []
@@ -218,3 +222,20 @@ def test_an_absent_benchmark_is_named_and_a_wrong_path_is_refused(tmp_path: Path
         load_benchmarks(config.model_copy(update={"data": (absent,)}), data, encode)
     with pytest.raises(DataError, match="no such data file"):
         load_benchmarks(config.model_copy(update={"data": (*config.data, str(tmp_path / "typo.jsonl"))}), data, encode)
+
+
+def test_a_benchmark_may_be_sampled_in_its_own_way(tmp_path: Path) -> None:
+    rows = [row("aime24", f"p{i}") for i in range(3)] + [row("amc23", "q"), row("math500", "r")]
+    own = {"aime24": {"samples_per_problem": 4, "temperature": 0.6, "top_p": 0.95}, "amc23": {"temperature": 0.0}}
+    config, data = settings(tmp_path, rows, benchmarks=own)
+    policy = Policy(lambda problem, sample: sample == 0)
+    report = Evaluation(config, data, encode, tmp_path / "eval").report(policy, name="e")
+    assert report is not None
+    assert policy.calls == [(3, 0.6, 4), (2, 0.0, 1)]  # amc23 and math500 are sampled alike, and so together
+    assert policy.top_ps == [0.95, None]
+    assert {b.name: (b.samples_per_problem, b.accuracy.value) for b in report.benchmarks} == {
+        "aime24": (4, 0.25), "amc23": (1, 1.0), "math500": (1, 1.0),
+    }  # fmt: skip
+    strange = config.model_copy(update={"benchmarks": {"amie24": config.benchmarks["aime24"]}})
+    with pytest.raises(ConfigError, match=r"eval.benchmarks.amie24: eval.data holds no such benchmark; it has aime24"):
+        load_benchmarks(strange, data, encode)

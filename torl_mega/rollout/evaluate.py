@@ -20,13 +20,14 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from torl_mega.config import DataConfig, EvalConfig
+from torl_mega.config import BenchmarkConfig, DataConfig, EvalConfig
 from torl_mega.data.prompts import Encode, encode_prompts, load_problems
 from torl_mega.errors import ConfigError, DataError
+from torl_mega.rollout.refill import together
 from torl_mega.rollout.statistics import rollout_metrics
 from torl_mega.types import Group, Problem, Prompt, Reward, Rollout, Trajectory
 
@@ -42,9 +43,25 @@ _Z95 = 1.959964
 
 
 class Collect(Protocol):
-    """Attempts at prompts with the current weights; `temperature` 0 is greedy. Groups may lack what was lost to faults."""
+    """Attempts at prompts with the current weights; `temperature` 0 is greedy, `top_p` None is training's. Groups may lack
+    what was lost to faults."""
 
-    def __call__(self, prompts: Sequence[Prompt], *, temperature: float, samples_per_prompt: int) -> Rollout: ...
+    def __call__(
+        self, prompts: Sequence[Prompt], *, temperature: float, samples_per_prompt: int, top_p: float | None = None
+    ) -> Rollout: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the problems of a benchmark are attempted."""
+
+    temperature: float
+    samples_per_problem: int
+    top_p: float | None = None
+
+    def changed_by(self, own: BenchmarkConfig | None) -> Sampling:
+        """With the settings that a benchmark has of its own."""
+        return replace(self, **(own.model_dump(exclude_none=True) if own else {}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +128,7 @@ class Benchmark:
     name: str
     prompts: tuple[Prompt, ...]
     overlong: tuple[Problem, ...]
+    own: BenchmarkConfig | None
     cut_to: int | None  # eval.max_problems where it left rows out
 
 
@@ -135,6 +153,11 @@ def load_benchmarks(config: EvalConfig, data: DataConfig, encode: Encode) -> lis
             by_source.setdefault(canonical_name(problem.source), []).append(problem)
             if len(problems) == config.max_problems:
                 cut.add(canonical_name(problem.source))
+    strange = sorted(set(config.benchmarks) - set(by_source) - set(KNOWN_SIZES))
+    if strange:
+        raise ConfigError(
+            f"eval.benchmarks.{strange[0]}: eval.data holds no such benchmark; it has {', '.join(by_source)}"
+        )
     return [
         _benchmark(name, problems, config, data, encode, cut_to=config.max_problems if name in cut else None)
         for name, problems in by_source.items()
@@ -159,7 +182,7 @@ def _benchmark(
         raise ConfigError(
             f"{name}: every prompt is longer than {limit} tokens; raise eval.max_prompt_tokens to evaluate"
         )
-    return Benchmark(name, tuple(prompts), overlong, cut_to)
+    return Benchmark(name, tuple(prompts), overlong, config.benchmarks.get(name), cut_to)
 
 
 def evaluate(
@@ -168,16 +191,27 @@ def evaluate(
     *,
     temperature: float,
     samples_per_problem: int,
+    top_p: float | None = None,
     max_tool_calls: int,
     on_rollout: Callable[[Rollout], None] = lambda rollout: None,
     absent: Sequence[str] = (),
 ) -> EvalReport:
-    """Attempts every problem of every benchmark at once and scores them. `on_rollout` sees the attempts (transcripts)."""
-    prompts = [prompt for benchmark in benchmarks for prompt in benchmark.prompts]
-    rollout = collect(prompts, temperature=temperature, samples_per_prompt=samples_per_problem)
+    """Attempts every problem of the benchmarks that are sampled alike at once, and scores them. `on_rollout` sees all of the
+    attempts (transcripts)."""
+    common = Sampling(temperature, samples_per_problem, top_p)
+    samplings = [common.changed_by(b.own) for b in benchmarks]
+    rollouts = []
+    for s in dict.fromkeys(samplings):
+        prompts = [p for b, other in zip(benchmarks, samplings, strict=True) if other == s for p in b.prompts]
+        rollouts.append(
+            collect(prompts, temperature=s.temperature, samples_per_prompt=s.samples_per_problem, top_p=s.top_p)
+        )
+    rollout = together(rollouts)
     on_rollout(rollout)
     groups = {group.prompt.problem.problem_id: group for group in rollout.groups}
-    results = tuple(_score(b, groups, samples_per_problem, max_tool_calls) for b in benchmarks)
+    results = tuple(
+        _score(b, groups, s.samples_per_problem, max_tool_calls) for b, s in zip(benchmarks, samplings, strict=True)
+    )
     overall = rollout_metrics(rollout, max_tool_calls=max_tool_calls)
     return EvalReport(temperature, results, overall, dict(rollout.faults), tuple(absent))
 
@@ -362,6 +396,7 @@ class Evaluation:
             collect,
             temperature=self._config.temperature,
             samples_per_problem=self._config.samples_per_problem,
+            top_p=self._config.top_p,
             max_tool_calls=self._max_tool_calls,
             on_rollout=lambda rollout: write_transcripts(self._folder / f"{name}.jsonl", rollout),
             absent=self._absent,

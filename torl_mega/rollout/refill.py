@@ -33,11 +33,12 @@ def collect_with_signal(
         for group in rollouts[-1].groups:
             (useful if has_signal(group) else empty).append(group)
     chosen = {id(group) for group in [*useful[:wanted], *empty[: max(wanted - len(useful), 0)]]}
-    everything = _together(rollouts)
+    everything = together(rollouts)
     return Refilled(tuple(g for g in everything.groups if id(g) in chosen), everything, len(rollouts))
 
 
-def _together(rollouts: Sequence[Rollout]) -> Rollout:
+def together(rollouts: Sequence[Rollout]) -> Rollout:
+    """All of them as one."""
     faults: Counter[str] = Counter()
     for rollout in rollouts:
         faults.update(rollout.faults)

@@ -91,9 +91,10 @@ class RolloutService:
         self.prompts.restore(state["prompts"])
 
     def _collect_for_evaluation(
-        self, prompts: Sequence[Prompt], *, temperature: float, samples_per_prompt: int
+        self, prompts: Sequence[Prompt], *, temperature: float, samples_per_prompt: int, top_p: float | None = None
     ) -> Rollout:
-        settings = dataclasses.replace(self.episode.settings, temperature=temperature)
+        usual = self.episode.settings
+        settings = dataclasses.replace(usual, temperature=temperature, top_p=usual.top_p if top_p is None else top_p)
         episode = dataclasses.replace(self.episode, settings=settings)
         seed = sampling_seed(self.config.seed, EVAL_STEP, 0, 0)
         return self.collector.collect(episode, prompts, group_size=samples_per_prompt, seed=seed)
