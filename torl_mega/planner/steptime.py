@@ -85,7 +85,7 @@ def predict(
     rollout = _rollout_s(shape, config, gpu, work, servers, concurrency, assume)
     peak = gpu.bf16 * (1 - assume.tp_loss) ** (parallel.tensor.bit_length() - 1)
     forward = shapes.forward_flops(shape, work.tokens, work.mean_tokens)
-    passes = 2 if config.algo.kl_coef > 0 else 1
+    passes = config.needs_old_logprobs + (config.algo.kl_coef > 0)
     micro = num_micro_batches(config, data, work.mean_tokens)
     bubble = 1 + (parallel.pipeline - 1) / (parallel.virtual_pipeline * micro)
     gain = assume.fp8_gain if config.trainer.precision != "default" else 1.0
