@@ -319,12 +319,17 @@ def test_context_ranks_that_share_sequences_sum_to_the_batch(seed):
 
 @pytest.mark.parametrize("loss", LOSSES)
 @MANY
-@given(seed=SEEDS, gap=st.floats(-200, 200), advantage=st.sampled_from([-2.0, 0.0, 2.0]))
-@example(seed=1, gap=12.0, advantage=0.0)
-@example(seed=1, gap=12.0, advantage=-2.0)
-@example(seed=1, gap=-12.0, advantage=-2.0)
-@example(seed=1, gap=150.0, advantage=2.0)
-def test_no_token_makes_anything_infinite_and_its_influence_is_bounded(loss, seed, gap, advantage):
+@given(
+    seed=SEEDS,
+    gap=st.floats(-200, 200),
+    ref_gap=st.floats(-200, 200),
+    advantage=st.sampled_from([-2.0, 0.0, 2.0]),
+)
+@example(seed=1, gap=0.0, ref_gap=12.0, advantage=0.0)
+@example(seed=1, gap=12.0, ref_gap=-12.0, advantage=-2.0)
+@example(seed=1, gap=-12.0, ref_gap=0.0, advantage=-2.0)
+@example(seed=1, gap=150.0, ref_gap=150.0, advantage=2.0)
+def test_no_token_makes_anything_infinite_and_its_influence_is_bounded(loss, seed, gap, ref_gap, advantage):
     """One token with a ratio of e^gap: everything stays finite; with a dual clip no token weighs more than its bound."""
     rng = np.random.default_rng(seed)
     config = algo(loss=loss, dual_clip=3.0, kl_coef=0.1, correction="geo_tis", correction_veto=1e-4)
@@ -332,7 +337,7 @@ def test_no_token_makes_anything_infinite_and_its_influence_is_bounded(loss, see
     logprobs = current(rng, batch).requires_grad_()
     for item in batch:
         item.old_logprobs[-1] -= gap
-        item.ref_logprobs[-1] += gap
+        item.ref_logprobs[-1] += ref_gap
     arguments = inputs(batch, config, logprobs)
     value, metrics = policy_loss(**arguments)
     value.backward()
