@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 
 Encode = Callable[[str], Sequence[int]]
 
+KNOWN_ROWS = {"torl_train": 28_740}  # arXiv 2503.23383 §2.1
 _CACHED_GROUPS = 8
 
 
@@ -161,6 +162,9 @@ class PromptSource:
                 f"{self._config.train}: none of its {len(problems)} prompts fits data.max_prompt_tokens = "
                 f"{self._config.max_prompt_tokens}"
             )
+        wanted = KNOWN_ROWS.get(Path(self._config.train).stem, len(problems))
+        if len(problems) != wanted:
+            log.warning("%s has %d problems; the paper trains on %d", self._config.train, len(problems), wanted)
         self.num_dropped, self.num_problems = len(problems) - len(kept), len(kept)
         return _EpochCursor(problems, kept, seed=seed, shuffle=self._config.shuffle)
 

@@ -180,9 +180,9 @@ class MegatronTrainer:
         self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
         if self._skipped_in_a_row > self.config.guards.max_skipped_updates:
             raise GuardError(
-                f"the gradient norm is {norm} at optimizer step {self.schedule.num_steps + 1}, the "
-                f"{self._skipped_in_a_row}th time in a row (guards.max_skipped_updates = "
-                f"{self.config.guards.max_skipped_updates}); look at that step's data or lower optim.lr, then resume"
+                f"the gradient norm is {norm} at optimizer step {self.schedule.num_steps + 1}, {self._skipped_in_a_row} "
+                f"times in a row (guards.max_skipped_updates = {self.config.guards.max_skipped_updates}); look at that "
+                "step's data or lower optim.lr, then resume"
             )
         self.schedule.step(1)
         self.checkpoints.poll()
