@@ -136,8 +136,9 @@ class PromptSource:
         return self._cursor.advance()
 
     def retire(self, problem_ids: Sequence[str]) -> None:
-        """These are mastered and not handed out again."""
-        self._retired.update(problem_ids)
+        """These are mastered and not handed out again. Generated problems do not come back anyway."""
+        if self.num_problems is not None:
+            self._retired.update(problem_ids)
 
     def put_back(self, prompts: Sequence[Prompt]) -> None:
         """These were not used after all; they come first in the next `next`."""
