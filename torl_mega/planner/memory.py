@@ -142,6 +142,7 @@ def trainer_memory(
     chunk = min(trainer.logprob_chunk_tokens, tokens)
     logits = chunk * padded_vocab(shape.vocab, parallel.tensor) / parallel.tensor * LOGIT_BYTES
     head_gradient = 2 * GRAD_BYTES * padded_vocab(shape.vocab, parallel.tensor) * shape.hidden / parallel.tensor
+    head_copy = head_gradient / 2 if config.model.fp32_head and width < 4 else 0.0
     samples = config.rollout.prompts_per_step * config.rollout.group_size
     dynamic = 1 + (0 if on_cpu else assume.fragmentation)
     largest = padded_vocab(shape.vocab, parallel.tensor) * shape.hidden
@@ -150,8 +151,8 @@ def trainer_memory(
         gradients=params * GRAD_BYTES,
         optimizer=0.0 if trainer.optimizer_offload and not on_cpu else params * (8 + master) / shard,
         activations=dynamic * (kept + tokens * 3 * hidden),
-        working=dynamic * max(logits + head_gradient, tokens * layer if full else 0.0),
-        forward_working=dynamic * (max(logits, tokens * layer) + tokens * 3 * hidden),
+        working=dynamic * max(logits + head_gradient + head_copy, tokens * layer if full else 0.0),
+        forward_working=dynamic * (max(logits + head_copy, tokens * layer) + tokens * 3 * hidden),
         batch=samples * mean_tokens * 25 / data,
         sync=min(2 * config.serving.bucket_mb * 2**20, shape.num_parameters * width) + 2 * width * largest,
         fixed=0.0 if on_cpu else (assume.context_gib + assume.nccl_gib) * GIB,
