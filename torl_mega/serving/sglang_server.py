@@ -59,6 +59,7 @@ def launch_env(config: Config, *, gpu_ids: Sequence[int], base: dict[str, str] |
     env["TORL_SYNC_TIMEOUT_S"] = str(config.serving.sync_timeout_s)
     if gpu_ids:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpu_ids))
+        env["TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"] = "0"  # NVIDIA's image asks for TF32 where a model says fp32
         return env
     env.setdefault("OMP_NUM_THREADS", "1")
     # the seeded sampler is decorated with torch.compile; on a CPU it runs eagerly
