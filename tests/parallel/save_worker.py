@@ -24,6 +24,8 @@ from layout_cases import Layout
 from layout_worker import LAYOUT_LIMIT_S, config_for
 
 from torl_mega.errors import CheckpointError
+from torl_mega.planner.hardware import Assumptions
+from torl_mega.planner.memory import trainer_memory
 from torl_mega.trainer import parallel
 from torl_mega.trainer.cpu import backend as cpu_backend
 
@@ -78,8 +80,10 @@ def cost(model: Path, path: Path, out: Path) -> None:
     own = sum(t.numel() * t.element_size() for t in state_tensors(trainer))
     own += sum(p.numel() * p.element_size() for chunk in trainer.model for p in chunk.parameters())
     trainer.save(path.with_name("step_000001"), extra={})  # starts Megatron's helper, imports what saves need
+    plan = trainer_memory(trainer.shape, trainer.config, 4, 100.0, Assumptions(), on_cpu=True)
     mine = {
         "own": own,
+        "planned": plan.saved_weights + plan.saved_optimizer,
         "save": peak_growth(lambda: trainer.save(path, extra={})),
         "load": peak_growth(lambda: trainer.load(path)),
         "written": sum(file.stat().st_size for file in path.glob(f"__{parallel.rank()}_*.distcp")),

@@ -34,6 +34,7 @@ def test_each_rank_writes_its_share_and_needs_no_more_memory_than_its_state(foun
     assert all(rank["load"] <= 1.3 * rank["own"] for rank in ranks), ranks
     written = [rank["written"] for rank in ranks]
     assert max(written) <= 1.1 * min(written), ranks
+    assert sum(written) == pytest.approx(sum(rank["planned"] for rank in ranks), rel=0.02), ranks
 
 
 def test_a_state_that_megatron_gathered_loads_bit_for_bit(found: dict[str, Any]) -> None:

@@ -51,7 +51,8 @@ def init_distributed(parallel: ParallelConfig, trainer: TrainerConfig, *, share_
         torch.set_float32_matmul_precision("highest")  # fp32 means fp32; NVIDIA's image asks for TF32
         if trainer.deterministic:
             torch.use_deterministic_algorithms(True)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # a check of programs, and slow
+            # a check of programs, and slow
+            torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "cpu:gloo,cuda:nccl"
     else:

@@ -12,10 +12,14 @@ data-parallel ranks on each of them; only the chunks differ. So any layout loads
 Limits: parameters of one or two dimensions, as dense models have.
 """
 
+# Megatron-Core's annotations are wider than what its functions return and narrower than what they take
+# pyright: reportArgumentType=false, reportIndexIssue=false
+
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -69,44 +73,35 @@ def _fill(part: Any, state: Mapping[int, Any]) -> None:
 
 def _cut(name: str, flat: torch.Tensor, start: int, shards: Sequence[ShardedTensor]) -> Iterator[ShardedTensor]:
     """The range `flat`, which starts at `start` of the flattened parameter, as pieces of the tensors it is saved in."""
-    stop, offset = start + flat.numel(), 0
+    stop, end = start + flat.numel(), 0
     for shard in shards:
-        size = math.prod(shard.local_shape)
-        first, last = max(start, offset), min(stop, offset + size)
-        for at, rows, columns in _rectangles(shard.local_shape, first - offset, last - offset):
-            begin = offset + at - start
-            yield _piece(name, flat[begin : begin + rows * columns], shard, at, (rows, columns))
-        offset += size
+        begin, end = end, end + math.prod(shard.local_shape)
+        width = math.prod(shard.local_shape[1:])
+        while start < min(stop, end):
+            left = min(stop, end) - start
+            row, column = divmod(start - begin, width)
+            columns = min(width - column, left)
+            rows = max(1, left // width) if column == 0 else 1
+            yield _piece(name, flat[: rows * columns], shard, (row, column), (rows, columns))
+            flat, start = flat[rows * columns :], start + rows * columns
 
 
-def _rectangles(shape: Sequence[int], first: int, last: int) -> Iterator[tuple[int, int, int]]:
-    """(flat start, rows, columns) that make up the elements [first, last) of a flattened [rows, columns] or [rows] tensor."""
-    width = shape[1] if len(shape) == 2 else 1
-    while first < last:
-        column = first % width
-        rows = max(1, (last - first) // width) if column == 0 else 1
-        columns = min(width - column, last - first)
-        yield first, rows, columns
-        first += rows * columns
-
-
-def _piece(name: str, flat: torch.Tensor, shard: ShardedTensor, at: int, shape: tuple[int, int]) -> ShardedTensor:
-    """One rectangle, `at` elements into the tensor that `shard` describes."""
-    dims, leading = len(shard.local_shape), shard.prepend_axis_num  # leading: the axis of layers
-    width = shard.local_shape[1] if dims == 2 else 1
-    corner = (*(0,) * leading, *(at // width, at % width)[:dims])
-    local = (*(1,) * leading, *shape[:dims])
-    return ShardedTensor(
+def _piece(
+    name: str, flat: torch.Tensor, shard: ShardedTensor, corner: tuple[int, int], shape: tuple[int, int]
+) -> ShardedTensor:
+    """One rectangle of the tensor that `shard` describes."""
+    dims, replica = len(shard.global_shape), shard.replica_id  # replica: (pipeline, tensor, data)
+    layer = shard.prepend_axis_num  # the axis of layers, of which a shard is one
+    local = ((1,) * layer + shape)[:dims]
+    inside = ((0,) * layer + corner)[:dims]
+    return replace(
+        shard,
         key=f"optimizer.state.{name}.{shard.key}",
         data=flat.view(local),
         dtype=flat.dtype,
         local_shape=local,
-        global_shape=shard.global_shape,
-        global_offset=tuple(a + b for a, b in zip(shard.global_offset, corner, strict=True)),
+        global_offset=tuple(a + b for a, b in zip(shard.global_offset, inside, strict=True)),
         axis_fragmentations=None,  # no regular grid
-        replica_id=(
-            *shard.replica_id[:2],
-            0,
-        ),  # (pipeline, tensor, data): of the data-parallel ranks only this one has it
-        allow_shape_mismatch=shard.allow_shape_mismatch,  # the vocabulary is padded for the tensor size
+        prepend_axis_num=0,
+        replica_id=(*replica[:2], 0),  # no other data-parallel rank has it
     )
