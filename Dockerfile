@@ -9,7 +9,9 @@
 #                megatron-core and our libraries: group `gpu` of pyproject.toml
 #   /opt/sglang  SGLang, which pins an exact release of torch from the package index, its kernels and its transformers:
 #                group `sglang-gpu`, plus our own libraries, because torl_mega.serving.serve runs there
-ARG NGC_TAG=26.03-py3
+# What they must share is NCCL, because weights travel over one communicator through both: the build ends with the line that
+# says what differs when another NGC_TAG does not fit the pins of pyproject.toml.
+ARG NGC_TAG=26.07-py3
 ARG NGC_DIGEST=
 FROM nvcr.io/nvidia/pytorch:${NGC_TAG}${NGC_DIGEST:+@${NGC_DIGEST}} AS base
 ARG NGC_TAG
@@ -23,6 +25,7 @@ ENV PIP_CONSTRAINT= \
 
 # ------------------------------------------------------------------------------------------------ environments
 FROM base AS trainer
+ARG NGC_TAG
 WORKDIR /src
 COPY pyproject.toml ./
 RUN python -m venv --system-site-packages /opt/torl \
@@ -30,14 +33,17 @@ RUN python -m venv --system-site-packages /opt/torl \
  && /opt/torl/bin/python -c "import torch; print(torch.__version__)" > /tmp/torch \
  && /opt/torl/bin/python -m pip install --group gpu \
  && /opt/torl/bin/python -c "import torch; print(torch.__version__)" | cmp - /tmp/torch \
- && /opt/torl/bin/python -c "import transformer_engine.pytorch, apex, megatron.core"
+ && /opt/torl/bin/python -c "import transformer_engine.pytorch, apex, megatron.core" \
+ || { echo "error: group gpu of pyproject.toml does not fit ${NGC_TAG}, see the line above" >&2; exit 1; }
 
 FROM base AS sglang
 WORKDIR /src
 COPY pyproject.toml ./
 RUN python -m venv /opt/sglang \
  && /opt/sglang/bin/python -m pip install --upgrade "pip>=25.1" "setuptools>=77" wheel \
- && /opt/sglang/bin/python -m pip install --group sglang-gpu
+ && /opt/sglang/bin/python -m pip install --group sglang-gpu \
+ && /opt/sglang/bin/python -m pip check \
+ || { echo "error: group sglang-gpu of pyproject.toml cannot be installed on this Python, see the line above" >&2; exit 1; }
 
 # ------------------------------------------------------------------------------------------------------- image
 FROM base
@@ -59,7 +65,8 @@ COPY conf /opt/torl_mega/conf
 COPY launch /opt/torl_mega/launch
 COPY tools /opt/torl_mega/tools
 RUN /opt/torl/bin/python -m pip install --no-deps --no-build-isolation --editable /opt/torl_mega \
- && /opt/sglang/bin/python -m pip install --no-deps --no-build-isolation --editable /opt/torl_mega
+ && /opt/sglang/bin/python -m pip install --no-deps --no-build-isolation --editable /opt/torl_mega \
+ && /opt/torl/bin/python -m torl_mega.launch.environments /opt/torl/bin/python /opt/sglang/bin/python
 
 # Not root: the sandbox then runs in tier A where the host allows user namespaces, else in tier B by Landlock.
 ARG UID=1000

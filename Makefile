@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 HAVE_CUDA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
 
-.PHONY: quickstart install test test-slow test-gpu lint format mcore-next tiny-base clean
+.PHONY: quickstart install test test-slow test-gpu lint format mcore-next te gpu-sources trl tiny-base clean
 
 quickstart: install
 	$(BIN)/torl train conf/quickstart$(if $(HAVE_CUDA),_gpu).yaml
@@ -23,6 +23,8 @@ ifeq ($(HAVE_CUDA),yes)
 	$(BIN)/python -m venv $(VENV)/sglang && $(VENV)/sglang/bin/python -m pip install --quiet --upgrade "pip>=25.1" \
 	  && $(VENV)/sglang/bin/python -m pip install --quiet --group sglang-gpu \
 	  && $(VENV)/sglang/bin/python -m pip install --quiet --no-deps --editable .
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	-$(BIN)/python -m torl_mega.launch.environments $(BIN)/python $(VENV)/sglang/bin/python
 else
 	$(BIN)/python -m pip install --quiet --group cpu --group dev
 	$(BIN)/python -m pip install --quiet --no-deps --group sglang-cpu
@@ -31,9 +33,10 @@ endif
 	touch $(STAMP)
 
 test: install
+	@$(MAKE) --no-print-directory gpu-sources || echo "make: the GPU's Python layers cannot be fetched; tests/gpu_proofs will skip" >&2
 	$(BIN)/python -m pytest
 
-test-slow: install mcore-next
+test-slow: install gpu-sources
 	$(BIN)/python -m pytest -m slow
 
 test-gpu: install
@@ -43,18 +46,30 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/pyright --pythonversion 3.12
 	$(BIN)/lint-imports
 
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# the other megatron-core version, unpacked where the parallel tests look for it
-mcore-next: build/mcore-next/megatron
-build/mcore-next/megatron: pyproject.toml | install
-	rm -rf build/mcore-next build/wheels && mkdir -p build/mcore-next
-	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --dest build/wheels --group mcore-next
-	cd build/mcore-next && $(CURDIR)/$(BIN)/python -m zipfile -e ../wheels/megatron_core-*.whl .
+# what the GPU image has and a CPU cannot install: wheels of plain Python, unpacked where tests look for them (dependency
+# groups of the same names; 3 MB)
+gpu-sources: mcore-next te
+mcore-next te: %: build/%/.unpacked
+build/%/.unpacked: pyproject.toml | install
+	rm -rf build/$* build/wheels/$*
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --dest build/wheels/$* --group $*
+	mkdir -p build/$* && cd build/$* && $(CURDIR)/$(BIN)/python -m zipfile -e ../wheels/$*/*.whl .
+	touch $@
+
+# what tools/bench_step.py times beside us
+trl: build/trl/.installed
+build/trl/.installed: pyproject.toml
+	$(PYTHON) -m venv build/trl
+	build/trl/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	build/trl/bin/python -m pip install --quiet --group trl
+	touch $@
 
 tiny-base: install
 	$(BIN)/python tools/make_tiny_base.py

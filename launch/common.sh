@@ -13,11 +13,14 @@
 #   TORL_PYTHON     python with torl in it                            (default: TORL_HOME/.venv/bin/python, `python` in an image)
 #   TORL_REQUIRED   names of variables this site wants set, e.g. "SBATCH_ACCOUNT SBATCH_PARTITION"
 #   TORL_MAX_RESTARTS  times the ranks are started again in one allocation after one was killed (default 3)
+#   TORL_CACHE      folder for kernels that are compiled when first used; all nodes and jobs share it (default: .cache in runs_dir)
 #   TORL_IFNAME     network interface for gloo and NCCL's bootstrap   (default: theirs)
 #   account, partition, reservation, qos: sbatch's own SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_RESERVATION, SBATCH_QOS
 #
-# Exit codes of the job: 0 done; 1 an error in one line (nothing to retry); 85 stopped after a checkpoint and could not
-# be requeued by itself: submit again; 86 the ranks were killed more often than TORL_MAX_RESTARTS allows.
+# Exit codes of the job (process/exit_codes.py): 0 done; 1 an error in one line (nothing to retry); 85 stopped after a
+# checkpoint and could not be requeued by itself: submit again; 86 the ranks were killed more often than TORL_MAX_RESTARTS allows.
+#
+# A launch file ends with `torl_job CONF [PROGRAM]`. PROGRAM: rank (the default, trains), eval or rollout.
 
 set -uo pipefail
 
@@ -26,7 +29,8 @@ torl_die() { echo "torl: error: $*" >&2; exit 1; }
 
 # ---------------------------------------------------------------------------------------------- what must be there
 
-torl_environment() {
+torl_environment() { # DEFAULT_CONF PROGRAM
+  PROGRAM=${2:-rank}
   TORL_HOME=${TORL_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
   [ -d "$TORL_HOME" ] || torl_die "TORL_HOME = $TORL_HOME is no folder; set it to the checkout, on a file system all nodes share"
   TORL_HOME=$(cd "$TORL_HOME" && pwd)
@@ -87,7 +91,7 @@ torl_freeze() { # JOB
   if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then reuse=yes; fi
   if [ -z "$reuse" ] || [ ! -e "$link/config.yaml" ]; then
     # shellcheck disable=SC2086
-    out=$(torl_once "$PYTHON" -m torl_mega.launch.task prepare "$TORL_CONF" ${TORL_OVERRIDES:-}) || exit 1
+    out=$(torl_once "$PYTHON" -m torl_mega.launch.task prepare "$PROGRAM" "$TORL_CONF" ${TORL_OVERRIDES:-}) || exit 1
     JOB_DIR=$(sed -n 1p <<<"$out")/jobs/$1
     mkdir -p "$JOB_DIR" "$TORL_HOME/runs/.jobs" || torl_die "cannot write $JOB_DIR"
     rm -rf "$JOB_DIR/torl_mega" "$JOB_DIR/launch" # of a job with the same number on another cluster
@@ -112,6 +116,12 @@ torl_once() {
 
 # -------------------------------------------------------------------------------------------------- plan, preflight
 
+torl_planner() { # arguments... : the plan of a training; a run without a trainer is placed only
+  local module=torl_mega.launch.place
+  [ "$PROGRAM" != rank ] || module=torl_mega.planner.command
+  torl_once "$PYTHON" -m $module "$CONF" "$@"
+}
+
 torl_plan() { # sets PLACEMENT and its counts
   local hosts cores
   hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,) || torl_die "scontrol cannot name the nodes $SLURM_JOB_NODELIST"
@@ -119,14 +129,14 @@ torl_plan() { # sets PLACEMENT and its counts
   GPUS=${SLURM_GPUS_ON_NODE:-}
   [ -n "$GPUS" ] || torl_die "no GPUs in this allocation; ask for --gpus-per-node"
   PLACEMENT=$LOGS/placement.json
-  torl_once "$PYTHON" -m torl_mega.planner.command "$CONF" --nodes "$SLURM_JOB_NUM_NODES" --gpus "$GPUS" --hosts "$hosts" --cores "$cores" \
+  torl_planner --nodes "$SLURM_JOB_NUM_NODES" --gpus "$GPUS" --hosts "$hosts" --cores "$cores" \
     --base-port $((20000 + SLURM_JOB_ID % 12 * 1000)) --out "$PLACEMENT" >"$LOGS/plan.txt" 2>&1
   if [ ! -s "$PLACEMENT" ]; then cat "$LOGS/plan.txt" >&2; torl_die "torl plan refuses this run on $SLURM_JOB_NUM_NODES x $GPUS GPUs, see above"; fi
-  read -r RANKS RANK_NODES SERVERS SERVER_NODES FIRST_SERVER < <(torl_once "$PYTHON" -c '
+  read -r RANKS RANK_NODES SERVERS SERVER_NODES SANDBOXES < <(torl_once "$PYTHON" -c '
 import json, sys
 p = json.load(open(sys.argv[1]))
-print(p["ranks_per_node"], p["num_rank_nodes"], p["servers_per_node"], p["num_server_nodes"], p["hosts"][-p["num_server_nodes"]])' "$PLACEMENT")
-  [ -n "${FIRST_SERVER:-}" ] || torl_die "$PLACEMENT is not readable"
+print(p["ranks_per_node"], p["num_rank_nodes"], p["servers_per_node"], p["num_server_nodes"], sum(q["role"] == "sandbox" for q in p["processes"]))' "$PLACEMENT")
+  [ -n "${SANDBOXES:-}" ] || torl_die "$PLACEMENT is not readable"
 }
 
 torl_preflight() {
@@ -148,17 +158,24 @@ torl_step() { # NODES TASKS srun-arguments... -- command...
     --cpu-bind=none --mem=0 --wait=0 --kill-on-bad-exit=0 --export=ALL "${IN_SRUN[@]}" "${args[@]}" "${IN_TASK[@]}" "$@"
 }
 
-torl_sidecars() { # sets SIDECARS to the srun pids
-  local role="$PYTHON -m torl_mega.launch.task" last=$SLURM_JOB_NUM_NODES
+torl_tasks() { # ROLE NODES TASKS srun-arguments... : a step in whose tasks stands launch/task.py
+  local role=$1 nodes=$2 tasks=$3
+  shift 3
+  torl_step "$nodes" "$tasks" --job-name="$role" "$@" -- "$PYTHON" -m torl_mega.launch.task "$role" "$PLACEMENT" "$CONF"
+}
+
+torl_sidecars() { # sets SIDECARS to the srun pids; such a step ends as a whole when one of its tasks is killed
+  local last=$SLURM_JOB_NUM_NODES
   SIDECARS=()
-  [ "$SERVERS" -gt 0 ] || return 0 # a replay of recorded trajectories needs neither
-  # shellcheck disable=SC2086
-  torl_step "$last" 1 --job-name=sandbox --gres=none --output="$LOGS/%N.sandbox_%n.log" -- $role sandbox "$PLACEMENT" "$CONF" &
-  SIDECARS+=($!)
-  # shellcheck disable=SC2086
-  torl_step "$SERVER_NODES" "$SERVERS" --job-name=servers --gres=gpu:"$GPUS" --relative=$((last - SERVER_NODES)) \
-    --output="$LOGS/%N.server_%t.log" -- $role server "$PLACEMENT" "$CONF" &
-  SIDECARS+=($!)
+  if [ "$SANDBOXES" -gt 0 ]; then
+    torl_tasks sandbox "$last" 1 --gres=none --kill-on-bad-exit=1 --output="$LOGS/%N.sandbox_%n.log" &
+    SIDECARS+=($!)
+  fi
+  if [ "$SERVERS" -gt 0 ]; then
+    torl_tasks server "$SERVER_NODES" "$SERVERS" --gres=gpu:"$GPUS" --relative=$((last - SERVER_NODES)) --kill-on-bad-exit=1 \
+      --output="$LOGS/%N.server_%t.log" &
+    SIDECARS+=($!)
+  fi
 }
 
 torl_stop_sidecars() { # their tasks look for the note; what is left after 20 s goes the hard way
@@ -175,15 +192,15 @@ torl_stop_sidecars() { # their tasks look for the note; what is left after 20 s 
 }
 
 torl_ranks() { # returns the step's exit code: the highest of all ranks
-  local code
-  torl_step "$RANK_NODES" "$RANKS" --job-name=ranks --gres=gpu:"$GPUS" --output="$LOGS/%N.rank_%t.log" -- \
-    "$PYTHON" -m torl_mega.launch.task rank "$PLACEMENT" "$CONF" &
-  local pid=$!
-  while :; do # a trapped signal interrupts wait
-    wait "$pid"
-    code=$?
-    kill -0 "$pid" 2>/dev/null || return "$code"
+  torl_tasks "$PROGRAM" "$RANK_NODES" "$RANKS" --gres=gpu:"$GPUS" --output="$LOGS/%N.rank_%t.log" &
+  local pid=$! car
+  while kill -0 "$pid" 2>/dev/null; do
+    sleep 1 & wait $! # which a trapped signal interrupts
+    for car in ${SIDECARS[@]+"${SIDECARS[@]}"}; do
+      if ! kill -0 "$car" 2>/dev/null && [ ! -e "$TORL_STATUS/stop" ]; then touch "$TORL_STATUS/lost"; fi
+    done
   done
+  wait "$pid"
 }
 
 # ------------------------------------------------------------------------------------------------------- one job
@@ -202,10 +219,10 @@ torl_attempt() { # one start of side-cars and ranks; returns the ranks' exit cod
   return "$code"
 }
 
-# What rank 0 said last, in one line: its log is the run's voice.
+# Why the ranks ended: what a side-car could not do, or else what the ranks said.
 torl_last_words() {
   local line
-  line=$(grep -h "torl: error:" "$LOGS"/*.rank_*.log 2>/dev/null | sort -u | head -n 3)
+  line=$(cat "$TORL_STATUS/failed" 2>/dev/null || grep -h "torl: error:" "$TORL_STATUS"/rank_* "$LOGS"/*.rank_*.log 2>/dev/null | sort -u | head -n 3)
   if [ -n "$line" ]; then echo "$line" >&2; else echo "torl: see the logs in $LOGS" >&2; fi
 }
 
@@ -222,12 +239,17 @@ torl_requeue() {
   exit 85
 }
 
-torl_job() { # DEFAULT_CONF
+torl_done() {
+  if [ "$PROGRAM" = eval ]; then cat "$JOB_DIR/../../eval/step_00000.md"; fi
+  torl_say "done"
+}
+
+torl_job() { # DEFAULT_CONF [PROGRAM]
   [ -n "${SLURM_JOB_ID:-}" ] || torl_die "this is a batch script: sbatch $0 (on one machine: launch/local.sh)"
   unset SLURM_EXPORT_ENV # set by sbatch --export=NONE; srun would start tasks without PATH
   unset SLURM_GPUS_PER_NODE SLURM_GPUS SLURM_NTASKS_PER_NODE # srun would add them to what each step asks for
   trap torl_stop TERM USR1
-  torl_environment "$1"
+  torl_environment "$@"
   torl_freeze "$SLURM_JOB_ID"
   if [ -n "${TORL_IFNAME:-}" ]; then export GLOO_SOCKET_IFNAME=$TORL_IFNAME NCCL_SOCKET_IFNAME=$TORL_IFNAME; fi
   local start=${SLURM_RESTART_COUNT:-0} attempt=0 code
@@ -244,7 +266,7 @@ torl_job() { # DEFAULT_CONF
     torl_attempt
     code=$?
     case $code in
-      0) torl_say "done"; exit 0 ;;
+      0) torl_done; exit 0 ;;
       85) torl_requeue ;;
     esac
     if [ -e "$TORL_STATUS/stop" ]; then torl_requeue; fi

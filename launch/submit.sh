@@ -13,12 +13,12 @@ fi
 script=$1
 shift
 command -v sbatch >/dev/null || torl_die "sbatch is not on PATH; on one machine use launch/local.sh"
-conf=$(sed -n 's/^torl_job //p' "$script")
+read -r conf program < <(sed -n 's/^torl_job //p' "$script")
 [ -n "$conf" ] || torl_die "$script is not a launch file: it has no line \`torl_job CONF\`"
-torl_environment "$conf"
+torl_environment "$conf" "$program"
 answer=$(sbatch --test-only "$@" "$script" 2>&1) || torl_die "sbatch refuses $script $*: ${answer##*: }"
 torl_freeze "submitted.$$"
 nodes=$(sed -n 's/^.* on nodes* //p' <<<"$answer" | head -n 1)
 torl_say "sbatch accepts it${nodes:+ (would start on $nodes)}; code and config are frozen in $JOB_DIR"
-torl_once "$PYTHON" -m torl_mega.planner.command "$CONF" || torl_die "torl plan refuses this run, see above"
+torl_planner || torl_die "torl plan refuses this run, see above"
 for _ in $(seq "$chain"); do TORL_FROZEN=$JOB_DIR TORL_HOME=$TORL_HOME sbatch "$@" "$script" || exit 1; done

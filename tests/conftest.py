@@ -17,7 +17,8 @@ from tiny_model import make_tiny_model
 
 from torl_mega.config import Config
 from torl_mega.config_file import load_config
-from torl_mega.process import start as process
+from torl_mega.process.start import GuardedProcess, free_port
+from torl_mega.process.start import start as start_process
 from torl_mega.serving.sglang_server import wait_ready
 
 
@@ -40,13 +41,13 @@ def tiny_config(tiny_config_path: Path) -> Config:
 @pytest.fixture(scope="session")
 def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., LiveServer]]:
     """Starts a supervised server without waiting for it."""
-    started: list[process.GuardedProcess] = []
+    started: list[GuardedProcess] = []
 
     def start(config_path: Path, *overrides: str) -> LiveServer:
-        port, folder = process.free_port(), tmp_path_factory.mktemp("server")
+        port, folder = free_port(), tmp_path_factory.mktemp("server")
         command = [sys.executable, "-m", "torl_mega.serving.serve", str(config_path), *overrides, "--port", str(port)]
         command += ["--log", str(folder / "sglang.log")]
-        sidecar = process.start(command, name=f"serve:{port}", log_path=folder / "serve.log")
+        sidecar = start_process(command, name=f"serve:{port}", log_path=folder / "serve.log")
         started.append(sidecar)
         return LiveServer(f"http://127.0.0.1:{port}", sidecar, folder / "sglang.log")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from torl_mega.errors import WeightSyncError
-from torl_mega.process import start as process
+from torl_mega.process.start import GuardedProcess
 from torl_mega.serving.sync.control import Call, Deadline
 
 REPO = Path(__file__).parents[1]
@@ -20,7 +20,7 @@ class LiveServer:
     """A server under its supervisor, as the launcher starts it."""
 
     url: str
-    sidecar: process.GuardedProcess
+    sidecar: GuardedProcess
     log: Path
 
     def version(self) -> str | None:

@@ -30,7 +30,7 @@ import numpy as np
 from aiohttp import web
 
 from torl_mega.config_file import load_config
-from torl_mega.process import start as process
+from torl_mega.process.start import free_port, start
 from torl_mega.rollout.build import GC_THRESHOLDS, AsyncRunner
 from torl_mega.rollout.episode import Episode, EpisodeSettings
 from torl_mega.rollout.python_tool import Limits, PythonTool
@@ -142,10 +142,10 @@ async def barrier(url: str, count: int, tokens: int, calls: int, seed: int) -> t
 
 @contextmanager
 def server() -> Iterator[str]:
-    port = process.free_port()
+    port = free_port()
     command = [sys.executable, "-m", "torl_mega.serving.serve", "conf/quickstart.yaml", "--port", str(port)]
     with tempfile.TemporaryDirectory() as logs:
-        with process.start(command, name="server", log_path=Path(logs) / "serve.log"):
+        with start(command, name="server", log_path=Path(logs) / "serve.log"):
             url = f"http://127.0.0.1:{port}"
             asyncio.run(wait_ready(url, 600))
             yield url

@@ -1,6 +1,7 @@
 """Measures the sandbox beside `python -c` per snippet, bubblewrap and SandboxFusion, in one run on one machine.
 
     python tools/bench_sandbox.py [--fusion-url URL] [--out docs/img/sandbox_bench.png] [--json FILE] [--quick]
+    python tools/bench_sandbox.py --calls      what a call through the service costs client and pool, beside the snippet
 
 Closed-loop load: C callers, each with one snippet in flight. A wrong answer counts as such and fails the run. CPU time
 is read from the children's resource usage, which disturbs less than wall time on a shared machine.
@@ -16,16 +17,20 @@ import os
 import resource
 import shutil
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import uvloop
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from torl_mega.config import SandboxConfig
-from torl_mega.sandbox.fusion_client import FusionClient
+from torl_mega.sandbox.client import SandboxClient
 from torl_mega.sandbox.pool import SandboxPool
 from torl_mega.types import ExecutionRequest
 
@@ -123,8 +128,8 @@ async def _memory(pool: SandboxPool) -> dict[str, Any]:
     """Private memory (not shared with the zygote or anybody) of sympy snippets that all run at once."""
     before = set(_private_kb())
     hold = "from sympy import *\nx = symbols('x')\nsolve(x**2 - 5*x + 6, x)\nimport time\ntime.sleep(6)"
-    assert pool.plan is not None
-    count = pool.plan.max_running
+    assert pool.setup is not None
+    count = pool.setup.max_running
     calls = [asyncio.create_task(pool.run(ExecutionRequest(hold, wall_s=60))) for _ in range(count)]
     await asyncio.sleep(4.0)
     held = [kb for pid, kb in _private_kb().items() if pid not in before]
@@ -168,7 +173,7 @@ async def _other_rows(fusion_url: str | None, quick: bool) -> list[dict[str, Any
                     {"design": design, **row, "cpu_ms": 1e3 * cpu / row["count"] if design != "bubblewrap" else None}
                 )
     if fusion_url:
-        async with FusionClient([fusion_url]) as client:
+        async with SandboxClient([fusion_url]) as client:
             for name in SNIPPETS:
                 for concurrency, count in ((1, 12), (2, 24), (16, 48)):
 
@@ -179,6 +184,38 @@ async def _other_rows(fusion_url: str | None, quick: bool) -> list[dict[str, Any
                         {"design": "SandboxFusion", **await load(call, name, concurrency, count), "cpu_ms": None}
                     )
     return rows
+
+
+async def _calls() -> None:
+    """Prints CPU time of this process and of the pool's own process per call, and the call's duration."""
+    import psutil
+
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "torl_mega.sandbox.serve", "--socket", f"{folder}/s", "--port", "0"]
+        process = subprocess.Popen(
+            [*command, "--settings", '{"data_libraries": false}'], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        addresses = process.stdout.readline().split("address=")[1].strip().split(",")
+        both = [psutil.Process(), psutil.Process(process.pid)]
+        print("| address | callers | client CPU ms | pool CPU ms | p50 ms |\n|---|---|---|---|---|")
+        for address in addresses:
+            async with SandboxClient([address]) as client:
+
+                async def call(code: str, client: SandboxClient = client) -> str:
+                    return (await client.run(ExecutionRequest(code, wall_s=60, cpu_s=60))).stdout
+
+                for concurrency, count in ((1, 400), (16, 1000)):
+                    await load(call, "print", concurrency, 50)
+                    before = [sum(p.cpu_times()[:2]) for p in both]
+                    row = await load(call, "print", concurrency, count)
+                    cpu = [1e3 * (sum(p.cpu_times()[:2]) - b) / count for p, b in zip(both, before, strict=True)]
+                    print(
+                        f"| {address.split(':')[0]} | {concurrency} | {cpu[0]:.2f} | {cpu[1]:.2f} | {row['p50_ms']:.1f} |"
+                    )
+        process.terminate()
+        process.wait()
+        process.stdout.close()
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -248,8 +285,12 @@ def main() -> int:
     parser.add_argument("--fusion-url", help="a running SandboxFusion to measure too")
     parser.add_argument("--out", type=Path, help="where to write the plot")
     parser.add_argument("--json", type=Path, help="where to write the rows")
+    parser.add_argument("--calls", action="store_true", help="only the cost of a call through the service")
     parser.add_argument("--quick", action="store_true", help="a quarter of the snippets")
     args = parser.parse_args()
+    if args.calls:
+        uvloop.run(_calls())  # as the trainer's client runs
+        return 0
     load_before = os.getloadavg()[0]
     rows = asyncio.run(_all(args))
     print(table(rows))

@@ -26,7 +26,8 @@ import torch
 import torch.distributed as dist
 
 from torl_mega.config_file import load_config
-from torl_mega.process import start as process
+from torl_mega.process.start import free_port
+from torl_mega.process.start import start as start_process
 from torl_mega.serving.sglang_server import launch_command, launch_env, wait_ready
 from torl_mega.serving.sync.weights import make_weight_sink
 
@@ -64,7 +65,7 @@ def make_model(folder: Path, megabytes: int) -> dict[str, torch.Tensor]:
 
 def bare_broadcast(weights: dict[str, torch.Tensor], repeat: int) -> list[float]:
     """Seconds of each repetition."""
-    address = f"tcp://127.0.0.1:{process.free_port()}"
+    address = f"tcp://127.0.0.1:{free_port()}"
     peer = subprocess.Popen([sys.executable, "-c", PEER, address, str(repeat)], stdin=subprocess.PIPE, text=True)
     assert peer.stdin is not None
     peer.stdin.write(" ".join(str(w.nbytes) for w in weights.values()) + "\n")
@@ -115,10 +116,10 @@ def synced(folder: Path, weights: dict[str, torch.Tensor], bucket_mb: int, repea
             "serving.extra_args=[--skip-tokenizer-init]",
         ],
     )  # fmt: skip
-    port = process.free_port()
+    port = free_port()
     command = launch_command(config, host="127.0.0.1", port=port, on_gpu=False)
     url, log = f"http://127.0.0.1:{port}", folder / "server.log"
-    with process.start(command, name="sglang", log_path=log, env=launch_env(config, gpu_ids=())) as server:
+    with start_process(command, name="sglang", log_path=log, env=launch_env(config, gpu_ids=())) as server:
         asyncio.run(wait_ready(url, 300, process=server, log_path=log))
         sink = make_weight_sink(config.serving, [url])
         sink.update(iter(weights.items()), version=0)

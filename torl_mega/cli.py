@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from torl_mega.config import Config
 from torl_mega.errors import TorlError
-from torl_mega.run.folder import RunFolder
 
 app = typer.Typer(
     name="torl",
@@ -34,24 +31,19 @@ def train(conf: Conf, overrides: Overrides = None) -> None:
     from torl_mega.config_file import load_config
     from torl_mega.launch import local as launcher
 
-    args = [str(conf), *(overrides or [])]
-    raise typer.Exit(launcher.train(load_config(conf, overrides or []), args))
+    raise typer.Exit(launcher.train(load_config(conf, overrides or [])))
 
 
 @app.command("eval")
 def evaluate(conf: Conf, overrides: Overrides = None, json: Json = False) -> None:
     """Score the checkpoint at model.path on eval.data; prints a table beside the paper's."""
-    from torl_mega.rollout import standalone
-
-    _with_servers(conf, overrides, lambda config, folder: standalone.evaluate(config, folder, as_json=json))
+    _collect("eval", conf, overrides, json)
 
 
 @app.command()
 def rollout(conf: Conf, overrides: Overrides = None, json: Json = False) -> None:
     """Collect trajectories without training; `rollout.replay=RUN` trains on them later."""
-    from torl_mega.rollout import standalone
-
-    _with_servers(conf, overrides, lambda config, folder: standalone.collect(config, folder, as_json=json))
+    _collect("rollout", conf, overrides, json)
 
 
 @app.command()
@@ -132,12 +124,11 @@ def sandbox_serve(
     raise typer.Exit(serve(socket=socket, host=host, port=port, config=config))
 
 
-def _with_servers(conf: Path, overrides: list[str] | None, program: Callable[[Config, RunFolder], int]) -> None:
+def _collect(program: str, conf: Path, overrides: list[str] | None, json: bool) -> None:
     from torl_mega.config_file import load_config
     from torl_mega.launch import local as launcher
 
-    args = [str(conf), *(overrides or [])]
-    raise typer.Exit(launcher.with_servers(load_config(conf, overrides or []), args, program))
+    raise typer.Exit(launcher.collect(program, load_config(conf, overrides or []), json=json))
 
 
 def main() -> None:

@@ -120,7 +120,7 @@ class SandboxConfig(Section):
 
 class ServingConfig(Section):
     num_servers: PositiveInt = 1
-    """SGLang servers started beside the trainer."""
+    """SGLang servers started on one machine without GPUs; elsewhere `cluster` says how many."""
     tensor: PositiveInt = 1
     """Tensor-parallel size of each server."""
     urls: tuple[str, ...] = ()
@@ -258,7 +258,7 @@ class ParallelConfig(Section):
     """Model chunks per pipeline stage (interleaved 1F1B); 1 = plain 1F1B."""
     context: PositiveInt = 1
     data: PositiveInt | Literal["auto"] = "auto"
-    """Data-parallel size; `auto` takes what the launcher's world size leaves, 1 on a single machine without one."""
+    """Data-parallel size; `auto` takes what the launcher's world size leaves, 1 on one machine without GPUs."""
     sequence: bool = False
     """Sequence parallelism inside the tensor group."""
 

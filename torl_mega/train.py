@@ -28,7 +28,8 @@ from torl_mega.data.tokenizer import Tokenizer
 from torl_mega.errors import TorlError
 from torl_mega.interfaces import Collector, NamedTensor, RunLog, Trainer, WeightSink
 from torl_mega.loop import Loop, due
-from torl_mega.process import start as process
+from torl_mega.process import exit_codes
+from torl_mega.process.start import forks_die_with_parent
 from torl_mega.process.stop_flag import StopFlag
 from torl_mega.rollout.ahead import SamplingAhead
 from torl_mega.rollout.build import GC_THRESHOLDS, AsyncRunner, addresses, build_collector, wait_for_servers
@@ -40,8 +41,6 @@ from torl_mega.run.metrics import RunMetrics, summarize
 from torl_mega.serving.probe import check_engines
 from torl_mega.serving.sync.paused import DrainedSink, PausedSink
 from torl_mega.serving.sync.weights import make_weight_sink
-
-EXIT_DONE, EXIT_ERROR, EXIT_REQUEUE = 0, 1, 85
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +58,7 @@ class Rank0:
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code of one rank. `argv`: the config file and its overrides."""
     args = list(sys.argv[1:] if argv is None else argv)
-    process.forks_die_with_parent()  # Megatron writes checkpoints in forks
+    forks_die_with_parent()  # Megatron writes checkpoints in forks
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     # the engines say at every start which optional kernels they lack; `torl doctor` says it once, in order
     warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers|torl_mega\.trainer\.cpu)")
@@ -67,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return train(load_config(args[0], args[1:]))
     except TorlError as exc:
         print(f"torl: error: {exc}", file=sys.stderr, flush=True)
-        return EXIT_ERROR
+        return exit_codes.ERROR
 
 
 def train(config: Config) -> int:
@@ -94,12 +93,12 @@ def train(config: Config) -> int:
             complete = loop.run(start, evaluate_first=_lacks_evaluation(config, rank0, start))
             trainer.finish_saves()
             if not complete:
-                return EXIT_REQUEUE
+                return exit_codes.REQUEUE
             if config.checkpoint.export_hf:
                 trainer.export_hf(folder.hf)
             if rank0 is not None:
                 _finish(config, folder, rank0, time.monotonic() - started)
-            return EXIT_DONE
+            return exit_codes.DONE
     finally:
         parallel.destroy()
 

@@ -80,6 +80,11 @@ class ExecutionResult:
     files: Mapping[str, bytes] = field(default_factory=dict)
     message: str = ""  # what failed, for INFRA
 
+    @classmethod
+    def infra(cls, message: str) -> ExecutionResult:
+        """The sandbox failed, which says nothing about the program."""
+        return cls(ExecutionStatus.INFRA, None, "", "", 0.0, 0.0, 0.0, {}, message)
+
 
 # ------------------------------------------------------------------------------------------------ rollout
 

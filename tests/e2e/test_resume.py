@@ -62,7 +62,7 @@ def kill_once(runs_dir, name, rng, *overrides):
     run, marker, new_rows = runs_dir / name, f"name={name}", rng.randint(0, 1)
     before, trace = len(rows(run)), trace_of(run)
     cmd = command("train", runs_dir, name, f"num_steps={NUM_STEPS}", *overrides)
-    process = start(cmd)
+    process = start(cmd, TORL_MAX_RESTARTS="0")
     try:
         wait_until(lambda: trace_of(run) != trace or process.poll() is not None, limit_s=LIMIT_S, what="a sign of work")
         wait_until(

@@ -7,9 +7,11 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
-from torl_runs import LIMIT_S, TORL, command, processes_of, rows, start, torl, wait_until, wait_until_gone
+from safetensors.numpy import load_file
+from torl_runs import LIMIT_S, TORL, command, pid_of, processes_of, rows, start, torl, wait_until, wait_until_gone
 
 from torl_mega.rollout.recorder import read_groups, step_path
 
@@ -22,10 +24,18 @@ def runs_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def trained(runs_dir):
+def temporary(tmp_path_factory):
+    """Where the system's temporary files go for the runs that are given it."""
+    return tmp_path_factory.mktemp("t")
+
+
+@pytest.fixture(scope="session")
+def trained(runs_dir, temporary):
     """A finished run of three small steps."""
-    done = torl("train", runs_dir, "trained")
+    done = torl("train", runs_dir, "trained", TMPDIR=str(temporary))
     assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == f"done: {runs_dir / 'trained' / 'summary.json'}"
+    assert not list(temporary.iterdir())
     return runs_dir / "trained"
 
 
@@ -88,19 +98,31 @@ def test_other_layouts_give_the_same_first_step(trained, runs_dir, cut):
         assert other[metric] == pytest.approx(one[metric], rel=1e-5, abs=1e-9), metric
 
 
-def test_a_killed_run_leaves_nothing_and_resumes(runs_dir):
-    """SIGKILL to the launcher while it trains and samples ahead; then the same command finishes the run."""
-    process = start(command("train", runs_dir, "killed", "num_steps=50", "rollout.max_staleness=1"))
+def test_a_killed_run_leaves_nothing_and_resumes(runs_dir, temporary):
+    """SIGKILL to both side-cars, which come back, then to the launcher while it trains and samples ahead; then the same
+    command finishes the run."""
+    overrides = ("num_steps=500", "rollout.max_staleness=1")
+    process = start(command("train", runs_dir, "killed", *overrides), TMPDIR=str(temporary))
     try:
         wait_until(lambda: len(rows(runs_dir / "killed")) >= 2, limit_s=LIMIT_S, what="two steps")
-        sandbox = next(line for line in processes_of("name=killed").values() if "torl_mega.sandbox.serve" in line)
-        scratch = Path(sandbox.split("--socket ")[1].split()[0]).parent
-        assert scratch.is_dir()
+        for sidecar in ("torl_mega.sandbox.serve", "torl_mega.serving.serve"):
+            os.kill(pid_of("name=killed", sidecar), signal.SIGKILL)
+        seen = len(rows(runs_dir / "killed"))
+        wait_until(
+            lambda: len(rows(runs_dir / "killed")) >= seen + 3, limit_s=LIMIT_S, what="three steps after the kills"
+        )
+        logs = runs_dir / "killed" / "logs"
+        for sidecar in ("sandbox_0", "server_0"):
+            assert f"torl: {sidecar} was killed by SIGKILL; starting it again" in (logs / f"{sidecar}.log").read_text()
+        assert list(temporary.iterdir())
+        tasks = [child for child in psutil.Process(process.pid).children() if "reaper.py" in " ".join(child.cmdline())]
+        assert len(tasks) == len(psutil.Process(process.pid).children()) == 3
+        assert all("torl_mega.launch.task" in task.cmdline() for task in tasks)
     finally:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     wait_until_gone("name=killed")
-    assert not scratch.exists()
+    assert not list(temporary.iterdir())
     before = rows(runs_dir / "killed")
     steps = len(before) + 1
     done = torl("train", runs_dir, "killed", f"num_steps={steps}", "rollout.max_staleness=1")
@@ -115,6 +137,59 @@ def test_a_killed_run_leaves_nothing_and_resumes(runs_dir):
         assert versions
         assert versions <= {step - 1, step}
     assert not processes_of("name=killed")
+
+
+@pytest.mark.parametrize(
+    ("name", "victim"),
+    [
+        ("killed_rank", "torl_mega.train"),
+        pytest.param("killed_task", "torl_mega.launch.task rank", marks=pytest.mark.slow),
+    ],
+)
+def test_a_killed_rank_starts_again_from_the_last_checkpoint(trained, runs_dir, tmp_path, name, victim):
+    """And ends with the weights of the undisturbed run whose record it replays."""
+    with (tmp_path / "out").open("w") as out:
+        process = start(command("train", runs_dir, name, f"rollout.replay={trained}"), out)
+        wait_until(lambda: rows(runs_dir / name), limit_s=LIMIT_S, what="one step")
+        os.kill(pid_of(f"name={name}", victim), signal.SIGKILL)
+        assert process.wait(LIMIT_S) == 0, (tmp_path / "out").read_text()
+    said = (tmp_path / "out").read_text()
+    assert said.count("torl: a rank was killed (code 137); the ranks start again from the last checkpoint") == 1
+    assert [row["step"] for row in rows(runs_dir / name)] == [0, 1, 2]
+    one, other = (load_file(run / "hf" / "model.safetensors") for run in (trained, runs_dir / name))
+    assert all(np.array_equal(one[key], other[key]) for key in one)
+
+
+def test_ranks_that_are_killed_too_often_end_the_run(trained, tmp_path):
+    """Training that cannot even start, e.g. for lack of memory, looks like this."""
+    with (tmp_path / "out").open("w") as out:
+        cmd = command("train", tmp_path, "hopeless", f"rollout.replay={trained}")
+        process = start(cmd, out, TORL_MAX_RESTARTS="1")
+        for _ in range(2):
+            pid = wait_until(
+                lambda: [p for p, line in processes_of("name=hopeless").items() if " -m torl_mega.train" in line],
+                limit_s=60,
+                what="a rank",
+            )[0]
+            os.kill(pid, signal.SIGKILL)
+            wait_until(lambda pid=pid: pid not in processes_of("name=hopeless"), limit_s=60, what="the rank's end")
+        assert process.wait(60) == 86
+    last = (tmp_path / "out").read_text().splitlines()[-1]
+    assert last == f"torl: error: ranks were killed 2 times (last code 137); logs in {tmp_path}/hopeless/logs"
+    assert not processes_of("name=hopeless")
+
+
+@pytest.mark.slow
+def test_a_killed_side_cars_task_starts_everything_again(runs_dir, tmp_path):
+    with (tmp_path / "out").open("w") as out:
+        process = start(command("train", runs_dir, "task_killed", "num_steps=40"), out)
+        wait_until(lambda: rows(runs_dir / "task_killed"), limit_s=LIMIT_S, what="one step")
+        os.kill(pid_of("name=task_killed", "torl_mega.launch.task server"), signal.SIGKILL)
+        assert process.wait(LIMIT_S) == 0, (tmp_path / "out").read_text()
+    said = (tmp_path / "out").read_text()
+    assert "torl: a side-car's task was killed; ending the ranks" in said
+    assert "the ranks start again from the last checkpoint" in said
+    assert [row["step"] for row in rows(runs_dir / "task_killed")] == list(range(40))
 
 
 def test_a_complete_run_is_left_alone(trained, runs_dir):
@@ -184,8 +259,6 @@ def test_replayed_metrics_repeat_bit_for_bit(trained, runs_dir):
     for name in ("again_1", "again_2"):
         done = torl("train", runs_dir, name, f"rollout.replay={trained}", "num_steps=2")
         assert done.returncode == 0, done.stdout + done.stderr
-        from safetensors.numpy import load_file
-
         weights.append(load_file(runs_dir / name / "hf" / "model.safetensors"))
     first, second = (rows(runs_dir / name) for name in ("again_1", "again_2"))
     for a, b in zip(first, second, strict=True):

@@ -28,18 +28,20 @@ def command(verb: str, runs_dir: Path, name: str, *overrides: str) -> list[str]:
     return [TORL, verb, "conf/quickstart.yaml", f"runs_dir={runs_dir}", f"name={name}", *SMALL, *overrides]
 
 
-def torl(verb: str, runs_dir: Path, name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+def torl(verb: str, runs_dir: Path, name: str, *overrides: str, **env: str) -> subprocess.CompletedProcess[str]:
     """Runs to the end; asserts nothing."""
-    return subprocess.run(
-        command(verb, runs_dir, name, *overrides), capture_output=True, text=True, timeout=LIMIT_S, check=False
-    )
+    cmd = command(verb, runs_dir, name, *overrides)
+    return subprocess.run(cmd, env=_environment(cmd, env), capture_output=True, text=True, timeout=LIMIT_S, check=False)
 
 
-def start(cmd: list[str], output: TextIO | int = subprocess.DEVNULL) -> subprocess.Popen:
-    """In the background; whatever it starts carries its `name=…` in the environment, for `processes_of`."""
-    name = next(word for word in cmd if word.startswith("name="))
-    env = {**os.environ, "TORL_TEST_RUN": name}
-    return subprocess.Popen(cmd, env=env, stdout=output, stderr=output)
+def start(cmd: list[str], output: TextIO | int = subprocess.DEVNULL, **env: str) -> subprocess.Popen:
+    """In the background."""
+    return subprocess.Popen(cmd, env=_environment(cmd, env), stdout=output, stderr=output)
+
+
+def _environment(cmd: list[str], env: dict[str, str]) -> dict[str, str]:
+    """Whatever the command starts carries its `name=…`, for `processes_of`."""
+    return {**os.environ, "TORL_TEST_RUN": next(word for word in cmd if word.startswith("name=")), **env}
 
 
 def rows(run: Path, kind: str = "train") -> list[dict]:
@@ -65,6 +67,11 @@ def processes_of(marker: str) -> dict[int, str]:
         if state != "Z" and (marker in command_line or marker in environment):
             found[int(entry.name)] = command_line[:400]
     return found
+
+
+def pid_of(marker: str, part: str) -> int:
+    """The process of the run with `part` in its command line; its reaper has the same and is left out."""
+    return next(pid for pid, line in processes_of(marker).items() if part in line and "reaper.py" not in line)
 
 
 def wait_until_gone(marker: str, limit_s: float = 10) -> None:

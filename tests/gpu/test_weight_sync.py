@@ -16,7 +16,8 @@ from tiny_model import make_tiny_model
 from torl_mega.config import Config
 from torl_mega.config_file import load_config
 from torl_mega.errors import WeightSyncError
-from torl_mega.process import start as process
+from torl_mega.process.start import GuardedProcess, free_port
+from torl_mega.process.start import start as start_process
 from torl_mega.serving.fp8 import is_quantized, quantize_blocks
 from torl_mega.serving.plugin.checksum import checksum, word_sum
 from torl_mega.serving.probe import prompt_logprobs
@@ -30,14 +31,14 @@ PROBE = tuple(range(40, 72))
 
 @pytest.fixture(scope="module")
 def gpu_server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., LiveServer]]:
-    started: list[process.GuardedProcess] = []
+    started: list[GuardedProcess] = []
 
     def start(gpu: int, *overrides: str) -> LiveServer:
         folder = tmp_path_factory.mktemp("gpu")
-        config, port = write_config(folder, tiny_model), process.free_port()
+        config, port = write_config(folder, tiny_model), free_port()
         command = [sys.executable, "-m", "torl_mega.serving.serve", str(config), *overrides, "--port", str(port)]
         command += ["--gpu-ids", str(gpu), "--log", str(folder / "sglang.log")]
-        sidecar = process.start(command, name="gpu server", log_path=folder / "serve.log")
+        sidecar = start_process(command, name="gpu server", log_path=folder / "serve.log")
         started.append(sidecar)
         server = LiveServer(f"http://127.0.0.1:{port}", sidecar, folder / "sglang.log")
         asyncio.run(wait_ready(server.url, 600, process=sidecar, log_path=server.log))

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,9 +26,11 @@ def torchrun(ranks: int, script: Path, *args: str | Path, next_megatron: bool = 
     return run_python(*starter, script, *args, next_megatron=next_megatron, timeout_s=timeout_s)
 
 
-def run_python(*args: str | Path, next_megatron: bool = False, timeout_s: float = 240.0) -> str:
-    """`python ARGS` with one thread per process; output and errors as `torchrun`."""
-    path = [str(NEXT)] if next_megatron else []
+def run_python(
+    *args: str | Path, next_megatron: bool = False, also: Sequence[Path] = (), timeout_s: float = 240.0
+) -> str:
+    """`python ARGS` with one thread per process, folders of `also` on its path; output and errors as `torchrun`."""
+    path = [*map(str, also), *([str(NEXT)] if next_megatron else [])]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",

@@ -82,12 +82,10 @@ def start(
     *,
     tier: str,
     user: int | None,
-    pass_fds: tuple[int, ...] = (),
-    args: tuple[str, ...] = (),
     **settings: object,
 ) -> subprocess.Popen[str]:
     values = {"tier": tier, **settings}
-    command = [sys.executable, "-m", "torl_mega.sandbox.serve", "--socket", str(folder / "s"), "--port", "0", *args]
+    command = [sys.executable, "-m", "torl_mega.sandbox.serve", "--socket", str(folder / "s"), "--port", "0"]
     env = {"PATH": os.environ["PATH"], "TORL_SECRET": SECRET, "PYTHONPATH": str(PROJECT)}
     as_user = {} if user is None else {"user": user, "group": user, "extra_groups": []}
     return subprocess.Popen(
@@ -96,7 +94,6 @@ def start(
         text=True,
         env=env,
         cwd="/",
-        pass_fds=pass_fds,
         umask=0o077,  # a careful host's
         **as_user,
     )  # type: ignore[call-overload]

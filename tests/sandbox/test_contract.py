@@ -1,4 +1,4 @@
-"""One contract for every door: the pool in this process, the unix-socket client, and SandboxFusion's HTTP."""
+"""One contract for every door: the pool in this process, and the client over a unix socket and over TCP."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pools import Pool, pool
 
 from torl_mega.config import SandboxConfig
 from torl_mega.sandbox.client import SandboxClient
-from torl_mega.sandbox.fusion_client import FusionClient
 from torl_mega.sandbox.pool import SandboxPool
 from torl_mega.types import ExecutionRequest, ExecutionResult
 from torl_mega.types import ExecutionStatus as S
@@ -26,19 +25,16 @@ def served() -> Iterator[Pool]:
 
 
 @asynccontextmanager
-async def _door(name: str, served: Pool) -> AsyncIterator[SandboxPool | SandboxClient | FusionClient]:
+async def _door(name: str, served: Pool) -> AsyncIterator[SandboxPool | SandboxClient]:
     if name == "pool":
         async with SandboxPool(SandboxConfig(max_running=2, data_libraries=False)) as p:
             yield p
-    elif name == "socket":
-        async with SandboxClient(served.address) as c:
-            yield c
     else:
-        async with FusionClient([served.url]) as f:
-            yield f
+        async with SandboxClient([served.address if name == "unix" else served.url]) as c:
+            yield c
 
 
-@pytest.fixture(scope="module", params=["pool", "socket", "http"])
+@pytest.fixture(scope="module", params=["pool", "unix", "tcp"])
 def run(request: pytest.FixtureRequest, served: Pool) -> Iterator[Run]:
     with asyncio.Runner() as runner:
         stack = _door(request.param, served)
@@ -144,3 +140,27 @@ def test_libraries(run: Run) -> None:
 def test_unicode(run: Run) -> None:
     assert run("print('π≈3')").stdout == "π≈3\n"
     assert run("print(len('\ud800'))").status is S.ERROR  # as from a file: such a program is no UTF-8
+
+
+def test_cpu_limit_of_its_own(run: Run) -> None:
+    r = run("while True: pass", cpu_s=0.3)
+    assert (r.status, r.return_code) == (S.TIMEOUT_CPU, None)
+    assert r.wall_s < 10
+
+
+def test_output_is_cut_where_the_request_says(run: Run) -> None:
+    r = run("print('x' * 5000)", output_bytes=1000)
+    assert "[4001 bytes left out]" in r.stdout
+
+
+def test_any_bytes_and_any_text(run: Run) -> None:
+    """Lone surrogates, which JSON libraries refuse, and bytes that are no UTF-8, both ways."""
+    code = "import sys\ndata = sys.stdin.buffer.read()\nopen('out', 'wb').write(data)\nsys.stdout.buffer.write(data)"
+    text = "a\ud800\udfff\0é\U0001f600"
+    r = run(code, stdin=text, fetch_files=("out", "\ud800"))
+    assert r.files == {"out": text.encode("utf-8", "surrogatepass")}
+    assert r.stdout == text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+    every = bytes(range(256))
+    assert run(
+        code.replace("sys.stdin.buffer", "open('in', 'rb')"), files={"in": every}, fetch_files=("out",)
+    ).files == {"out": every}

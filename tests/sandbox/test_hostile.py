@@ -120,7 +120,7 @@ async def attack(client: SandboxClient, case: Hostile, canaries: Canaries) -> li
 async def _attack_all(served: Pool, canaries: Canaries, chosen: list[Hostile]) -> list[str]:
     wrong: list[str] = []
     queue = list(chosen)
-    async with SandboxClient(served.address) as client:
+    async with SandboxClient([served.address]) as client:
         canaries.fresh = (await client.run(ExecutionRequest(LOOK))).stdout
         assert canaries.fresh.startswith("42 [1] 1 False 3 [1.23456]")
 
@@ -143,7 +143,7 @@ async def _attack_all(served: Pool, canaries: Canaries, chosen: list[Hostile]) -
 
 
 async def _run_one(served: Pool) -> None:
-    async with SandboxClient(served.address) as client:
+    async with SandboxClient([served.address]) as client:
         await client.run(ExecutionRequest(LOOK))
 
 

@@ -192,9 +192,9 @@ def test_files_are_read_back_before_the_folder_goes() -> None:
             calls = (pool.run(R(code, fetch_files=names, wall_s=20, cpu_s=20)) for _ in range(24))
             found = [len(r.files) for r in await asyncio.gather(*calls)]
             late = await pool.run(R(code + "\nwhile True: pass", fetch_files=names, wall_s=0.5))
-            assert pool.plan is not None
-            assert pool.plan.scratch is not None
-            while list(Path(pool.plan.scratch).glob("zygote-*/*")):  # nothing is kept for ever
+            assert pool.setup is not None
+            assert pool.setup.scratch is not None
+            while list(Path(pool.setup.scratch).glob("zygote-*/*")):  # nothing is kept for ever
                 await asyncio.sleep(0.02)
         return [*found, len(late.files)]
 

@@ -11,16 +11,16 @@ import sys
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import aiohttp
 import pytest
-from pools import ORDINARY_UID, PROJECT, descendants, pool, scratch_of, start, wait_gone
+import uvloop
+from pools import ORDINARY_UID, PROJECT, Pool, descendants, pool, scratch_of, start, wait_gone
 
 from torl_mega.errors import ServerError
 from torl_mega.sandbox.client import SandboxClient
-from torl_mega.sandbox.fusion_client import FusionClient
 from torl_mega.types import ExecutionRequest as R
 from torl_mega.types import ExecutionStatus as S
 
@@ -34,7 +34,7 @@ def test_killed_pool_takes_everything_along(tier: str) -> None:
         assert process.stdout.readline().startswith("sandbox ready")
 
         async def burst() -> Counter[S]:
-            async with SandboxClient(f"unix:{folder}/s", reconnect_timeout_s=0.5) as client:
+            async with SandboxClient([f"unix:{folder}/s"], reconnect_timeout_s=0.5) as client:
                 calls = [asyncio.create_task(client.run(R("import time; time.sleep(0.5)"))) for _ in range(200)]
                 await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
                 tree.update(descendants(process.pid))
@@ -59,7 +59,7 @@ def test_a_restarted_pool_gets_the_open_calls() -> None:
         assert first.stdout.readline().startswith("sandbox ready")
 
         async def burst() -> tuple[Counter[S], subprocess.Popen[str]]:
-            async with SandboxClient(f"unix:{folder}/s", reconnect_timeout_s=30) as client:
+            async with SandboxClient([f"unix:{folder}/s"], reconnect_timeout_s=30) as client:
                 calls = [
                     asyncio.create_task(client.run(R("import time; time.sleep(0.1); print(7)"))) for _ in range(60)
                 ]
@@ -76,33 +76,6 @@ def test_a_restarted_pool_gets_the_open_calls() -> None:
         assert second.stdout is not None
         second.stdout.close()
         assert counts == {S.OK: 60}
-
-
-def test_ends_when_its_parent_is_killed() -> None:
-    """The parent holds the write end of a pipe; SIGKILL on it is end of file here."""
-    with tempfile.TemporaryDirectory() as folder:
-        code = f"""
-import os, sys, time
-sys.path[:0] = [{str(PROJECT)!r}, {str(PROJECT / "tests/sandbox")!r}]
-from pathlib import Path
-from pools import start
-r, w = os.pipe()
-p = start(Path({folder!r}), tier="auto", user=None, pass_fds=(r,), args=("--parent-fd", str(r)), data_libraries=False)
-os.close(r)
-print(p.pid, p.stdout.readline(), flush=True)
-time.sleep(100)
-"""
-        parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-        assert parent.stdout is not None
-        pid, rest = parent.stdout.readline().split(maxsplit=1)
-        assert rest.startswith("sandbox ready")
-        tree = descendants(int(pid)) | {int(pid)}
-        parent.kill()
-        parent.wait()
-        parent.stdout.close()
-        assert len(tree) > 2
-        assert wait_gone(tree, 5.0) == set()
-        assert not Path(folder, "s").exists()
 
 
 def test_sigterm_while_starting_and_running_leaves_nothing() -> None:
@@ -133,40 +106,141 @@ def test_a_second_pool_does_not_take_a_live_socket() -> None:
         assert "another sandbox listens" in done.stderr
 
 
-def test_client_without_a_pool() -> None:
+@pytest.mark.parametrize("address", ["unix:/nonexistent/s", "http://127.0.0.1:1"])
+def test_client_without_a_pool(address: str) -> None:
     async def main() -> None:
-        with pytest.raises(ServerError, match="no sandbox listens"):
-            await SandboxClient("unix:/nonexistent/s", start_timeout_s=0.2).start()
-        client = SandboxClient("unix:/nonexistent/s", reconnect_timeout_s=0.2)
+        with pytest.raises(ServerError, match=f"no sandbox listens on {address}"):
+            await SandboxClient([address], start_timeout_s=0.2).start()
+        client = SandboxClient([address], reconnect_timeout_s=0.2)
         result = await client.run(R("print(1)"))
+        await client.close()
         assert result.status is S.INFRA
-        assert client.counters["sandbox_infra"] == 1
-        fusion = FusionClient(["http://127.0.0.1:1"])
-        assert (await fusion.run(R("print(1)"))).status is S.INFRA
-        await fusion.close()
+        assert address in result.message
+        assert client.counters == {"sandbox_infra": 1}
 
     asyncio.run(main())
 
 
-def test_client_follows_the_event_loop() -> None:
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"nonsense\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\nnonsense",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n\xff",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}",
+        b"HTTP/1.1 500 Broken\r\nContent-Length: 1\r\n\r\n\xff",
+    ],
+)
+def test_an_answer_that_is_none_is_infra(answer: bytes) -> None:
+    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+        await writer.drain()
+        await reader.read()  # until the client leaves
+        writer.close()
+
+    async def main() -> None:
+        server = await asyncio.start_server(speak, "127.0.0.1", 0)
+        async with server:
+            client = SandboxClient([f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"])
+            assert (await client.run(R("print(1)"))).status is S.INFRA
+            await client.close()
+            assert client.counters == {"sandbox_infra": 1}
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("door", ["address", "url"])
+def test_client_follows_the_event_loop(door: str) -> None:
     with pool(data_libraries=False) as served:
-        client = SandboxClient(served.address)
-        for _ in range(3):
-            assert asyncio.run(client.run(R("print(1)"))).stdout == "1\n"
-        fusion = FusionClient([served.url])
-        for _ in range(2):
+        client = SandboxClient([getattr(served, door)])
+        for factory in (None, uvloop.new_event_loop, None):
+            with asyncio.Runner(loop_factory=factory) as runner:
+                assert runner.run(_five(client)) == ["1\n"] * 5
+        asyncio.run(client.close())
 
-            async def once() -> str:
-                result = await fusion.run(R("print(2)"))
-                await fusion.close()
-                return result.stdout
 
-            assert asyncio.run(once()) == "2\n"
+async def _five(client: SandboxClient) -> list[str]:
+    return [r.stdout for r in await asyncio.gather(*(client.run(R("print(1)")) for _ in range(5)))]
+
+
+@pytest.mark.parametrize("door", ["address", "url"])
+def test_a_cancelled_call_is_cancelled_at_the_pool(door: str) -> None:
+    async def running(session: aiohttp.ClientSession, url: str) -> bool:
+        async with session.get(f"{url}/metrics") as r:
+            return "torl_sandbox_running 1.0" in await r.text()
+
+    async def main(served: Pool) -> None:
+        async with aiohttp.ClientSession() as session, SandboxClient([getattr(served, door)]) as client:
+            call = asyncio.create_task(client.run(R("import time; time.sleep(200)", wall_s=200)))
+            while not await running(session, served.url):
+                assert not call.done()
+            call.cancel()
+            await asyncio.gather(call, return_exceptions=True)
+            async with asyncio.timeout(10):
+                while await running(session, served.url):
+                    pass
+            assert (await client.run(R("print(1)"))).stdout == "1\n"
+            assert not client.counters
+
+    with pool(data_libraries=False) as served:
+        asyncio.run(main(served))
+
+
+@pytest.mark.parametrize("door", ["address", "url"])
+def test_calls_at_a_hung_pool_go_elsewhere(door: str) -> None:
+    """A pool that is stopped keeps its connections open; only its silence shows it."""
+
+    async def main(hung: Pool, well: Pool) -> None:
+        addresses = [getattr(p, door) for p in (hung, well)]
+        async with SandboxClient(addresses, silence_s=2.0, reconnect_timeout_s=0.5) as client:
+            hung.process.send_signal(signal.SIGSTOP)
+            large = "#" * (4 << 20)  # more than the kernel takes from us for a peer that does not read
+            calls = [client.run(R(f"print({n}) {large if n < 2 else ''}")) for n in range(8)]
+            results = await asyncio.gather(*calls)
+            assert [r.stdout for r in results] == [f"{n}\n" for n in range(8)]
+            assert client.counters == {"sandbox_resent": 4}
+            assert (await client.run(R("print(1)"))).stdout == "1\n"  # not asked again while it is silent
+            assert client.counters == {"sandbox_resent": 4}
+            well.process.send_signal(signal.SIGSTOP)
+            assert (await client.run(R("print(1)"))).status is S.INFRA
+            hung.process.send_signal(signal.SIGCONT)
+            well.process.send_signal(signal.SIGCONT)
+            result = await client.run(R("print(1)"))
+            while result.status is S.INFRA:  # until a ping has been answered
+                result = await client.run(R("print(1)"))
+            assert result.stdout == "1\n"
+
+    with pool(data_libraries=False) as hung, pool(data_libraries=False) as well:
+        try:
+            asyncio.run(main(hung, well))
+        finally:
+            for p in (hung, well):
+                p.process.send_signal(signal.SIGCONT)
+
+
+@pytest.mark.parametrize("door", ["address", "url"])
+@pytest.mark.parametrize("factory", [None, uvloop.new_event_loop])
+def test_a_burst_of_calls(door: str, factory: Callable[[], asyncio.AbstractEventLoop] | None) -> None:
+    async def main(address: str) -> Counter[str]:
+        async with SandboxClient([address]) as client:
+            results = await asyncio.gather(*(client.run(R(f"print({n})")) for n in range(1500)))
+            assert [r.stdout for r in results] == [f"{n}\n" for n in range(1500)]
+            return client.counters
+
+    with pool(data_libraries=False) as served, asyncio.Runner(loop_factory=factory) as runner:
+        assert not runner.run(main(getattr(served, door)))
 
 
 async def _pieces(data: bytes) -> AsyncIterator[bytes]:
     for at in range(0, len(data), 7):
         yield data[at : at + 7]
+
+
+async def _zeros(megabytes: int) -> AsyncIterator[bytes]:
+    for _ in range(megabytes):
+        yield bytes(1 << 20)
 
 
 def test_http_like_sandboxfusion() -> None:
@@ -237,8 +311,20 @@ def test_http_like_sandboxfusion() -> None:
             assert (fetched["status"], fetched["files"]) == ("Success", {"./out.txt": "aGloaQ=="})
             _, long = await post({**ok, "code": "print('x' * (2 << 20))"})
             assert (long["status"], len(long["run_result"]["stdout"]) >= 1 << 20) == ("Success", True)
+            async with session.post(f"{url}/run_code", json=ok, expect100=True) as r:
+                assert (await r.json())["run_result"]["stdout"] == "1\n"
+            for method, path, expected in (
+                ("GET", "/run_code", (405, "Method Not Allowed")),
+                ("POST", "/v1/ping", (405, "Method Not Allowed")),
+                ("GET", "/run_code/x", (404, "Not Found")),
+            ):
+                async with session.request(method, url + path) as r:
+                    assert (r.status, (await r.json())["detail"]) == expected
+            too_large = {"Content-Length": str(300 << 20)}
+            async with session.post(f"{url}/run_code", data=_zeros(300), headers=too_large) as r:
+                assert (r.status, (await r.json())["detail"]) == (413, "Request Entity Too Large")
             async with session.get(f"{url}/metrics") as r:
-                assert 'torl_sandbox_snippets_total{status="ok"} 4.0' in await r.text()
+                assert 'torl_sandbox_snippets_total{status="ok"} 5.0' in await r.text()
 
     with pool(data_libraries=False) as served:
         asyncio.run(main(served.url))
@@ -255,7 +341,7 @@ def test_full_queue_is_503_and_the_client_waits() -> None:
 
             answers = Counter(await asyncio.gather(*(post() for _ in range(12))))
             assert set(answers) == {(200, None), (503, "1")}
-        async with FusionClient([url, url]) as client:
+        async with SandboxClient([url, url]) as client:
             results = await asyncio.gather(
                 *(client.run(R("import time; time.sleep(0.3); print(1)")) for _ in range(12))
             )
@@ -269,7 +355,7 @@ def test_nothing_of_the_environment_is_left_by_a_closed_pool() -> None:
     with pool(tier="B", data_libraries=False) as served:
 
         async def main() -> None:
-            async with SandboxClient(served.address) as client:
+            async with SandboxClient([served.address]) as client:
                 await client.run(R("import os\nos.umask(0o777)\nfor _ in range(200): os.mkdir('d')\n"))
                 await client.run(R("import os\nfor _ in range(2000):\n    os.mkdir('d'); os.chdir('d')\n"))
 
@@ -280,7 +366,7 @@ def test_nothing_of_the_environment_is_left_by_a_closed_pool() -> None:
 REFUSING = """
 import ctypes, os, struct, sys
 sys.path.insert(0, sys.argv[1])
-from torl_mega.sandbox import linux, seccomp
+from torl_mega.sandbox.jail import linux, seccomp
 ins = seccomp._ins
 unshare = {"x86_64": 272, "aarch64": 97}[linux.MACHINE]
 refused = [unshare] + [444] * (sys.argv[2] == "landlock too")
@@ -315,7 +401,7 @@ def test_without_namespaces_tier_b_is_chosen(user: int | None) -> None:
         url = ready.split("address=")[1].strip()
 
         async def main() -> str:
-            async with FusionClient([url]) as client:
+            async with SandboxClient([url]) as client:
                 return (await client.run(R("print(1)"))).stdout
 
         answer = asyncio.run(main())

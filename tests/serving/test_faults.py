@@ -21,7 +21,7 @@ from tiny_model import VOCAB_SIZE
 
 from torl_mega.config import Config
 from torl_mega.errors import ServerLost
-from torl_mega.process import start as process
+from torl_mega.process.start import free_port, start
 from torl_mega.serving.client import SGLangClient
 from torl_mega.serving.sglang_server import wait_ready
 from torl_mega.serving.sync.weights import make_weight_sink
@@ -110,11 +110,11 @@ def test_a_server_dies_while_it_generates(
 def test_a_router_may_choose_the_server(
     two_servers: tuple[LiveServer, LiveServer], tiny_config: Config, reference: Reference, tmp_path: Path
 ) -> None:
-    urls, port = [server.url for server in two_servers], process.free_port()
+    urls, port = [server.url for server in two_servers], free_port()
     weights = random_weights(reference.original(), 75)
     make_weight_sink(tiny_config.serving, urls).update(iter(weights.items()), version=75)
     command = [sys.executable, "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--worker-urls", *urls, "--policy", "round_robin", "--prometheus-port", str(process.free_port())]
+    command += ["--worker-urls", *urls, "--policy", "round_robin", "--prometheus-port", str(free_port())]
     router, log = f"http://127.0.0.1:{port}", tmp_path / "router.log"
     config = tiny_config.serving.model_copy(update={"urls": tuple(urls), "router": router})
 
@@ -128,7 +128,7 @@ def test_a_router_may_choose_the_server(
                 await asyncio.wait_for(client.generate(ask(99, 400)), 0.05)  # cancelled: both servers are told
             return generations, client.counters
 
-    with process.start(command, name="router", log_path=log):
+    with start(command, name="router", log_path=log):
         generations, counters = asyncio.run(generate())
     check(reference, weights, generations, 75)
     assert not counters

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 
+import numpy as np
 import pytest
 import torch
 from live_server import LiveServer
@@ -13,7 +14,7 @@ from tiny_model import VOCAB_SIZE
 
 from torl_mega.config import Config
 from torl_mega.serving.client import SGLangClient
-from torl_mega.serving.plugin.seeded_sampling import murmur_hash32
+from torl_mega.serving.plugin.seeded_sampling import multinomial_with_seed, murmur_hash32
 
 
 def sample(url: str, config: Config, seeds: list[int]) -> list[tuple[int, ...]]:
@@ -53,9 +54,35 @@ def murmur3(data: bytes) -> int:
 
 def test_the_hash_is_murmur3() -> None:
     seeds, positions, columns = [0, 7, 2**31 - 1, 2**40 + 5], [0, 1, 4095, 77], [0, 5, 151935]
-    got = murmur_hash32(torch.tensor(seeds), torch.tensor(positions), torch.tensor(columns))
+    got = murmur_hash32(np.array(seeds), np.array(positions), np.array(columns))
     expected = [
         [murmur3(s.to_bytes(8, "little") + p.to_bytes(4, "little") + c.to_bytes(4, "little")) for c in columns]
         for s, p in zip(seeds, positions, strict=True)
     ]
     assert got.tolist() == expected
+
+
+def test_a_token_is_the_argmax_of_its_logprob_and_gumbel_noise() -> None:
+    """Against the formula in torch's float64, with a category that cannot be drawn and one that is certain."""
+    logits = torch.randn(40, 320, generator=torch.Generator().manual_seed(0)) * 3
+    logits[:, 5], logits[7] = -torch.inf, -torch.inf
+    logits[7, 9] = 0.0
+    seeds, positions = torch.arange(40).to(torch.uint64), torch.arange(40) % 7
+    uniform = torch.from_numpy(
+        murmur_hash32(seeds.to(torch.int64).numpy(), positions.numpy(), np.arange(320)).astype(np.float64) / (2**32 - 1)
+    )
+    expected = (logits.log_softmax(-1).double() - (-uniform.log()).log()).argmax(1)
+    got = multinomial_with_seed(logits.log_softmax(-1), seeds, positions)
+    assert got.shape == (40, 1)
+    assert got[:, 0].tolist() == expected.tolist()
+    assert int(got[7]) == 9
+
+
+def test_draws_follow_the_distribution() -> None:
+    weights = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    rows = 40_000
+    drawn = multinomial_with_seed(
+        weights.log().expand(rows, 4), torch.arange(rows), torch.zeros(rows, dtype=torch.int64)
+    )
+    shares = torch.bincount(drawn[:, 0], minlength=4) / rows
+    assert float((shares - weights).abs().max()) < 0.01

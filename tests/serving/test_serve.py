@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 import subprocess
@@ -17,7 +18,8 @@ from live_server import LiveServer, write_config
 from torl_mega.config import Config
 from torl_mega.config_file import load_config
 from torl_mega.errors import ServerError
-from torl_mega.process import start as process
+from torl_mega.process.start import free_port, port_in_use
+from torl_mega.process.start import start as start_process
 from torl_mega.serving.sglang_server import CONTEXT_SLACK, launch_command, launch_env, wait_ready
 
 
@@ -39,7 +41,7 @@ def test_a_port_in_use_is_one_clear_line(tiny_config_path: Path) -> None:
 
 
 def test_a_missing_model_and_a_context_too_long_are_one_clear_line(tiny_config_path: Path, tmp_path: Path) -> None:
-    port = str(process.free_port())
+    port = str(free_port())
     done = serve(str(tiny_config_path), f"model.path={tmp_path}/none", "--port", port)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith(f"error: model.path = {tmp_path}/none: no config.json there")
@@ -53,7 +55,7 @@ def test_a_missing_model_and_a_context_too_long_are_one_clear_line(tiny_config_p
 
 def test_a_server_that_dies_in_start_up_shows_its_log(tiny_config_path: Path, tmp_path: Path) -> None:
     log = tmp_path / "sglang.log"
-    port = str(process.free_port())
+    port = str(free_port())
     done = serve(str(tiny_config_path), "serving.extra_args=[--no-such-option]", "--port", port, "--log", str(log))
     assert done.returncode == 1
     assert "died while starting (exit code 2); the end of" in done.stderr
@@ -62,8 +64,8 @@ def test_a_server_that_dies_in_start_up_shows_its_log(tiny_config_path: Path, tm
 
 def test_a_server_that_is_not_ready_in_time(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    with process.start(["sh", "-c", "echo still loading; sleep 60"], name="slow", log_path=log) as child:
-        url = f"http://127.0.0.1:{process.free_port()}"
+    with start_process(["sh", "-c", "echo still loading; sleep 60"], name="slow", log_path=log) as child:
+        url = f"http://127.0.0.1:{free_port()}"
         with pytest.raises(ServerError, match=r"not ready after 0\.5 s; the end of(.|\n)*still loading"):
             asyncio.run(wait_ready(url, 0.5, process=child, log_path=log))
 
@@ -71,7 +73,7 @@ def test_a_server_that_is_not_ready_in_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_nothing_survives_the_sidecar(tiny_config_path: Path, tmp_path: Path, how: signal.Signals) -> None:
     """Killed while SGLang is still starting its processes, the worst moment."""
-    port = process.free_port()
+    port = free_port()
     command = [sys.executable, "-m", "torl_mega.serving.serve", str(tiny_config_path), "--port", str(port)]
     sidecar = subprocess.Popen([*command, "--log", str(tmp_path / "log")], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
@@ -84,7 +86,7 @@ def test_nothing_survives_the_sidecar(tiny_config_path: Path, tmp_path: Path, ho
     assert sidecar.wait(10) == (0 if how is signal.SIGTERM else -how)
     _, alive = psutil.wait_procs(tree, timeout=10)
     assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
-    assert not process.port_in_use("127.0.0.1", port)
+    assert not port_in_use("127.0.0.1", port)
 
 
 def test_the_command_line_says_what_the_config_says(tiny_config: Config) -> None:
@@ -116,3 +118,16 @@ def test_the_server_binds_this_machine_only(live_server: LiveServer) -> None:
     tree = psutil.Process(live_server.sidecar.pid).children(recursive=True)
     sockets = [c for p in tree for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
     assert {c.laddr.ip for c in sockets if c.laddr.port == port} == {"127.0.0.1"}
+
+
+@pytest.mark.skipif(bool(os.environ.get("CUDA_VISIBLE_DEVICES")), reason="CUDA does not survive a fork")
+def test_scheduler_and_detokenizer_are_forks_of_the_http_process(live_server: LiveServer) -> None:
+    """A spawned process would have mapped torch anew, somewhere else."""
+    where = {
+        p.name(): part.addr.partition("-")[0]
+        for p in psutil.Process(live_server.sidecar.pid).children(recursive=True)
+        for part in p.memory_maps(grouped=False)
+        if "libtorch_cpu" in part.path
+    }
+    assert {"sglang::scheduler", "sglang::detokenizer"} < where.keys()
+    assert len(set(where.values())) == 1

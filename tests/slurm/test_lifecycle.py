@@ -245,19 +245,50 @@ def test_a_resumed_run_may_have_another_number_of_nodes(idle: Cluster, runs: Pat
 @pytest.mark.timeout(1800)
 def test_quickstart_with_engines_survives_a_killed_server(idle: Cluster, runs: Path) -> None:
     """The whole quickstart on two nodes, TP=2 across them, a server and a sandbox on each; one server is killed."""
-    texts = f"runs_dir={runs} num_steps=30"
-    job = idle.sbatch(
-        f"--output={runs}/%j.out",
-        "launch/quickstart.slurm",
-        env={"TORL_OVERRIDES": texts, "OMP_NUM_THREADS": "1"},
-        cwd=ROOT,
-    )
+    job = start_engines(idle, runs, "launch/quickstart.slurm", "num_steps=30")
     await_step(runs, 3, lambda: idle.job(job), timeout_s=900)
-    os.kill(_server_pid(runs), signal.SIGKILL)
+    os.kill(_pid(b"sglang.launch_server", b"n1"), signal.SIGKILL)
     assert idle.wait(job, timeout_s=1500)["JobState"] == "COMPLETED", said(runs)
     summary = json.loads((runs / "quickstart_slurm/summary.json").read_text())
     assert summary["eval"]["after"]["accuracy"] > 0.9
     assert summary["weight_sync"]["num_verified"] == summary["weight_sync"]["num_syncs"]
+
+
+@pytest.mark.slow
+def test_a_killed_side_cars_task_starts_everything_again(idle: Cluster, runs: Path) -> None:
+    job = start_engines(idle, runs, "launch/quickstart.slurm", "num_steps=30")
+    await_step(runs, 2, lambda: idle.job(job), timeout_s=900)
+    os.kill(_pid(b"torl_mega.launch.task", b"server", b"n1"), signal.SIGKILL)
+    assert idle.wait(job, timeout_s=900)["JobState"] == "COMPLETED", said(runs)
+    assert "a rank was killed (code 137); the ranks start again from the last checkpoint" in said(runs)
+    assert steps_done(runs) == 30
+
+
+@pytest.mark.slow
+def test_a_side_car_that_cannot_start_ends_the_job_with_its_line(idle: Cluster, runs: Path) -> None:
+    job = start_engines(idle, runs, "launch/quickstart.slurm", "serving.extra_args=[--no-such-flag]")
+    assert idle.wait(job, timeout_s=400)["ExitCode"] == "1:0", said(runs)
+    assert "torl: error: server_" in said(runs)
+    assert "unrecognized arguments: --no-such-flag" in said(runs)
+    logs = next(runs.glob("*/jobs/*/logs/0.0"))
+    assert not any("starting it again" in log.read_text() for log in logs.glob("*.log"))
+
+
+@pytest.mark.slow
+def test_an_evaluation_over_two_nodes(idle: Cluster, runs: Path) -> None:
+    """No trainer: a server on each node, and one program that collects on the first."""
+    options, env = ["--nodes=2", "--gpus-per-node=1"], {"TORL_CONF": CONF}
+    job = start_engines(idle, runs, "launch/eval.slurm", "name=scored eval.max_problems=8", *options, **env)
+    assert idle.wait(job, timeout_s=600)["JobState"] == "COMPLETED", said(runs)
+    assert (runs / "scored/eval/step_00000.md").read_text() in said(runs)
+    placement = json.loads(next(runs.glob("*/jobs/*/logs/0.0/placement.json")).read_text())
+    assert [p["role"] for p in placement["processes"]] == ["rank", "server", "sandbox", "server", "sandbox"]
+    assert json.loads((runs / "scored/eval/step_00000.json").read_text())
+
+
+def start_engines(slurm: Cluster, runs: Path, file: str, overrides: str, *options: str, **env: str) -> int:
+    settings = {"TORL_OVERRIDES": f"runs_dir={runs} {overrides}", "OMP_NUM_THREADS": "1", **env}
+    return slurm.sbatch(f"--output={runs}/%j.out", *options, file, env=settings, cwd=ROOT)
 
 
 @pytest.mark.slow
@@ -282,11 +313,14 @@ def test_the_real_7b_launch_file_runs_with_tiny_sizes(idle: Cluster, runs: Path)
     assert steps_done(runs) == 2
 
 
-def _server_pid(runs: Path) -> int:
-    """One of the run's SGLang servers."""
+def _pid(*words: bytes) -> int:
+    """A process of the job whose command line has these words."""
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             command = (folder / "cmdline").read_bytes().split(b"\0")
-            if b"sglang.launch_server" in command and b"n1" in command:
+            environment = (folder / "environ").read_bytes()
+            if command[1:2] == [b"-m"] and all(
+                word in command or b"SLURMD_NODENAME=" + word in environment for word in words
+            ):
                 return int(folder.name)
-    raise AssertionError("no SGLang server of node n1 is running")
+    raise AssertionError(f"no process with {words} is running")

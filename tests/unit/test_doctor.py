@@ -8,11 +8,12 @@ import socket
 from pathlib import Path
 
 import pytest
+import torch
 
 from torl_mega.config import Config
 from torl_mega.config_file import load_config
-from torl_mega.launch import doctor
-from torl_mega.launch.doctor import Check
+from torl_mega.launch import checks, doctor, preflight
+from torl_mega.launch.checks import Check
 from torl_mega.planner.placement import place
 
 QUICK = Path("conf/quickstart.yaml")
@@ -22,9 +23,9 @@ def config(*overrides: str) -> Config:
     return load_config(QUICK, overrides)
 
 
-def only(checks: list[Check], name: str) -> Check:
-    found = [check for check in checks if check.name == name]
-    assert len(found) == 1, checks
+def only(findings: list[Check], name: str) -> Check:
+    found = [check for check in findings if check.name == name]
+    assert len(found) == 1, findings
     return found[0]
 
 
@@ -37,12 +38,12 @@ def broken(tmp_path: Path) -> Path:
 def check(name: str, *overrides: str) -> Check:
     """The one finding of one config check."""
     probe = {
-        "model": doctor._model,
-        "tokenizer": doctor._tokenizer,
-        "data": doctor._data,
-        "run folder": doctor._run_folder,
+        "model": checks.model,
+        "tokenizer": checks.tokenizer,
+        "data": checks.data,
+        "run folder": checks.run_folder,
     }
-    return only(doctor._guard(name, lambda: probe[name](config(*overrides))), name)
+    return only(checks.guarded(name, lambda: probe[name](config(*overrides))), name)
 
 
 def test_the_quickstart_is_well() -> None:
@@ -91,19 +92,19 @@ def test_a_run_folder_that_is_a_file_is_found(tmp_path: Path) -> None:
 
 def test_too_little_disk_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # the file system cannot be filled from a unit test: only its answer is replaced
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
-    checks = doctor._guard("run folder", lambda: doctor._run_folder(config(f"runs_dir={tmp_path}")))
-    assert "checkpoint.keep_last" in only(checks, "disk").detail
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
+    findings = checks.guarded("run folder", lambda: checks.run_folder(config(f"runs_dir={tmp_path}")))
+    assert "checkpoint.keep_last" in only(findings, "disk").detail
 
 
 def test_taken_ports_are_named() -> None:
     plan, _ = place(config("cluster.gpu=cpu"), nodes=1, gpus=1, gpu="cpu", hosts=("n0",), base_port=15100)
     assert plan is not None
-    assert only(doctor.placement_checks(plan, "n0"), "ports").level == "ok"
+    assert only(preflight.placement_checks(plan, "n0"), "ports").level == "ok"
     with socket.socket() as listener:
         listener.bind(("", 15101))
         listener.listen()
-        found = only(doctor.placement_checks(plan, "n0"), "ports")
+        found = only(preflight.placement_checks(plan, "n0"), "ports")
     assert found.level == "fail"
     assert "15101 (sandbox 0)" in found.detail
 
@@ -111,14 +112,14 @@ def test_taken_ports_are_named() -> None:
 def test_unknown_hosts_are_named() -> None:
     plan, _ = place(config(), nodes=1, gpus=1, gpu="cpu", hosts=("no-such-host.invalid",))
     assert plan is not None
-    assert "no-such-host.invalid" in only(doctor.placement_checks(plan, "x"), "host names").detail
+    assert "no-such-host.invalid" in only(preflight.placement_checks(plan, "x"), "host names").detail
 
 
 def test_a_plan_for_gpus_fails_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     plan, _ = place(load_config("conf/torl_7b.yaml"), nodes=1, gpus=8, gpu="h100")
-    assert only(doctor.gpu_checks(plan, None), "gpus").level == "fail"
-    assert only(doctor.gpu_checks(None, config("cluster.gpu=cpu")), "gpus").level == "ok"
+    assert only(checks.gpu_checks(plan), "gpus").level == "fail"
+    assert only(checks.gpu_checks(None), "gpus").level == "ok"
 
 
 @pytest.mark.parametrize(
@@ -137,12 +138,26 @@ def test_what_nvidia_smi_says_is_judged(
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     plan, _ = place(load_config("conf/torl_7b.yaml"), nodes=1, gpus=8, gpu="h100")
-    assert any(finding in c.detail and c.level == "fail" for c in doctor.gpu_checks(plan, None))
+    assert any(finding in c.detail and c.level == "fail" for c in checks.gpu_checks(plan))
+
+
+def test_the_adam_in_use_is_named_and_a_profile_that_cannot_run() -> None:
+    adam, profile = checks.guarded("trainer", lambda: checks.trainer(config("trainer.precision=mxfp8")))
+    assert "Adam: torl_mega.trainer.cpu.adam.FusedAdam" in adam.detail or torch.cuda.is_available()
+    assert profile.level == "fail"
+    assert "trainer.precision = mxfp8 needs" in profile.detail
+
+
+def test_sglangs_python_is_the_one_that_servers_start_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORL_SGLANG_PYTHON", "/nowhere/python")
+    found = only(checks.guarded("packages", checks.packages), "sglang")
+    assert found.level == "fail"
+    assert "/nowhere/python" in found.detail
 
 
 def test_an_unknown_interface_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORL_IFNAME", "bond77")
-    assert "bond77 is not here" in only(doctor._guard("network", doctor._network), "network interface").detail
+    assert "bond77 is not here" in only(checks.guarded("network", checks.network), "network interface").detail
 
 
 def test_a_check_that_breaks_is_a_finding() -> None:
@@ -150,7 +165,7 @@ def test_a_check_that_breaks_is_a_finding() -> None:
         yield Check("x", "ok", "fine")
         raise RuntimeError("boom")
 
-    assert [c.level for c in doctor._guard("x", bad)] == ["ok", "fail"]
+    assert [c.level for c in checks.guarded("x", bad)] == ["ok", "fail"]
 
 
 def test_nodes_are_collected_into_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from fp8_reference import dequantize_blocks
 from torl_mega.config_file import load_config
 from torl_mega.errors import ConfigError, ServerError
 from torl_mega.interfaces import NamedTensor
-from torl_mega.launch import local as launcher
+from torl_mega.launch import local
 from torl_mega.serving.fp8 import Fp8Sink, quantize_blocks, quantize_stream
 from torl_mega.serving.fp8_format import check_fp8_serving
 from torl_mega.serving.sglang_server import launch_command
@@ -138,7 +138,7 @@ def test_server_waits_for_fp8_weights_and_cpus_are_refused(tmp_path: Path) -> No
 def test_programs_without_a_trainer_refuse_fp8_servers(tmp_path: Path) -> None:
     config = load_config("conf/torl_1.5b.yaml", [*FP8, f"runs_dir={tmp_path}"])
     with pytest.raises(ConfigError, match="needs a trainer that sends the weights"):
-        launcher.with_servers(config, [], lambda config, folder: 0)
+        local.collect("eval", config, json=False)
     assert not list(tmp_path.iterdir())
 
 

@@ -1,156 +1,74 @@
-"""`torl train` on one machine: side-cars and ranks, started together, watched, and ended together.
+"""`torl train|eval|rollout` on one machine: places the run here and starts the tasks that srun starts on a cluster.
 
-    launcher ─┬─ sandbox side-car     (torl_mega.sandbox.serve)
-              ├─ server side-cars     (torl_mega.serving.serve, one SGLang server each)
-              └─ ranks 0 … N-1        (torl_mega.train)
+    torl train ─► place (one node) ─┬─ task sandbox ─► torl_mega.sandbox.serve
+                                    ├─ task server ──► torl_mega.serving.serve, one SGLang server each
+                                    └─ task rank ────► torl_mega.train
 
-The launcher imports no engine. Every child dies with its whole tree when the launcher dies, even by SIGKILL (see
-`process.py`). A side-car that a signal ended is started again in its place, however that one ends. One that ends by itself
-before has said why, and the run ends with it. On a cluster srun takes this place; the ranks and side-cars are the same
-programs.
+Contract: a task (launch/task.py) looks after its process; the launcher starts the tasks, shows what rank 0 writes, hands
+stop signals on as the note `stop`, and starts all of them again when a rank was killed, as launch/common.sh does. Every
+task dies with its whole tree and its temporary files when the launcher dies, even by SIGKILL (see process/start.py).
+Exit codes: process/exit_codes.py. The launcher imports no engine.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import select
+import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from torl_mega.config import Config
-from torl_mega.errors import CheckpointError, ConfigError, DataError, ServerError, TorlError
-from torl_mega.layout import check_layout, read_hf_config
-from torl_mega.process import start as process
-from torl_mega.process.start import GuardedProcess
+from torl_mega.errors import ConfigError, TorlError
+from torl_mega.launch.commands import task_command
+from torl_mega.launch.inputs import check_inputs, freeze, without_trainer
+from torl_mega.launch.place import place_here, with_addresses
+from torl_mega.launch.task import ERROR_MARK, last_words
+from torl_mega.planner.placement import Placement
+from torl_mega.process import exit_codes
+from torl_mega.process.exit_codes import as_shell_code
+from torl_mega.process.start import GuardedProcess, short_tempdir, start
+from torl_mega.process.stop_flag import StopFlag
 from torl_mega.run.folder import RunFolder, is_complete, lock_run, open_run
-from torl_mega.serving.fp8_format import check_fp8_serving
 
-POLL_S = 0.2
+POLL_S = 0.1
 GRACE_S = 60.0  # for ranks that were told to stop: finish or drop the step, write a checkpoint
-MAX_RESTARTS = 20  # of one side-car in one run
-STOP_S = 5.0  # for side-cars and ranks that are ended because the run is over
-EXIT_REQUEUE = 85
+STOP_S = 5.0  # for tasks that are ended because the run is over
+LONGEST_TEMPDIR = 50  # an attempt's folder and a task's in it are some 25 bytes more
 
 
-@dataclass(slots=True)
-class SideCar:
-    name: str
-    command: Sequence[str]
-    log_path: Path
-    process: GuardedProcess
-    num_restarts: int = 0
-
-    @classmethod
-    def start(cls, name: str, command: Sequence[str], log_path: Path) -> SideCar:
-        return cls(name, command, log_path, process.start(command, name=name, log_path=log_path))
-
-    def keep_up(self) -> None:
-        """Starts it again when a signal ended it, now or before. Raises ServerError when it ended by itself, or too
-        often."""
-        code = self.process.poll()
-        if code is None:
-            return
-        if (code >= 0 and not self.num_restarts) or self.num_restarts == MAX_RESTARTS:
-            last = process.tail(self.log_path, 1) or "no output"
-            raise ServerError(f"{self.name} ended with code {code}: {last} (log: {self.log_path})")
-        self.num_restarts += 1
-        cause = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        print(f"torl: {self.name} {cause}; starting it again", file=sys.stderr)
-        self.process = process.start(self.command, name=self.name, log_path=self.log_path)
-
-    def stop(self) -> None:
-        self.process.stop(STOP_S)
-
-
-def train(config: Config, config_args: Sequence[str]) -> int:
-    """Runs the whole job; returns rank 0's exit code. `config_args`: CONF and overrides as given."""
+def train(config: Config) -> int:
+    """Runs the whole job, or what is left of it; returns the exit code. Raises TorlError before anything is started."""
+    placement = place_here(config, trains=True)
+    check_inputs(config, placement.world_size)
     with _held(config) as folder:
         if is_complete(folder, config):
             print(f"{folder.path} is complete ({config.num_steps} steps): {folder.summary}; raise num_steps to go on")
-            return 0
-        return _train(config, config_args, folder)
+            return exit_codes.DONE
+        return _attempts("rank", config, placement, folder, sys.stdout)
 
 
-def _train(config: Config, config_args: Sequence[str], folder: RunFolder) -> int:
-    with _sidecars(config, config_args, folder) as (sidecars, env):
-        stop = _StopSignal()
-        ranks = _ranks(config, config_args, folder, env)
-        try:
-            return _watch(ranks, sidecars, stop, folder)
-        finally:
-            for rank in ranks:
-                rank.stop(STOP_S)
-
-
-def check_inputs(config: Config) -> None:
-    """Raises TorlError for a model, layout or data file that cannot work; opens no big file."""
-    hf_config = read_hf_config(config.model.path)
-    problems = check_layout(hf_config, config.parallel, config.parallel.world_size)
-    problems = problems or check_fp8_serving(hf_config, config)
-    if problems:
-        raise ConfigError("; ".join(problems))
-    for setting, spec in [("data.train", config.data.train), *(("eval.data", s) for s in config.eval.data)]:
-        if not spec.startswith("arithmetic:") and not Path(spec).exists():
-            raise DataError(f"{setting} = {spec!r} is not there; give a parquet or jsonl file, or arithmetic:SEED")
-
-
-def with_servers(config: Config, config_args: Sequence[str], program: Callable[[Config, RunFolder], int]) -> int:
-    """Runs `program` in this process beside a sandbox and servers of its own, without a trainer (`torl eval`).
-    `model.path` may also be a Megatron checkpoint of a run."""
-    if config.serving.weight_dtype != "model":
-        raise ConfigError(
-            f"serving.weight_dtype = {config.serving.weight_dtype} needs a trainer that sends the weights; without one the "
-            "servers serve model.path as it is: add serving.weight_dtype=model"
-        )
-    if (Path(config.model.path) / "manifest.json").is_file():
-        hf = _converted(config)
-        config_args = [*config_args, f"model.path={hf}"]
-        config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(hf)})})
-    with _held(config) as folder, _sidecars(config, config_args, folder) as (_, env):
-        os.environ.update(env)
-        return program(config, folder)
-
-
-def _converted(config: Config) -> Path:
-    """The checkpoint as an HF folder inside this run's own, with the tokenizer of the run it belongs to."""
-    checkpoint = Path(config.model.path).resolve()
-    owner = checkpoint.parents[1] / "config.json"
-    if not owner.is_file():
-        raise ConfigError(
-            f"model.path = {checkpoint} is a Megatron checkpoint outside a run folder, so its tokenizer is unknown; "
-            f"convert it with tools/convert_megatron_to_hf.py --tokenizer DIR"
-        )
-    tokenizer = json.loads(owner.read_text())["config"]["model"]["path"]
-    out = RunFolder.of(config).path / f"{checkpoint.parents[1].name}_{checkpoint.name}_hf"
-    if not out.exists():
-        command = [
-            sys.executable,
-            "-m",
-            "torl_mega.trainer.weights.export",
-            "--checkpoint",
-            str(checkpoint),
-            "--out",
-            str(out),
-        ]
-        done = subprocess.run([*command, "--tokenizer", tokenizer], capture_output=True, text=True, check=False)
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-            raise CheckpointError(f"{checkpoint} could not be converted: {last.removeprefix('error: ')}")
-    return out
+def collect(program: str, config: Config, *, json: bool) -> int:
+    """Runs `eval` or `rollout` of rollout/standalone.py beside servers and a sandbox; prints its result to stdout."""
+    config = without_trainer(config)
+    placement = place_here(config, trains=False)
+    check_inputs(config, None)
+    with _held(config) as folder:
+        report = folder.path / "eval" / f"step_00000.{'json' if json else 'md'}"
+        result = report if program == "eval" else folder.summary if json else None
+        code = _attempts(program, config, placement, folder, sys.stderr if result else sys.stdout)
+        if code == exit_codes.DONE and result:
+            print(result.read_text(), end="")
+        return code
 
 
 @contextlib.contextmanager
 def _held(config: Config) -> Iterator[RunFolder]:
-    """The run's folder, after everything that can be known wrong before anything is started."""
-    check_inputs(config)
     folder = open_run(config)
     lock = lock_run(folder)
     try:
@@ -159,125 +77,105 @@ def _held(config: Config) -> Iterator[RunFolder]:
         os.close(lock)
 
 
-@contextlib.contextmanager
-def _sidecars(
-    config: Config, config_args: Sequence[str], folder: RunFolder
-) -> Iterator[tuple[list[SideCar], dict[str, str]]]:
-    """Sandbox and servers, and the environment that tells a rank where they are. Nothing when a recording is replayed."""
-    if config.rollout.replay is not None:
-        yield [], {}
-        return
-    with tempfile.TemporaryDirectory(prefix="torl-") as scratch:
-        started: list[SideCar] = []
-        try:
-            sandbox, sandbox_address = _sandbox(config, folder, Path(scratch))
-            started += sandbox
-            servers, urls = _servers(config, config_args, folder)
-            started += servers
-            yield started, {"TORL_SANDBOX": sandbox_address, "TORL_SERVERS": urls}
-        finally:
-            for child in started:
-                child.stop()
+def _attempts(program: str, config: Config, placement: Placement, folder: RunFolder, console: TextIO) -> int:
+    """Starts everything, again while a signal ended a rank; the exit code in the end. `console` gets what rank 0 says."""
+    text = os.environ.get("TORL_MAX_RESTARTS", "3")
+    if not text.isdecimal():
+        raise ConfigError(f"TORL_MAX_RESTARTS = {text} is not a number")
+    conf = freeze(config, folder, "local")
+    stop = StopFlag(signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    for left in reversed(range(int(text) + 1)):
+        code = _attempt(program, placement, conf, folder, stop, _Voice(folder.logs / "rank_0.log", console))
+        if code != exit_codes.DONE and stop.requested:
+            return exit_codes.REQUEUE
+        if code < 128:
+            return code
+        if left:
+            _say(f"torl: a rank was killed (code {code}); the ranks start again from the last checkpoint")
+    _say(f"torl: error: ranks were killed {int(text) + 1} times (last code {code}); logs in {folder.logs}")
+    return exit_codes.KILLED_TOO_OFTEN
 
 
-def _sandbox(config: Config, folder: RunFolder, scratch: Path) -> tuple[list[SideCar], str]:
-    if config.sandbox.address is not None:
-        return [], config.sandbox.address
-    socket_path = scratch / "sandbox.sock"
-    command = [sys.executable, "-m", "torl_mega.sandbox.serve", "--socket", str(socket_path), "--own-folder"]
-    command += ["--settings", config.sandbox.model_dump_json()]
-    return [SideCar.start("sandbox", command, _log(folder, "sandbox"))], f"unix:{socket_path}"
+def _attempt(program: str, placement: Placement, conf: Path, folder: RunFolder, stop: StopFlag, voice: _Voice) -> int:
+    """Starts all tasks; the exit code of the ranks once all have ended: the highest, as srun has it."""
+    scratch, file, status = _scratch_folder(), folder.logs / "placement.json", folder.logs / "status"
+    placement = with_addresses(placement, scratch)
+    file.write_text(placement.to_json())
+    shutil.rmtree(status, ignore_errors=True)
+    status.mkdir()
+    stop.on_request = (status / "stop").touch
+    if stop.requested:  # before this attempt had a place to note it
+        stop.on_request()
+    ranks, sidecars = [], []
+    try:
+        for process in reversed(placement.processes):  # side-cars first: they take longest to come up
+            is_rank = process.role == "rank"
+            here = {"TORL_NODE": process.host, "TORL_LOCAL_ID": str(process.local), "TORL_STATUS": str(status)}
+            task = start(
+                task_command(program if is_rank else process.role, file, conf),
+                name=process.name,
+                log_path=folder.logs / f"{process.name}.log",
+                env={**os.environ, **here},
+                scratch=scratch / process.name,
+            )
+            (ranks if is_rank else sidecars).append(task)
+        return _watch(ranks, sidecars, status, stop, voice)
+    finally:
+        (status / "end").touch()
+        for task in (*ranks, *sidecars):
+            task.stop(STOP_S)
+        voice.close(last_words(status))
 
 
-def _servers(config: Config, config_args: Sequence[str], folder: RunFolder) -> tuple[list[SideCar], str]:
-    if config.serving.urls:
-        return [], ",".join(config.serving.urls)
-    started, urls = [], []
-    for index in range(config.serving.num_servers):
-        port = process.free_port()
-        command = [_sglang_python(), "-m", "torl_mega.serving.serve", *config_args, "--port", str(port)]
-        command += ["--log", str(folder.logs / f"sglang_{index}.log")]
-        name = f"server_{index}"
-        started.append(SideCar.start(name, command, _log(folder, name)))
-        urls.append(f"http://127.0.0.1:{port}")
-    return started, ",".join(urls)
-
-
-def _sglang_python() -> str:
-    """On GPUs SGLang's torch is not the trainer's, so it lives in an environment of its own, inside ours or named."""
-    beside = Path(sys.prefix) / "sglang" / "bin" / "python"
-    return os.environ.get("TORL_SGLANG_PYTHON") or str(beside if beside.exists() else sys.executable)
-
-
-def _ranks(config: Config, config_args: Sequence[str], folder: RunFolder, env: dict[str, str]) -> list[GuardedProcess]:
-    world_size = config.parallel.world_size
-    shared = {
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(process.free_port()),
-        **env,
-    }
-    command = [sys.executable, "-m", "torl_mega.train", *config_args]
-    return [
-        process.start(
-            command,
-            name=f"rank_{rank}",
-            log_path=_log(folder, f"rank_{rank}") if rank else None,  # rank 0 speaks for the run
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(world_size)
-    ]
-
-
-def _watch(ranks: Sequence[GuardedProcess], sidecars: Sequence[SideCar], stop: _StopSignal, folder: RunFolder) -> int:
-    """Until all ranks ended well, or the first of anything ended badly, or a signal said stop."""
+def _watch(
+    ranks: list[GuardedProcess], sidecars: list[GuardedProcess], status: Path, stop: StopFlag, voice: _Voice
+) -> int:
     deadline: float | None = None
-    while True:
-        codes = [r.poll() for r in ranks]
-        if all(code is not None for code in codes):
-            return next((c for c in codes if c), 0) or 0
-        for rank, code in zip(ranks, codes, strict=True):
-            if code not in (None, 0, EXIT_REQUEUE):
-                return _rank_failed(rank, code, folder)
-        for sidecar in sidecars:
-            sidecar.keep_up()
+    while None in (codes := [rank.poll() for rank in ranks]):
+        voice.copy()
         if stop.requested and deadline is None:
             deadline = time.monotonic() + GRACE_S
-            for rank in ranks:
-                with contextlib.suppress(ProcessLookupError):  # it ended by itself
-                    os.kill(rank.pid, signal.SIGTERM)
+        elif deadline is None and any(car.poll() is not None for car in sidecars):
+            (status / "lost").touch()
         if deadline is not None and time.monotonic() > deadline:
-            raise TorlError(f"the ranks did not stop within {GRACE_S:g} s after {stop.requested}; killed")
-        stop.wait(POLL_S)
+            raise TorlError(f"the ranks did not stop within {GRACE_S:g} s after {stop.signal_name}; killed")
+        time.sleep(POLL_S)
+    return max(as_shell_code(code) for code in codes if code is not None)
 
 
-def _rank_failed(rank: GuardedProcess, code: int, folder: RunFolder) -> int:
-    if code < 0:
-        raise TorlError(f"{rank.name} was killed by {signal.Signals(-code).name}; run the same command to resume")
-    log = _log(folder, rank.name)
-    if log.exists():  # rank 0 has spoken already
-        print(f"torl: {rank.name} failed: {process.tail(log, 1)} (log: {log})", file=sys.stderr)
-    return code
+class _Voice:
+    """Copies what rank 0 writes into its log from now on to the console; errors to stderr."""
+
+    def __init__(self, log: Path, console: TextIO) -> None:
+        log.touch()
+        self._file, self._console = log.open("rb"), console
+        self._file.seek(0, os.SEEK_END)
+        self._errors: list[str] = []
+
+    def copy(self) -> None:
+        for line in self._file:
+            error = line.startswith(ERROR_MARK.encode())
+            if error:
+                self._errors.append(line.decode(errors="replace").rstrip("\n"))
+            out = sys.stderr if error else self._console
+            out.buffer.write(line)
+            out.flush()
+
+    def close(self, last_words: list[str]) -> None:
+        """Copies the rest, and says those of the run's last words that rank 0 has not said."""
+        self.copy()
+        self._file.close()
+        for line in last_words:
+            if line not in self._errors:
+                _say(line)
 
 
-def _log(folder: RunFolder, name: str) -> Path:
-    return folder.logs / f"{name}.log"
+def _scratch_folder() -> Path:
+    """A new folder for all temporary files of an attempt."""
+    scratch = Path(tempfile.mkdtemp(prefix="torl-", dir=short_tempdir(LONGEST_TEMPDIR)))
+    scratch.chmod(0o711)  # a sandbox in it runs snippets as other users
+    return scratch
 
 
-class _StopSignal:
-    """Turns SIGTERM, SIGUSR1 and Ctrl-C into a flag that wakes the watcher at once."""
-
-    def __init__(self) -> None:
-        self.requested = ""
-        self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._on)
-
-    def _on(self, number: int, _frame: object) -> None:
-        self.requested = signal.Signals(number).name
-        os.write(self._write, b"x")
-
-    def wait(self, timeout_s: float) -> None:
-        if select.select([self._read], [], [], timeout_s)[0]:
-            os.read(self._read, 64)
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,8 +1,8 @@
-"""Which process runs where: node, GPUs, cores, port. The launch scripts start exactly what a placement says.
+"""Which process runs where: node, GPUs, cores, address. The launchers start exactly what a placement says.
 
 Contract: ranks are numbered node by node; a server never spans nodes; every process on a node gets cores of its own,
 in contiguous blocks (so a rank's cores lie near its GPU on the usual two-socket server). `Placement` travels as JSON
-from `torl plan --out` to `planner/role.py`, which stands in each started task.
+to `launch/task.py`, which stands in each started task.
 Limits: all nodes are alike; ports are a block of 1000 per job, below the kernel's ephemeral range (32768 and up); that they
 are free is checked by the preflight on each node.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,14 +26,24 @@ SERVER_STRIDE = 10
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    role: str  # "rank", "server" or "sandbox"
+    role: str  # "rank", "server" or "sandbox"; in a run without a trainer, rank 0 is the program that collects
     index: int  # global within its role
     node: int
     host: str
     local: int  # index within its role on its node
     gpus: tuple[int, ...]
     cores: tuple[int, int]  # [first, end) of the node's cores
-    port: int | None  # None for ranks
+    port: int | None = None  # None for ranks
+    socket: str | None = None  # of a sandbox on one machine: the path of a unix socket instead of host and port
+
+    @property
+    def name(self) -> str:
+        """E.g. `server_0`: in messages and names of logs."""
+        return f"{self.role}_{self.index}"
+
+    @property
+    def address(self) -> str:
+        return f"unix:{self.socket}" if self.socket else f"http://{self.host}:{self.port}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +73,8 @@ class Placement:
     def of(self, role: str) -> list[Process]:
         return [process for process in self.processes if process.role == role]
 
-    @property
-    def server_urls(self) -> list[str]:
-        return [f"http://{p.host}:{p.port}" for p in self.of("server")]
-
-    @property
-    def sandbox_urls(self) -> list[str]:
-        return [f"http://{p.host}:{p.port}" for p in self.of("sandbox")]
+    def addresses(self, role: str) -> tuple[str, ...]:
+        return tuple(process.address for process in self.of(role))
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -95,96 +101,122 @@ def place(
     hosts: tuple[str, ...] = (),
     cores: int = 0,
     base_port: int = 20000,
+    trains: bool = True,
 ) -> tuple[Placement | None, list[str]]:
     """The placement and no complaints, or None and every reason why there is none.
 
-    nodes, gpus: the allocation; hosts: their names (n0, n1, ... when not known yet); cores: per node, 0 takes the table's.
+    nodes, gpus: the allocation; hosts: their names (n0, n1, ... when not known yet); cores: per node, 0 takes the table's;
+    trains: False leaves every GPU to the servers, beside one collecting program that needs none.
     """
-    cluster, problems = config.cluster, []
+    cluster = config.cluster
     hosts = hosts or tuple(f"n{i}" for i in range(nodes))
     if nodes < 1 or gpus < 1:
         return None, [f"--nodes {nodes} --gpus {gpus}: both must be at least 1"]
     if len(hosts) != nodes:
         return None, [f"--hosts names {len(hosts)} nodes, --nodes says {nodes}"]
-    colocated = cluster.placement == "colocated"
-    train_nodes = nodes - cluster.server_nodes
-    if train_nodes < 1:
-        problems.append(
-            f"cluster.server_nodes = {cluster.server_nodes} leaves no node of {nodes} for training; take at most {nodes - 1}"
-        )
+    shared = cluster.placement == "colocated" or cluster.server_nodes > 0  # all GPUs of a node that serves
     train_gpus = gpus - cluster.server_gpus_per_node
-    if train_gpus < 1:
-        problems.append(
-            f"cluster.server_gpus_per_node = {cluster.server_gpus_per_node} leaves none of {gpus} GPUs for training"
-        )
-    serve_gpus = gpus if colocated or cluster.server_nodes else cluster.server_gpus_per_node
-    tensor, ranks = config.serving.tensor, cluster.ranks_per_node or max(1, train_gpus)
-    fitting = serve_gpus // tensor
-    servers = cluster.servers_per_node or fitting
-    if ranks > train_gpus and gpu != "cpu":
-        problems.append(f"cluster.ranks_per_node = {ranks} is more than the {train_gpus} training GPUs of a node")
-    if fitting < 1 and gpu != "cpu":
-        problems.append(
-            f"serving.tensor = {tensor} is more than the {serve_gpus} serving GPUs of a node; take at most that"
-        )
-    elif servers > fitting and gpu != "cpu":
-        problems.append(
-            f"cluster.servers_per_node = {servers} of serving.tensor = {tensor} need {servers * tensor} GPUs, "
-            f"{serve_gpus} of a node serve; take at most {fitting}"
-        )
-    if problems:
+    serve_gpus = gpus if shared or not trains else cluster.server_gpus_per_node
+    shape = _Shape(
+        hosts=hosts,
+        gpus=gpus,
+        cores=cores or gpus * GPUS[gpu].cores,
+        num_rank_nodes=nodes - cluster.server_nodes if trains else 1,
+        num_server_nodes=cluster.server_nodes if trains and cluster.server_nodes else nodes,
+        train_gpus=train_gpus if trains else 0,
+        serve_gpus=serve_gpus,
+        ranks=(cluster.ranks_per_node or max(1, train_gpus)) if trains else 1,
+        servers=max(1, cluster.servers_per_node or serve_gpus // config.serving.tensor),
+        tensor=config.serving.tensor,
+        sandbox_cores=cluster.sandbox_cores,
+    )
+    if problems := [*(_training_problems(config, nodes, shape, gpu) if trains else ()), *_serving_problems(shape, gpu)]:
         return None, problems
-    cores = cores or gpus * GPUS[gpu].cores
-    shape = _Shape(nodes, gpus, cores, colocated, train_nodes, train_gpus, serve_gpus, ranks, max(1, servers), tensor)
-    processes = _processes(shape, hosts, base_port, cluster.sandbox_cores)
-    if config.rollout.replay is not None:  # trains from a recording: nobody samples, nothing is executed
-        processes = tuple(process for process in processes if process.role == "rank")
-    num_server_nodes = nodes if not cluster.server_nodes else cluster.server_nodes
-    servers_per_node = 0 if config.rollout.replay is not None else shape.servers
+    absent = _not_started(config)
     return Placement(
-        hosts, gpus, cores, gpu, colocated, ranks, servers_per_node, train_nodes, num_server_nodes,
-        base_port + MASTER_OFFSET, processes,
-    ), []  # fmt: skip
+        hosts=hosts,
+        gpus_per_node=gpus,
+        cores_per_node=shape.cores,
+        gpu=gpu,
+        colocated=cluster.placement == "colocated",
+        ranks_per_node=shape.ranks,
+        servers_per_node=0 if "server" in absent else shape.servers,
+        num_rank_nodes=shape.num_rank_nodes,
+        num_server_nodes=shape.num_server_nodes,
+        master_port=base_port + MASTER_OFFSET,
+        processes=tuple(process for process in _processes(shape, base_port) if process.role not in absent),
+    ), []
 
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    nodes: int
-    gpus: int
+    hosts: tuple[str, ...]
+    gpus: int  # of a node, as are all the following counts
     cores: int
-    colocated: bool
-    train_nodes: int
+    num_rank_nodes: int
+    num_server_nodes: int
     train_gpus: int
     serve_gpus: int
     ranks: int
     servers: int
     tensor: int
+    sandbox_cores: int
 
 
-def _processes(shape: _Shape, hosts: tuple[str, ...], base_port: int, sandbox_cores: int) -> tuple[Process, ...]:
-    found: list[Process] = []
-    whole_nodes = shape.train_nodes < shape.nodes
-    first_server_node = shape.train_nodes if whole_nodes else 0
+def _training_problems(config: Config, nodes: int, shape: _Shape, gpu: str) -> Iterator[str]:
+    cluster = config.cluster
+    if shape.num_rank_nodes < 1:
+        yield (
+            f"cluster.server_nodes = {cluster.server_nodes} leaves no node of {nodes} for training; take at most {nodes - 1}"
+        )
+    if shape.train_gpus < 1:
+        yield f"cluster.server_gpus_per_node = {cluster.server_gpus_per_node} leaves none of {shape.gpus} GPUs for training"
+    if shape.ranks > shape.train_gpus and gpu != "cpu":
+        yield f"cluster.ranks_per_node = {shape.ranks} is more than the {shape.train_gpus} training GPUs of a node"
+
+
+def _serving_problems(shape: _Shape, gpu: str) -> Iterator[str]:
+    fitting = shape.serve_gpus // shape.tensor
+    if fitting < 1 and gpu != "cpu":
+        yield f"serving.tensor = {shape.tensor} is more than the {shape.serve_gpus} serving GPUs of a node; take at most that"
+    elif shape.servers > fitting and gpu != "cpu":
+        yield (
+            f"cluster.servers_per_node = {shape.servers} of serving.tensor = {shape.tensor} need "
+            f"{shape.servers * shape.tensor} GPUs, {shape.serve_gpus} of a node serve; take at most {fitting}"
+        )
+
+
+def _not_started(config: Config) -> set[str]:
+    """Roles that this run needs no process for: it replays a recording, or is given services that run already."""
+    if config.rollout.replay is not None:
+        return {"server", "sandbox"}
+    return {role for role, given in (("server", config.serving.urls), ("sandbox", config.sandbox.address)) if given}
+
+
+def _processes(shape: _Shape, base_port: int) -> Iterator[Process]:
+    first_server_node = len(shape.hosts) - shape.num_server_nodes
     first_gpu = shape.gpus - shape.serve_gpus
-    pool = min(sandbox_cores, max(1, shape.cores // 4))
-    for node, host in enumerate(hosts):
-        ranks = shape.ranks if node < shape.train_nodes else 0
+    pool = min(shape.sandbox_cores, max(1, shape.cores // 4))
+    for node, host in enumerate(shape.hosts):
+        ranks = shape.ranks if node < shape.num_rank_nodes else 0
         servers = shape.servers if node >= first_server_node else 0
         blocks = _blocks(shape.cores - pool, ranks + servers)
         for local in range(ranks):
-            gpu = (local % shape.train_gpus,)
-            found.append(Process("rank", node * shape.ranks + local, node, host, local, gpu, blocks[local], None))
+            yield Process(
+                role="rank", index=node * shape.ranks + local, node=node, host=host, local=local,
+                gpus=(local % shape.train_gpus,) if shape.train_gpus else (), cores=blocks[local],
+            )  # fmt: skip
         for local in range(servers):
             index = (node - first_server_node) * shape.servers + local
             gpus = tuple(first_gpu + (local * shape.tensor + k) % shape.serve_gpus for k in range(shape.tensor))
-            port = base_port + SERVER_OFFSET + SERVER_STRIDE * index
-            found.append(Process("server", index, node, host, local, gpus, blocks[ranks + local], port))
-        found.append(
-            Process(
-                "sandbox", node, node, host, 0, (), (shape.cores - pool, shape.cores), base_port + SANDBOX_OFFSET + node
-            )
-        )
-    return tuple(found)
+            yield Process(
+                role="server", index=index, node=node, host=host, local=local, gpus=gpus, cores=blocks[ranks + local],
+                port=base_port + SERVER_OFFSET + SERVER_STRIDE * index,
+            )  # fmt: skip
+        yield Process(
+            role="sandbox", index=node, node=node, host=host, local=0, gpus=(), cores=(shape.cores - pool, shape.cores),
+            port=base_port + SANDBOX_OFFSET + node,
+        )  # fmt: skip
 
 
 def _blocks(cores: int, count: int) -> list[tuple[int, int]]:

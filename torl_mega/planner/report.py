@@ -102,14 +102,15 @@ def _placement(config: Config, analysis: Analysis) -> list[str]:
         lines.append(
             f"  a save: at most {copied / GIB:,.1f} GiB of each training node's host memory, as much is written"
         )
-    if not place.num_servers:
+    if config.rollout.replay is not None:
         return [*lines, f"  no servers, no sandbox: replays {config.rollout.replay}"]
-    first, last = place.of("sandbox")[0].cores
-    lines += [
-        f"  servers: {place.num_servers} of tensor {config.serving.tensor} on nodes "
-        f"{len(place.hosts) - place.num_server_nodes}-{len(place.hosts) - 1}, {config.cluster.placement}",
-        f"  sandbox: one pool per node ({last - first} cores)",
-    ]
+    if place.num_servers:
+        lines.append(
+            f"  servers: {place.num_servers} of tensor {config.serving.tensor} on nodes "
+            f"{len(place.hosts) - place.num_server_nodes}-{len(place.hosts) - 1}, {config.cluster.placement}"
+        )
+    for first, last in {pool.cores for pool in place.of("sandbox")}:
+        lines.append(f"  sandbox: one pool per node ({last - first} cores)")
     if analysis.server is not None and analysis.shape is not None:
         per_token = analysis.shape.kv_bytes_per_token(dtype_bytes(config))
         lines.append(

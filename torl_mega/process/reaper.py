@@ -1,10 +1,11 @@
 """Runs one command and sees to it that its whole tree ends with it, or with whoever asked for it.
 
-Started by `process.start` as `python -I -S reaper.py FD CMD...`; stands between the asker and the command. FD is a
-socket to the asker: this side writes `pid N` or `error TEXT`, the asker writes `stop GRACE_S`. When the socket closes
+Started by `process.start` as `python -I -S reaper.py FD SCRATCH CMD...`; stands between the asker and the command. FD is
+a socket to the asker: this side writes `pid N` or `error TEXT`, the asker writes `stop GRACE_S`. When the socket closes
 (the asker died, however), or on SIGTERM, the command's group gets SIGTERM and, after the grace, every descendant gets
 SIGKILL. The reaper is a child subreaper, so a descendant that detaches itself (setsid, double fork) is still its own.
-It ends as the command ended, by the same code or signal.
+SCRATCH, unless empty, is the tree's folder for temporary files: once the tree is gone it is removed with all in it, and
+the folder above it too if it is empty. The reaper ends as the command ended, by the same code or signal.
 
 Linux only. Standard library only, and few modules of it: one of these runs for every child.
 """
@@ -31,16 +32,24 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _command_pid = -1
 
 
+def _processes() -> list[tuple[int, bytes, int]]:
+    """(pid, state, parent's pid) of every process that can be seen."""
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError):  # it ended while we looked
+                with open(f"/proc/{entry}/stat", "rb") as stat:
+                    state, parent = stat.read().rsplit(b")", 1)[1].split()[:2]
+                found.append((int(entry), state, int(parent)))
+    return found
+
+
 def descendants(root: int) -> list[int]:
     """Pids below `root`, zombies left out."""
     children: dict[int, list[int]] = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            with contextlib.suppress(OSError):
-                with open(f"/proc/{entry}/stat", "rb") as stat:
-                    state, parent = stat.read().rsplit(b")", 1)[1].split()[:2]
-                if state not in (b"Z", b"X"):
-                    children.setdefault(int(parent), []).append(int(entry))
+    for pid, state, parent in _processes():
+        if state not in (b"Z", b"X"):
+            children.setdefault(parent, []).append(pid)
     found, frontier = [], [root]
     while frontier:
         below = children.get(frontier.pop(), [])
@@ -51,22 +60,10 @@ def descendants(root: int) -> list[int]:
 
 def _reap() -> None:
     """Collects orphans that were handed to us; the command itself is left to Popen."""
-    for pid in _zombies():
-        if pid != _command_pid:
+    for pid, state, parent in _processes():
+        if state == b"Z" and parent == os.getpid() and pid != _command_pid:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
-
-
-def _zombies() -> list[int]:
-    me, found = str(os.getpid()).encode(), []
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            with contextlib.suppress(OSError):
-                with open(f"/proc/{entry}/stat", "rb") as stat:
-                    state, parent = stat.read().rsplit(b")", 1)[1].split()[:2]
-                if state == b"Z" and parent == me:
-                    found.append(int(entry))
-    return found
 
 
 def _kill_all() -> None:
@@ -78,6 +75,16 @@ def _kill_all() -> None:
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.01)
         _reap()
+
+
+def _remove(scratch: str) -> None:
+    if not scratch:
+        return
+    import shutil  # ten times the time of all the other imports
+
+    shutil.rmtree(scratch, ignore_errors=True)
+    with contextlib.suppress(OSError):  # other trees still have theirs beside it
+        os.rmdir(os.path.dirname(scratch))
 
 
 def _die_with_reaper() -> None:
@@ -125,15 +132,17 @@ def main() -> None:
     _libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        command = subprocess.Popen(sys.argv[2:], start_new_session=True, preexec_fn=_restore_and_bind)
+        command = subprocess.Popen(sys.argv[3:], start_new_session=True, preexec_fn=_restore_and_bind)
     except OSError as exc:
-        asker.sendall(f"error {exc.strerror}: {sys.argv[2]}\n".encode())
+        _remove(sys.argv[2])
+        asker.sendall(f"error {exc.strerror}: {sys.argv[3]}\n".encode())
         sys.exit(127)
     _command_pid = command.pid
     with contextlib.suppress(OSError):  # the asker may be gone already; _watch sees that
         asker.sendall(f"pid {command.pid}\n".encode())
     _watch(command, asker)
     _kill_all()
+    _remove(sys.argv[2])
     code = command.wait()
     if code < 0:
         _libc.prctl(PR_SET_DUMPABLE, 0)  # the core file, if any, was the command's

@@ -1,4 +1,4 @@
-"""Starts child processes that cannot outlive us, and the small things one needs around them.
+"""Child processes that die with their parent, by SIGKILL too; and `free_port`, `tail`.
 
 Every child runs below a reaper (`reaper.py`): its own session and process group, and when this process ends, by
 whatever means (SIGKILL included), or calls `stop`, the child's whole tree is gone within a few seconds, detached
@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -74,13 +75,20 @@ def start(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     stdin: int | IO[Any] | None = subprocess.DEVNULL,
+    scratch: Path | None = None,
 ) -> GuardedProcess:
     """Starts `cmd` under a reaper.
 
     `log_path` takes stdout and stderr (appended; parents are made); None inherits ours. `env` replaces the environment.
+    `scratch` is made as the child's TMPDIR; the reaper removes it, and its parent if that is empty then, with the tree.
     Raises FileNotFoundError when the command cannot be executed.
     """
+    if scratch is not None:
+        scratch.mkdir(mode=0o711)  # a sandbox in it runs snippets as other users
+        env = {**(os.environ if env is None else env), "TMPDIR": str(scratch)}
     ours, theirs = socket.socketpair()
+    words = [sys.executable, "-I", "-S", str(_REAPER), str(theirs.fileno()), str(scratch or "")]
+    words += [os.fspath(part) for part in cmd]
     with contextlib.ExitStack() as stack:
         stack.callback(theirs.close)
         log: IO[bytes] | None = None
@@ -88,7 +96,7 @@ def start(
             log_path.parent.mkdir(parents=True, exist_ok=True)
             log = stack.enter_context(log_path.open("ab"))
         reaper = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(_REAPER), str(theirs.fileno()), *(os.fspath(part) for part in cmd)],
+            words,
             stdin=stdin,
             stdout=log,
             stderr=subprocess.STDOUT if log is not None else None,
@@ -129,14 +137,21 @@ def forks_die_with_parent() -> None:
     )
 
 
-def tail(log_path: Path, num_lines: int = 30, *, max_bytes: int = 65536) -> str:
-    """The last lines of a log, or "" when there is none."""
+def tail(log_path: Path, num_lines: int = 30, *, begin: int = 0, max_bytes: int = 65536) -> str:
+    """The last lines of a log, of what follows byte `begin`; "" when there is none."""
     try:
         with log_path.open("rb") as log:
-            log.seek(max(0, os.fstat(log.fileno()).st_size - max_bytes))
+            log.seek(max(begin, os.fstat(log.fileno()).st_size - max_bytes))
             return "\n".join(log.read().decode(errors="replace").splitlines()[-num_lines:])
     except FileNotFoundError:
         return ""
+
+
+def short_tempdir(longest: int) -> str:
+    """Where temporary folders go: the system's place for them, or /tmp where that has more than `longest` bytes, because a
+    unix socket's path may have 107."""
+    base = tempfile.gettempdir()
+    return base if len(os.fsencode(base)) <= longest else "/tmp"
 
 
 def free_port(host: str = "127.0.0.1") -> int:
@@ -150,7 +165,7 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 
 def port_in_use(host: str, port: int) -> bool:
-    """True when binding `host:port` fails now."""
+    """True when binding `host:port` fails now; host "" is every address of this machine."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

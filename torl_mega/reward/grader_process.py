@@ -35,7 +35,7 @@ import time
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from torl_mega.process import start as process
+from torl_mega.process.start import die_with_parent
 
 _ASIDE_S = 0.02  # fifty times an ordinary answer
 _ASIDE_NICE = 10
@@ -202,7 +202,7 @@ class _Pool:
         own_pid = os.getpid()
         pid = os.fork()
         if pid == 0:
-            process.die_with_parent(own_pid)
+            die_with_parent(own_pid)
             inherited = [fd for c in self.children for fd in (c.to_child, c.from_child)]
             for fd in (*inherited, request_write, outcome_read):
                 os.close(fd)

@@ -30,7 +30,8 @@ from typing import Any
 from torl_mega.config import Config
 from torl_mega.data.tokenizer import Tokenizer
 from torl_mega.errors import Preempted, StaleServers, TorlError
-from torl_mega.process import start as process
+from torl_mega.process.exit_codes import MAX_RESTARTS
+from torl_mega.process.start import die_with_parent
 from torl_mega.process.stop_flag import StopFlag
 from torl_mega.rollout.build import GC_THRESHOLDS, AsyncRunner, build_collector
 from torl_mega.rollout.collector import LiveCollector
@@ -43,7 +44,6 @@ log = logging.getLogger(__name__)
 
 POLL_S = 0.2
 CLOSE_S = 10.0
-MAX_RESTARTS = 20  # of the child in one run
 
 
 class _ChildLost(Exception):
@@ -217,7 +217,7 @@ def _serve(config: Config, folder: RunFolder, pipe: Connection) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     assert parent.pid is not None
-    process.die_with_parent(parent.pid)
+    die_with_parent(parent.pid)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # rank 0 decides when to stop
     gc.set_threshold(*GC_THRESHOLDS)

@@ -115,10 +115,8 @@ def wait_for_servers(config: Config, run: AsyncRunner) -> None:
 
 def _sandbox(config: Config) -> Any:
     from torl_mega.sandbox.client import SandboxClient
-    from torl_mega.sandbox.fusion_client import FusionClient
 
-    address = addresses("TORL_SANDBOX")
-    return SandboxClient(address[0]) if address[0].startswith("unix:") else FusionClient(address)
+    return SandboxClient(addresses("TORL_SANDBOX"))
 
 
 def addresses(variable: str) -> tuple[str, ...]:

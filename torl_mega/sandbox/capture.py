@@ -23,10 +23,7 @@ class Capture:
         self._flood_bytes = flood_bytes
         self._on_flood = on_flood
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(fd, self._readable)
-
-    def _readable(self) -> None:
-        self._read_once()
+        self._loop.add_reader(fd, self._read_once)
 
     def _read_once(self) -> bool:
         """False when nothing more is there now."""

@@ -1,4 +1,4 @@
-"""The pool's side of one zygote: starts the process, sends it snippets, turns its death into answers."""
+"""The pool's handle of one zygote: starts the process, sends it snippets, fails their futures when it dies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from torl_mega.errors import ServerError
-from torl_mega.sandbox.jail.confine import Settings
+from torl_mega.sandbox.jail.confine import ZygoteSettings
 
 PROJECT = str(Path(__file__).resolve().parents[2])
 _BOOT = (
@@ -39,10 +39,10 @@ class Ready:
     landlock: int
 
 
-class Zygote:
-    """One fork server. The pool holds `reserved` of its `settings.slots`."""
+class ZygoteHandle:
+    """A running zygote as the pool sees it. The pool holds `reserved` of its `settings.slots`."""
 
-    def __init__(self, kind: str, settings: Settings) -> None:
+    def __init__(self, kind: str, settings: ZygoteSettings) -> None:
         self.kind = kind
         self.settings = settings
         self.ready: Ready | None = None
@@ -101,13 +101,13 @@ class Zygote:
         return answer
 
     def stop_snippet(self, request_id: int, why: str) -> None:
-        self._tell({"kill": request_id, "why": why})
+        self._send({"kill": request_id, "why": why})
 
     def discard_box(self, request_id: int) -> None:
-        """Files have been read back out of a snippet's folder; it may go."""
-        self._tell({"discard": request_id})
+        """The files have been read back: the zygote removes the snippet's folder."""
+        self._send({"discard": request_id})
 
-    def _tell(self, message: dict[str, Any]) -> None:
+    def _send(self, message: dict[str, Any]) -> None:
         if not self.dead and self._socket is not None:
             try:
                 self._socket.send(json.dumps(message).encode())
@@ -149,7 +149,7 @@ class Zygote:
                 future.exception()  # retrieved: nobody may be waiting for the greeting any more
 
     def kill(self) -> None:
-        """At once; its children die with it."""
+        """Kills the process at once; its children die with it."""
         self._died()
         if self.process is not None and self.process.poll() is None:
             self.process.kill()

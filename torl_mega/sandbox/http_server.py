@@ -1,29 +1,37 @@
-"""SandboxFusion's HTTP interface in front of a pool: POST /run_code, GET /v1/ping; and GET /metrics.
+"""SandboxFusion's HTTP interface in front of a pool, over TCP and unix sockets: POST /run_code, GET /v1/ping; and GET /metrics.
 
 Requests, answers, defaults and 422 bodies are those of bytedance/SandboxFusion (sandbox/server/sandbox_api.py, FastAPI),
 for the language "python". Other languages are refused with the 422 of an unknown one. `memory_limit_MB` -1 means the
-configured default instead of none. A full queue answers 503 with Retry-After. The exact `ExecutionStatus` travels in the
-header X-Torl-Status, CPU seconds and peak memory in X-Torl-Cpu-S and X-Torl-Max-Rss-Mb; the body has SandboxFusion's
-fields and no other.
+configured default instead of none. A full queue answers 503 with Retry-After. Two request fields are ours, `cpu_timeout`
+and `output_bytes`; SandboxFusion ignores them. The exact `ExecutionStatus` travels in the header X-Torl-Status, CPU seconds
+and peak memory in X-Torl-Cpu-S and X-Torl-Max-Rss-Mb; the answer's body has SandboxFusion's fields and no other. A client
+that closes its connection cancels its snippet.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import json
 import math
 import os
+import socket
+import stat
 from typing import Any, Literal
 
 from aiohttp import web
 from pydantic import BaseModel, Field, ValidationError
 
+from torl_mega.errors import ServerError
+from torl_mega.sandbox import any_json
 from torl_mega.sandbox.pool import SandboxPool
 from torl_mega.types import ExecutionRequest, ExecutionResult, ExecutionStatus
 
 _MAX_BODY = 256 << 20
 _OUTPUT_BYTES = 1 << 20  # SandboxFusion's own cap per stream
+_BACKLOG = 4096
+_METHODS = {"/run_code": ("POST",), "/v1/ping": ("GET", "HEAD"), "/metrics": ("GET", "HEAD")}
 
 
 class RunCodeRequest(BaseModel):
@@ -36,49 +44,74 @@ class RunCodeRequest(BaseModel):
     files: dict[str, str | None] = {}
     fetch_files: list[str] = []
     args: list[str] = []  # for pytest alone, as in SandboxFusion
+    cpu_timeout: float | None = Field(None, allow_inf_nan=False)  # ours; None: run_timeout
+    output_bytes: int = _OUTPUT_BYTES  # ours
 
 
 class HttpServer:
+    """`start()` once, then `listen_tcp` and `listen_unix`. On aiohttp's low-level server: routing costs a call 0.1 ms."""
+
     def __init__(self, pool: SandboxPool) -> None:
         self.pool = pool
         self._open = 0
-        app = web.Application(client_max_size=_MAX_BODY, middlewares=[_plain_errors])
-        for slash in ("", "/"):  # FastAPI redirects from one to the other
-            app.router.add_post("/run_code" + slash, self._run_code)
-            app.router.add_get("/v1/ping" + slash, _ping)
-        app.router.add_get("/metrics", self._metrics)
-        self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
+        server = web.Server(self._handle, request_factory=_request, handler_cancellation=True, access_log=None)
+        self._runner = web.ServerRunner(server, shutdown_timeout=1.0)
 
-    async def start(self, host: str, port: int) -> int:
-        """Returns the port in use (`port` 0 takes a free one)."""
+    async def start(self) -> None:
         await self._runner.setup()
-        site = web.TCPSite(self._runner, host, port, backlog=4096)
+
+    async def listen_tcp(self, host: str, port: int) -> int:
+        """Returns the port in use (`port` 0 takes a free one)."""
+        site = web.TCPSite(self._runner, host, port, backlog=_BACKLOG)
         await site.start()
-        return self._runner.addresses[0][1]
+        return site.port
+
+    async def listen_unix(self, path: str) -> None:
+        """For this user alone. Takes over a dead server's socket file; raises ServerError when a live one holds it."""
+        _make_way(path)
+        mask = os.umask(0o177)
+        try:
+            await web.UnixSite(self._runner, path, backlog=_BACKLOG).start()
+        finally:
+            os.umask(mask)
 
     async def close(self) -> None:
         await self._runner.cleanup()
 
-    async def _metrics(self, _: web.Request) -> web.Response:
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        path = request.path.removesuffix("/")  # FastAPI redirects from one to the other
+        methods = _METHODS.get(path)
+        if methods is None:
+            return _json({"detail": "Not Found"}, 404)
+        if request.method not in methods:
+            return _json({"detail": "Method Not Allowed"}, 405)
+        if path == "/run_code":
+            return await self._run_code(request)
+        if path == "/v1/ping":
+            return _json("pong")
         text = self.pool.metrics.text(running=self.pool.num_running, waiting=self.pool.num_waiting)
         return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
-    async def _run_code(self, request: web.Request) -> web.Response:
-        body = await request.read()
+    async def _run_code(self, request: web.BaseRequest) -> web.Response:
+        if request.headers.get("Expect", "").lower() == "100-continue":
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            request.writer.output_size = 0
         try:
-            asked = _parse(body)
+            asked = _parse(await request.read())
+        except web.HTTPRequestEntityTooLarge as e:
+            return _json({"detail": e.reason}, e.status)
         except ValidationError as e:
-            return web.json_response({"detail": [_detail(x) for x in e.errors(include_url=False)]}, status=422)
+            return _json({"detail": [_detail(x) for x in e.errors(include_url=False)]}, 422)
         except _BadJson as e:
-            return web.json_response({"detail": [e.detail]}, status=422)
+            return _json({"detail": [e.detail]}, 422)
         if self._open >= self.pool.config.max_queue + self.pool.num_running:
             self.pool.metrics.refused.inc()
             answer = _answer("SandboxError", f"the queue is full ({self._open} requests)")
-            return web.json_response(answer, status=503, headers={"Retry-After": "1"})
+            return _json(answer, 503, {"Retry-After": "1"})
         try:
             execution = self._execution(asked)
         except ValueError as e:
-            return web.json_response(_answer("SandboxError", str(e)))
+            return _json(_answer("SandboxError", str(e)))
         self._open += 1
         try:
             result = await self.pool.run(execution)
@@ -99,9 +132,9 @@ class HttpServer:
         config = self.pool.config
         return ExecutionRequest(
             code=asked.code, stdin=asked.stdin or "", files=files, fetch_files=tuple(asked.fetch_files),
-            wall_s=asked.run_timeout, cpu_s=max(asked.run_timeout, 0.001),
+            wall_s=asked.run_timeout, cpu_s=asked.run_timeout if asked.cpu_timeout is None else asked.cpu_timeout,
             memory_mb=asked.memory_limit_MB if asked.memory_limit_MB > 0 else config.memory_mb,
-            output_bytes=_OUTPUT_BYTES,
+            output_bytes=asked.output_bytes,
         )  # fmt: skip
 
 
@@ -115,17 +148,11 @@ def _parse(body: bytes) -> RunCodeRequest:
     if not body:
         raise missing
     try:
-        data = json.loads(body, parse_constant=_no_json, parse_float=_finite)
+        data = any_json.loads(body, parse_constant=_no_json, parse_float=_finite)
     except (ValueError, RecursionError) as e:  # also broken UTF-8, and integers of more than 4,300 digits
         at, why = (e.pos, e.msg) if isinstance(e, json.JSONDecodeError) else (0, str(e))
-        detail = {
-            "type": "json_invalid",
-            "loc": ["body", at],
-            "msg": "JSON decode error",
-            "input": {},
-            "ctx": {"error": why},
-        }
-        raise _BadJson(detail) from None
+        detail = {"type": "json_invalid", "loc": ["body", at], "msg": "JSON decode error", "input": {}}
+        raise _BadJson({**detail, "ctx": {"error": why}}) from None
     if data is None:
         raise missing
     return RunCodeRequest.model_validate(data)
@@ -151,8 +178,29 @@ def _detail(error: Any) -> dict[str, Any]:
     return out
 
 
-async def _ping(_: web.Request) -> web.Response:
-    return web.json_response("pong")
+def _request(message: Any, payload: Any, protocol: Any, writer: Any, task: Any) -> web.BaseRequest:
+    loop = asyncio.get_running_loop()
+    return web.BaseRequest(message, payload, protocol, writer, task, loop, client_max_size=_MAX_BODY)
+
+
+def _make_way(path: str) -> None:
+    """Removes a dead server's socket file. Raises ServerError for a path that cannot be listened on."""
+    if len(os.fsencode(path)) > 100:
+        raise ServerError(
+            f"socket path {path!r} is longer than the 100 bytes a unix socket allows; choose a shorter one"
+        )
+    if os.path.exists(path):
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            raise ServerError(f"{path} exists and is no socket; choose another --socket")
+        with socket.socket(socket.AF_UNIX) as caller:
+            if caller.connect_ex(path) == 0:
+                raise ServerError(f"another sandbox listens on {path}; stop it or choose another --socket")
+        os.unlink(path)
+
+
+def _json(data: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    headers = {"Content-Type": "application/json", **(headers or {})}
+    return web.Response(body=any_json.dumps(data), status=status, headers=headers)
 
 
 def _answer(
@@ -191,13 +239,4 @@ def _respond(result: ExecutionResult) -> web.Response:
         "X-Torl-Cpu-S": f"{result.cpu_s:.6f}",
         "X-Torl-Max-Rss-Mb": f"{result.max_rss_mb:.3f}",
     }
-    return web.json_response(to_fusion(result), headers=headers)
-
-
-@web.middleware
-async def _plain_errors(request: web.Request, handler: Any) -> web.StreamResponse:
-    """404, 405 and 413 as FastAPI words them."""
-    try:
-        return await handler(request)
-    except web.HTTPException as e:
-        return web.json_response({"detail": e.reason}, status=e.status)
+    return _json(to_fusion(result), headers=headers)

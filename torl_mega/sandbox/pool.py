@@ -26,9 +26,10 @@ from torl_mega.errors import ServerError
 from torl_mega.sandbox import tiers
 from torl_mega.sandbox.capture import Capture
 from torl_mega.sandbox.fetch import read_back
-from torl_mega.sandbox.host import Zygote, ZygoteDied
+from torl_mega.sandbox.host import ZygoteDied, ZygoteHandle
 from torl_mega.sandbox.jail import payload
 from torl_mega.sandbox.metrics import Metrics
+from torl_mega.sandbox.tiers import PoolSetup
 from torl_mega.types import ExecutionRequest, ExecutionResult, ExecutionStatus
 
 # one blank and a lazy star: the time stays linear in a program that is made to be slow to look at
@@ -51,8 +52,8 @@ print("ready")
 @dataclass
 class _Kind:
     name: str
-    waiting: deque[tuple[int, asyncio.Future[Zygote]]] = field(default_factory=deque)
-    zygotes: list[Zygote] = field(default_factory=list)
+    waiting: deque[tuple[int, asyncio.Future[ZygoteHandle]]] = field(default_factory=deque)
+    zygotes: list[ZygoteHandle] = field(default_factory=list)
     starting: int = 0
     failures: int = 0
 
@@ -63,7 +64,7 @@ class SandboxPool:
     def __init__(self, config: SandboxConfig) -> None:
         self.config = config
         self.metrics = Metrics()
-        self.plan: tiers.Plan | None = None
+        self.setup: PoolSetup | None = None
         self._kinds: dict[str, _Kind] = {}
         self._running = 0
         self._order = itertools.count(1)
@@ -79,7 +80,7 @@ class SandboxPool:
 
     # -------------------------------------------------------------------------------------------- life
 
-    async def start(self) -> tiers.Plan:
+    async def start(self) -> PoolSetup:
         """Finds the strongest tier that works here and starts the zygotes. Raises ServerError when none does."""
         reasons = []
         for tier in tiers.order(self.config):
@@ -90,20 +91,20 @@ class SandboxPool:
                 await self._clear()
         raise ServerError("no sandbox tier works here: " + "; ".join(reasons))
 
-    async def _start_tier(self, tier: str) -> tiers.Plan:
-        plan = self.plan = await asyncio.to_thread(tiers.plan, self.config, tier)
-        self._kinds = {name: _Kind(name) for name in plan.kinds}
-        zygote = Zygote("math", plan.settings("math"))
+    async def _start_tier(self, tier: str) -> PoolSetup:
+        setup = self.setup = await asyncio.to_thread(tiers.set_up, self.config, tier)
+        self._kinds = {name: _Kind(name) for name in setup.kinds}
+        zygote = ZygoteHandle("math", setup.settings("math"))
         self._kinds["math"].zygotes.append(zygote)
         ready = await zygote.start()
-        plan.note_ready(ready)
+        setup.note_ready(ready)
         check = await self.run(ExecutionRequest(_SELF_TEST, wall_s=20.0, cpu_s=20.0))
         if check.stdout != "ready\n":
             said = (check.stderr.strip().splitlines() or [check.message or check.status.value])[-1]
             raise ServerError(f"sandbox tier {tier}: the first snippet failed: {said}")
         self.metrics = Metrics()  # the self-test is no call
-        self._dispatch_missing()
-        return plan
+        self._start_missing()
+        return setup
 
     async def close(self) -> None:
         """Kills what runs, answers what waits with INFRA, and leaves no process and no file behind."""
@@ -121,9 +122,9 @@ class SandboxPool:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*(z.stop() for k in self._kinds.values() for z in k.zygotes))
         self._kinds = {}
-        if self.plan is not None:
-            await asyncio.to_thread(self.plan.remove_scratch)
-            self.plan = None
+        if self.setup is not None:
+            await asyncio.to_thread(self.setup.remove_scratch)
+            self.setup = None
 
     def _background(self, coroutine: Any) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -132,9 +133,9 @@ class SandboxPool:
 
     async def _start_zygote(self, kind: _Kind) -> None:
         """One more zygote of this kind; tries again, more slowly each time, while callers wait for one."""
-        assert self.plan is not None
+        assert self.setup is not None
         kind.starting += 1
-        zygote = Zygote(kind.name, self.plan.settings(kind.name))
+        zygote = ZygoteHandle(kind.name, self.setup.settings(kind.name))
         try:
             await zygote.start()
         except ServerError as e:
@@ -171,9 +172,9 @@ class SandboxPool:
     def num_running(self) -> int:
         return self._running
 
-    async def _admit(self, name: str) -> Zygote:
+    async def _admit(self, name: str) -> ZygoteHandle:
         kind = self._kinds[name]
-        ticket: asyncio.Future[Zygote] = asyncio.get_running_loop().create_future()
+        ticket: asyncio.Future[ZygoteHandle] = asyncio.get_running_loop().create_future()
         kind.waiting.append((next(self._order), ticket))
         self._dispatch()
         try:
@@ -183,21 +184,21 @@ class SandboxPool:
                 self._release(ticket.result())
             raise
 
-    def _release(self, zygote: Zygote) -> None:
+    def _release(self, zygote: ZygoteHandle) -> None:
         self._running -= 1
         zygote.reserved -= 1
-        self._tend(zygote)
+        self._reap_or_recycle(zygote)
         self._dispatch()
 
-    def _tend(self, zygote: Zygote) -> None:
-        """Buries a dead zygote; replaces one that has served long enough, first starting the new one."""
+    def _reap_or_recycle(self, zygote: ZygoteHandle) -> None:
+        """Removes a dead zygote; recycles one after `recycle_after` snippets, starting its replacement first."""
         kind = self._kinds.get(zygote.kind)
         if kind is None or zygote not in kind.zygotes:
             return
         if zygote.dead:
             kind.zygotes.remove(zygote)
             self.metrics.zygote_deaths.labels(kind.name).inc()
-            self._background(self._bury(zygote))
+            self._background(self._kill_and_reap(zygote))
         elif zygote.retiring and zygote.reserved == 0:
             kind.zygotes.remove(zygote)
             self._background(zygote.stop())
@@ -205,24 +206,22 @@ class SandboxPool:
             zygote.replacing = True
             self._background(self._replace(kind, zygote))
 
-    async def _replace(self, kind: _Kind, old: Zygote) -> None:
+    async def _replace(self, kind: _Kind, old: ZygoteHandle) -> None:
         await self._start_zygote(kind)
         old.retiring = True
-        self._tend(old)
+        self._reap_or_recycle(old)
 
-    async def _bury(self, zygote: Zygote) -> None:
+    async def _kill_and_reap(self, zygote: ZygoteHandle) -> None:
         zygote.kill()
         await zygote.reap()
 
     def _dispatch(self) -> None:
-        if self._closed or self.plan is None:
+        if self._closed or self.setup is None:
             return
-        if any(z.dead for k in self._kinds.values() for z in k.zygotes) or not all(
-            k.zygotes for k in self._kinds.values()
-        ):
-            self._dispatch_missing()
-        while self._running < self.plan.max_running:
-            best: tuple[int, _Kind, Zygote] | None = None
+        if any(not k.zygotes or any(z.dead for z in k.zygotes) for k in self._kinds.values()):
+            self._start_missing()
+        while self._running < self.setup.max_running:
+            best: tuple[int, _Kind, ZygoteHandle] | None = None
             for kind in self._kinds.values():
                 while kind.waiting and kind.waiting[0][1].done():
                     kind.waiting.popleft()
@@ -239,46 +238,46 @@ class SandboxPool:
             zygote.reserved += 1
             ticket.set_result(zygote)
 
-    def _zygote_for(self, kind: _Kind) -> Zygote | None:
+    def _zygote_for(self, kind: _Kind) -> ZygoteHandle | None:
         """The least loaded zygote with a free slot."""
         free = [z for z in kind.zygotes if z.has_room]
         return min(free, key=lambda z: z.reserved) if free else None
 
-    def _dispatch_missing(self) -> None:
-        """Starts what should run and does not: the kinds that came later, and replacements of the dead."""
-        assert self.plan is not None
+    def _start_missing(self) -> None:
+        """Starts the zygotes that should run and do not: further kinds after the first, and replacements of dead ones."""
+        assert self.setup is not None
         for kind in self._kinds.values():
             for zygote in [z for z in kind.zygotes if z.dead and z.reserved == 0]:
-                self._tend(zygote)
+                self._reap_or_recycle(zygote)
             alive = sum(not z.dead for z in kind.zygotes)
-            for _ in range(self.plan.kinds[kind.name].num_zygotes - alive - kind.starting):
+            for _ in range(self.setup.kinds[kind.name].num_zygotes - alive - kind.starting):
                 self._background(self._start_zygote(kind))
 
     # -------------------------------------------------------------------------------------------- running
 
     async def run(self, request: ExecutionRequest) -> ExecutionResult:
         """Runs one program under its limits. INFRA only for what the program cannot bring about."""
-        if self._closed or self.plan is None:
-            return _infra("the sandbox is not running")
+        if self._closed or self.setup is None:
+            return ExecutionResult.infra("the sandbox is not running")
         try:
             code = request.code.encode("utf-8", "surrogatepass")
             data = payload.pack(code, request.stdin.encode("utf-8", "surrogatepass"), request.files)
         except ValueError as e:
-            return _infra(str(e))
+            return ExecutionResult.infra(str(e))
         name = "data" if "data" in self._kinds and _DATA_IMPORT.search(code, 0, _LOOK_BYTES) else "math"
         waited = asyncio.get_running_loop().time()
-        result = _infra("never started")
+        result = ExecutionResult.infra("never started")
         for attempt in range(1 + _RETRIES):
             try:
                 zygote = await self._admit(name)
             except ServerError as e:
-                result = _infra(str(e))
+                result = ExecutionResult.infra(str(e))
                 break
             self.metrics.queue_s.observe(asyncio.get_running_loop().time() - waited)
             try:
                 result = await self._once(zygote, request, data)
             except ZygoteDied:
-                result = _infra("the snippet's zygote died")
+                result = ExecutionResult.infra("the snippet's zygote died")
             finally:
                 self._release(zygote)
             if result.status is not ExecutionStatus.INFRA:
@@ -288,7 +287,7 @@ class SandboxPool:
         self.metrics.observe(result)
         return result
 
-    async def _once(self, zygote: Zygote, request: ExecutionRequest, data: bytes) -> ExecutionResult:
+    async def _once(self, zygote: ZygoteHandle, request: ExecutionRequest, data: bytes) -> ExecutionResult:
         request_id = next(self._order)
         limits = self._limits(request)
         kept = min(max(request.output_bytes, 2), self.config.max_output_bytes)
@@ -318,7 +317,7 @@ class SandboxPool:
                 files = await asyncio.to_thread(read_back, box, request.fetch_files, self.config.max_fetch_bytes)
             return _result(answer, limits, stdout, stderr, files)
         except OSError as e:
-            return _infra(f"the pool could not run a snippet: {e}")
+            return ExecutionResult.infra(f"the pool could not run a snippet: {e}")
         finally:
             for capture in captures:
                 capture.close()
@@ -327,7 +326,7 @@ class SandboxPool:
                 zygote.discard_box(request_id)
 
     async def _watch(
-        self, zygote: Zygote, request_id: int, job: asyncio.Future[dict[str, Any]], wall_s: float
+        self, zygote: ZygoteHandle, request_id: int, job: asyncio.Future[dict[str, Any]], wall_s: float
     ) -> dict[str, Any]:
         """Waits for the answer; a zygote that gives none is killed, which ends the wait by ZygoteDied."""
         timeout = asyncio.get_running_loop().call_later(wall_s + _SETUP_S + _GRACE_S, zygote.kill)
@@ -342,24 +341,20 @@ class SandboxPool:
 
     def _limits(self, request: ExecutionRequest) -> dict[str, Any]:
         c = self.config
-        assert self.plan is not None
+        assert self.setup is not None
         return {
             "wall_s": min(max(request.wall_s, 0.001), c.max_wall_s),
             "cpu_s": min(max(request.cpu_s, 0.001), c.max_wall_s),
             "memory_mb": min(max(request.memory_mb, 1), c.max_memory_mb),
-            "nproc": self.plan.nproc(),
+            "nproc": self.setup.nproc(),
         }
-
-
-def _infra(message: str) -> ExecutionResult:
-    return ExecutionResult(ExecutionStatus.INFRA, None, "", "", 0.0, 0.0, 0.0, {}, message)
 
 
 def _result(
     answer: dict[str, Any], limits: dict[str, Any], stdout: str, stderr: str, files: Mapping[str, bytes]
 ) -> ExecutionResult:
     if "infra" in answer:
-        return _infra(answer["infra"])
+        return ExecutionResult.infra(answer["infra"])
     status, code = _verdict(answer, limits)
     rss_mb = answer["rss_kb"] / 1024
     return ExecutionResult(status, code, stdout, stderr, answer["wall_s"], answer["cpu_s"], rss_mb, files)

@@ -1,7 +1,7 @@
-"""Which confinement this machine allows, and what a pool built on it looks like.
+"""The tiers of confinement in the order to try them, and the setup of a pool in each.
 
-Tiers are not guessed from version numbers: the pool starts a zygote in the strongest one and runs a snippet; what fails
-says why, and the next one is tried. This module supplies the order and the settings.
+A tier is not guessed from version numbers: the pool starts a zygote in the strongest one and runs a snippet; where that
+fails it takes the next. What snippets may read is `readable_paths`, whom they run as users.py.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from torl_mega.config import SandboxConfig
 from torl_mega.errors import ServerError
 from torl_mega.sandbox.host import PROJECT, Ready
 from torl_mega.sandbox.jail import landlock, linux
-from torl_mega.sandbox.jail.confine import SPARE_SLOTS, Settings
+from torl_mega.sandbox.jail.confine import SPARE_SLOTS, ZygoteSettings
 from torl_mega.sandbox.jail.scratch import remove_tree
 from torl_mega.sandbox.jail.warm import PRELOAD, WARM
+from torl_mega.sandbox.users import Users, choose, count_threads
 
 _SYSTEM = (
     "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/etc/ld.so.cache", "/etc/localtime",
@@ -34,23 +35,20 @@ _COUNT_EVERY_S = 10.0
 
 
 @dataclass(frozen=True)
-class KindPlan:
-    name: str
+class KindSetup:
     num_zygotes: int
     slots: int
 
 
 @dataclass
-class Plan:
-    """A tier that is being used, in full."""
+class PoolSetup:
+    """What a pool in this tier consists of: kinds of zygotes, users, folders, and how to say so."""
 
     tier: str
     config: SandboxConfig
-    kinds: dict[str, KindPlan]
+    kinds: dict[str, KindSetup]
     max_running: int
-    uid: int | None
-    slot_uids: list[int]
-    keep_euid: bool
+    users: Users
     scratch: str | None
     exact_threads: bool
     mechanisms: list[str] = field(default_factory=list)
@@ -58,19 +56,19 @@ class Plan:
     _counted: tuple[float, int] = (-1e9, 0)
     _uid_cursor: int = 0
 
-    def settings(self, kind: str) -> Settings:
+    def settings(self, kind: str) -> ZygoteSettings:
         c, k = self.config, self.kinds[kind]
-        if self.scratch is not None:  # the last zygote to end takes it along
+        if self.scratch is not None:  # the last zygote to end removes it
             os.makedirs(self.scratch, exist_ok=True)
             os.chmod(self.scratch, 0o711)
         uids: list[int] = []
-        if self.slot_uids:
+        if free := self.users.slot_uids:
             num = k.slots + SPARE_SLOTS
-            uids = [self.slot_uids[(self._uid_cursor + i) % len(self.slot_uids)] for i in range(num)]
+            uids = [free[(self._uid_cursor + i) % len(free)] for i in range(num)]
             self._uid_cursor += num
-        return Settings(
+        return ZygoteSettings(
             tier=self.tier, readable=readable_paths(c), slots=k.slots, preload=list(PRELOAD[kind]), warm=WARM[kind],
-            uid=self.uid, slot_uids=uids, keep_euid=self.keep_euid, scratch_base=self.scratch,
+            uid=self.users.uid, slot_uids=uids, keep_euid=self.users.keep_euid, scratch_base=self.scratch,
             max_threads=c.max_threads, nproc=None, scratch_mb=c.scratch_mb, scratch_inodes=c.scratch_inodes, nice=c.nice,
             deterministic_random=c.deterministic_random,
         )  # fmt: skip
@@ -87,7 +85,7 @@ class Plan:
             return None
         now = time.monotonic()
         if now - self._counted[0] > _COUNT_EVERY_S:
-            self._counted = (now, _threads_of(self.uid if self.uid is not None else os.getuid()))
+            self._counted = (now, count_threads(os.getuid() if self.users.uid is None else self.users.uid))
         return self._counted[1] + self.max_running * self.config.max_threads
 
     def remove_scratch(self) -> None:
@@ -103,20 +101,21 @@ def order(config: SandboxConfig) -> list[str]:
     return ["A", "B"]
 
 
-def plan(config: SandboxConfig, tier: str) -> Plan:
-    """Everything but the processes. Raises ServerError when this tier cannot work here."""
+def set_up(config: SandboxConfig, tier: str) -> PoolSetup:
+    """Decides everything that the pool's processes need in this tier. Raises ServerError when this tier cannot work here."""
     if sys.platform != "linux" or not (linux.supported_machine() or tier == "C"):
         raise ServerError(f"sandbox tier {tier} needs Linux on x86_64 or aarch64, not {sys.platform} {linux.MACHINE}")
     cores = len(os.sched_getaffinity(0))
     running = config.max_running or cores + 2
     num_math = config.zygotes or max(1, cores // 4)
-    kinds = {"math": KindPlan("math", num_math, -(-running // num_math))}
+    kinds = {"math": KindSetup(num_math, -(-running // num_math))}
     if config.data_libraries:
         num_data = max(1, num_math // 4)
-        kinds["data"] = KindPlan("data", num_data, -(-running // num_data))
+        kinds["data"] = KindSetup(num_data, -(-running // num_data))
     num_slots = sum(k.num_zygotes * (k.slots + SPARE_SLOTS) for k in kinds.values())
-    uid, slot_uids, keep_euid, warnings = _users(config, tier, num_slots)
-    made = Plan(tier, config, kinds, running, uid, slot_uids, keep_euid, None, exact_threads=True, warnings=warnings)
+    users = choose(tier, config.uid_base, num_slots)
+    warnings = [users.warning] if users.warning else []
+    made = PoolSetup(tier, config, kinds, running, users, None, exact_threads=True, warnings=warnings)
     if tier == "A":
         made.exact_threads = _kernel() >= (5, 14)
         made.mechanisms = [
@@ -126,18 +125,18 @@ def plan(config: SandboxConfig, tier: str) -> Plan:
             "rlimits",
         ]
     elif tier == "B":
-        if not landlock.abi() and (keep_euid or not slot_uids):
+        if not landlock.abi() and (users.keep_euid or not users.slot_uids):
             raise ServerError(
                 "sandbox tier B needs Landlock (Linux 5.13, in the lsm= list), or root and an interpreter that every user "
                 "may run: the file system would stay open" + "".join(f"; {w}" for w in warnings)
             )
         if not landlock.abi():
             warnings.append("no Landlock: files that every user may read stay readable to snippets")
-        made.exact_threads = bool(slot_uids)
+        made.exact_threads = bool(users.slot_uids)
         made.mechanisms = [
             "seccomp allow list",
             "rlimits",
-            "a user per slot" if slot_uids and not keep_euid else "the pool's own user",
+            "a user per slot" if users.slot_uids and not users.keep_euid else "the pool's own user",
         ]
     else:
         warnings.append("tier C does not isolate: snippets can read and write whatever this user can")
@@ -149,40 +148,8 @@ def plan(config: SandboxConfig, tier: str) -> Plan:
     return made
 
 
-def _users(config: SandboxConfig, tier: str, num_slots: int) -> tuple[int | None, list[int], bool, list[str]]:
-    """Whom snippets run as: (one user for tier A, users per slot for tier B, whether these keep the pool's euid, warnings)."""
-    if os.getuid() != 0 or tier == "C":
-        return None, [], False, []
-    fenced = "; snippets keep the pool's user" + (", fenced in by Landlock" if tier == "B" else "")
-    if why := _cannot_run(config.uid_base, ["/bin/true"]):
-        return None, [], False, [f"root cannot become user {config.uid_base} here ({why}){fenced}"]
-    if tier == "A":  # the mounts are made as root
-        return config.uid_base, [], False, []
-    uids = [config.uid_base + i for i in range(num_slots + 64)]
-    files = [spec.origin for m in ("json", "numpy", "sympy") if (spec := importlib.util.find_spec(m)) and spec.origin]
-    code = "import os,sys; [open(f).close() for f in sys.argv[1:]]"
-    if why := _cannot_run(config.uid_base, [sys.executable, "-s", "-P", "-B", "-c", code, *files]):
-        warning = (
-            f"user {config.uid_base} cannot run {sys.executable} ({why}){fenced}; better install the environment where "
-            "every user may read it, not below a closed folder such as /root"
-        )
-        return None, uids, True, [warning]
-    return None, uids, False, []
-
-
-def _cannot_run(uid: int, command: list[str]) -> str:
-    """Why a process of that user cannot run `command`; empty when it can."""
-    try:
-        done = subprocess.run(command, user=uid, group=uid, extra_groups=[], cwd="/", env={}, capture_output=True)
-    except OSError as e:
-        return str(e)
-    if done.returncode == 0:
-        return ""
-    return (done.stderr.decode("utf-8", "replace").strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-
-
 def readable_paths(config: SandboxConfig) -> list[str]:
-    """What a snippet may read: the interpreter's libraries, the system's, and what the config adds. Links come resolved too."""
+    """Paths a snippet may read: the interpreter's libraries, the system's, and the config's. Links and their targets both."""
     wanted = [*_SYSTEM, *config.readable_paths]
     for prefix in {sys.prefix, sys.base_prefix, sys.exec_prefix}:
         wanted += [os.path.join(prefix, name) for name in ("lib", "lib64", "local/lib")]
@@ -211,15 +178,3 @@ def _sweep(config: SandboxConfig) -> None:
 def _kernel() -> tuple[int, int]:
     major, minor = os.uname().release.split(".")[:2]
     return int(major), int("".join(c for c in minor if c.isdigit()) or 0)
-
-
-def _threads_of(uid: int) -> int:
-    total = 0
-    for status in glob.glob("/proc/[0-9]*/status"):
-        try:
-            if os.stat(status).st_uid == uid:
-                with open(status) as f:
-                    total += int(f.read().split("Threads:")[1].split()[0])
-        except (OSError, IndexError, ValueError):
-            continue  # it ended while we looked
-    return total

@@ -27,7 +27,7 @@ import aiohttp
 from torl_mega.config import Config
 from torl_mega.config_file import load_config
 from torl_mega.errors import ServerError, TorlError
-from torl_mega.process import start as process
+from torl_mega.process.start import GuardedProcess, start
 from torl_mega.serving.sglang_server import check_port, launch_command, launch_env, wait_ready
 
 STOP_GRACE_S = 0.0  # SGLang has nothing to save, and its own shutdown takes many seconds
@@ -50,7 +50,7 @@ class Supervisor:
         env = launch_env(self.config, gpu_ids=self.gpu_ids)
         while not self.stop.is_set():
             started = time.monotonic()
-            server = process.start(command, name=f"sglang:{self.port}", log_path=self.log_path, env=env)
+            server = start(command, name=f"sglang:{self.port}", log_path=self.log_path, env=env)
             try:
                 cause = await self._until_stopped(self._serve(server, started))
             finally:
@@ -77,7 +77,7 @@ class Supervisor:
                 with contextlib.suppress(asyncio.CancelledError):
                     await pending
 
-    async def _serve(self, server: process.GuardedProcess, started: float) -> str:
+    async def _serve(self, server: GuardedProcess, started: float) -> str:
         """Waits for readiness, then for the end. Returns what ended it; the first start's failure is raised."""
         timeout_s = self.config.serving.startup_timeout_s
         try:

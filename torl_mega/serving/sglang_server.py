@@ -23,6 +23,16 @@ from torl_mega.serving.fp8_format import QUANTIZATION_CONFIG
 CONTEXT_SLACK = 8
 """SGLang 0.5.23 refuses prompts of context - 6 tokens and clips prompt + answer at context - 2 (tp_worker.py)."""
 POLL_S = 0.2
+ON_CPU = (
+    "--device", "cpu",
+    "--sleep-on-idle",  # else an idle scheduler polls without pause and takes a whole core away from the trainer
+    "--disable-overlap-schedule",  # there is no GPU to overlap with, and every answer would decode one token too many
+    "--prefill-decode-interval", "4",  # answers of the tool come one by one; a prefill for each would stop all others
+    "--prefill-decode-interval-min-bs", "1",
+    "--scheduler-recv-interval", "4",  # steps between looks at the sockets
+    "--gc-threshold", "100000", "50", "100",
+    "--skip-server-warmup",  # waits a second and compiles nothing here
+)  # fmt: skip
 
 
 def launch_command(config: Config, *, host: str, port: int, on_gpu: bool) -> list[str]:
@@ -44,9 +54,7 @@ def launch_command(config: Config, *, host: str, port: int, on_gpu: bool) -> lis
         command += ["--max-running-requests", str(running)]
     if serving.deterministic:
         command += ["--enable-deterministic-inference"] if on_gpu else ["--disable-radix-cache"]
-    # an idle scheduler polls without pause, which on a CPU takes a whole core away from the trainer
-    cpu = ["--device", "cpu", "--sleep-on-idle"]
-    command += ["--mem-fraction-static", str(serving.mem_fraction)] if on_gpu else cpu
+    command += ["--mem-fraction-static", str(serving.mem_fraction)] if on_gpu else ON_CPU
     return [*command, *serving.extra_args]
 
 
@@ -60,10 +68,14 @@ def launch_env(config: Config, *, gpu_ids: Sequence[int], base: dict[str, str] |
     if gpu_ids:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpu_ids))
         env["TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"] = "0"  # NVIDIA's image asks for TF32 where a model says fp32
+        if config.cluster.placement == "colocated":  # ranks hold memory of these GPUs, not all of them alike
+            env["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "0"  # distributed/bootstrap.py:449 of 0.5.23
         return env
     env.setdefault("OMP_NUM_THREADS", "1")
     # the seeded sampler is decorated with torch.compile; on a CPU it runs eagerly
     env.setdefault("TORCHDYNAMO_DISABLE", "1")
+    # an idle scheduler looks at its sockets at once
+    env.setdefault("SGLANG_SCHEDULER_RECV_SKIPPER_WEIGHT_NONE", "1000")
     # by default glibc maps and unmaps every large block anew, which costs more than copying a weight bucket
     env.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 32))
     env.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 32))

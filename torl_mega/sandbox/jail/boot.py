@@ -1,4 +1,4 @@
-"""How a zygote comes up: it shuts itself in, imports the libraries, lays its heap into huge pages, and serves.
+"""The zygote's start: it confines itself, imports the libraries, moves its heap into huge pages, and serves.
 
 The pool starts it as a process of its own (`host.py`) and is told {"ready": …} or {"failed": reason} over the socket.
 """
@@ -22,7 +22,7 @@ from torl_mega.sandbox.jail.zygote import Zygote
 _HUGE_PAGE = 2 << 20
 
 
-def _start_slots(settings: confine.Settings, procfs: int) -> list[int]:
+def _start_slots(settings: confine.ZygoteSettings, procfs: int) -> list[int]:
     """Tier A: a pid namespace per slot, kept alive by an init that only sleeps. Returns their descriptors."""
     own = os.open("self/ns/pid", os.O_RDONLY | os.O_CLOEXEC, dir_fd=procfs)
     out = []
@@ -47,8 +47,8 @@ def _slot_init() -> None:
         signal.pause()
 
 
-def _become_inner(control: socket.socket) -> None:
-    """Forks into the new pid namespace; the outer process stays behind as a thin parent that only waits."""
+def _fork_into_pid_namespace(control: socket.socket) -> None:
+    """Returns in a child inside the new pid namespace; the calling process stays outside and only waits for it."""
     pid = os.fork()
     if pid == 0:
         linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -60,8 +60,8 @@ def _become_inner(control: socket.socket) -> None:
     os._exit(0)
 
 
-def _preload(settings: confine.Settings) -> list[str]:
-    """Imports what is there; a missing library is reported, not fatal."""
+def _preload(settings: confine.ZygoteSettings) -> list[str]:
+    """Imports the libraries and returns the errors of missing ones, which are not fatal."""
     missing = []
     for name in settings.preload:
         try:
@@ -78,12 +78,12 @@ def _preload(settings: confine.Settings) -> list[str]:
 
 def main(control_fd: int, raw_settings: str, project: str) -> None:
     """Entry point of the process the pool starts. Tells the pool {"ready": …} or {"failed": reason}, then serves."""
-    settings = confine.Settings(**json.loads(raw_settings))
+    settings = confine.ZygoteSettings(**json.loads(raw_settings))
     control = socket.socket(fileno=control_fd)
     control.set_inheritable(False)
     control.setblocking(False)
     linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL if settings.tier == "A" else signal.SIGTERM)
-    _volunteer_for_oom()
+    _raise_oom_score()
     os.umask(0o022)  # the new root must be readable to the user that snippets become
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -95,7 +95,7 @@ def main(control_fd: int, raw_settings: str, project: str) -> None:
         namespaces: list[int] = []
         if settings.tier == "A":
             procfs = confine.enter_namespaces(settings)
-            _become_inner(control)
+            _fork_into_pid_namespace(control)
             namespaces = _start_slots(settings, procfs)
             confine.mount_box(settings)  # for what libraries write when they are imported; each snippet gets its own
         else:
@@ -114,7 +114,7 @@ def main(control_fd: int, raw_settings: str, project: str) -> None:
         os.close(vm)
         zygote = Zygote(control, cage, namespaces, base)
         runner.set_environment(base.path if base else confine.BOX)
-        _hide_ourselves()
+        _forget_own_modules()
         linecache.clearcache()
         gc.collect()
         gc.freeze()
@@ -129,14 +129,14 @@ def main(control_fd: int, raw_settings: str, project: str) -> None:
     os._exit(0)
 
 
-def _hide_ourselves() -> None:
-    """Snippets cannot import the zygote's modules. Done here: merely walking over sys.modules in a child copies 3 MB."""
+def _forget_own_modules() -> None:
+    """Drops this package from sys.modules, so that snippets cannot import it; in a child the walk would copy 3 MB."""
     for name in [m for m in sys.modules if m == "torl_mega" or m.startswith("torl_mega.")]:
         del sys.modules[name]
 
 
 def _use_huge_pages(procfs: int) -> None:
-    """A fork then copies some 30 entries of the page tables instead of 15,000, which is a fifth of a short snippet's cost.
+    """Moves the heap into huge pages: a fork copies 30 page-table entries instead of 15,000, a fifth of a short snippet's cost.
 
     Best effort: without huge pages everything works as before. A child still copies what it writes in 4 KiB pages.
     """
@@ -152,8 +152,8 @@ def _use_huge_pages(procfs: int) -> None:
             linux.collapse(address, _HUGE_PAGE)  # an area that was never touched is refused: nothing to gain there
 
 
-def _volunteer_for_oom() -> None:
-    """When the machine runs out of memory the kernel takes a snippet before the trainer. Harmless where refused."""
+def _raise_oom_score() -> None:
+    """Makes the kernel's out-of-memory killer take a snippet before the trainer. Best effort: it may be refused."""
     try:
         with open("/proc/self/oom_score_adj", "w") as f:
             f.write("800")

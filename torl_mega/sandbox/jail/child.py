@@ -1,6 +1,7 @@
-"""What happens in a new child between the fork and the first line of foreign code.
+"""What a new child does between the fork and the first line of foreign code.
 
-A child is either forked for a snippet or ahead of one: then it does all that no snippet decides, and waits on a socket.
+A child forked for a snippet gets its job at once. One forked ahead does the steps that are the same for every snippet (its
+signals, its mount), then waits on a socket for its job.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ class Job(NamedTuple):
     scratch: str | None  # tiers B and C: the folder made for it
 
 
-def hand_over(channel: socket.socket, job: Job) -> None:
-    """To a child that waits in `wait_for_job`. Raises OSError when it is gone."""
+def send_job(channel: socket.socket, job: Job) -> None:
+    """Sends the job to a child that waits in `wait_for_job`. Raises OSError when that child is gone."""
     socket.send_fds(channel, [json.dumps([job.request, job.scratch]).encode()], job.fds)
 
 
@@ -40,10 +41,10 @@ def wait_for_job(channel: socket.socket) -> Job:
     return Job(request, fds, scratch)
 
 
-def become(
+def run_in_child(
     cage: confine.Cage, get_job: Callable[[], Job], stamp: int, flags: mmap.mmap, slot: int, parent: int
 ) -> None:
-    """Everything between fork and foreign code. Does not return."""
+    """Reads the payload, enters the box, applies the limits and runs the program. Never returns."""
     leave = os._exit
     try:
         confine.die_with_parent(parent)
@@ -53,15 +54,15 @@ def become(
         request, fds, scratch = get_job()
         snippet = payload.read(fds[0])
         box = confine.enter_box(cage, scratch, slot)
-        runner.lay_program(snippet.code)
-        snippet.lay_files()
+        runner.write_program(snippet.code)
+        snippet.write_files()
         if len(fds) > 3:
-            _hand_out_box(fds[3])
+            _send_folder_handle(fds[3])
         os.dup2(snippet.open_stdin(), 0)
         os.dup2(fds[1], 1)
         os.dup2(fds[2], 2)
         os.setpriority(os.PRIO_PROCESS, 0, cage.niceness)
-        main = runner.fresh_look(box, snippet.code, deterministic=cage.settings.deterministic_random)
+        main = runner.reset_interpreter(box, snippet.code, deterministic=cage.settings.deterministic_random)
         confine.lock(
             cage, box, memory_mb=request["memory_mb"], cpu_s=request["cpu_s"], nproc=request.get("nproc"), parent=parent
         )
@@ -78,8 +79,8 @@ def become(
         leave(125)
 
 
-def _hand_out_box(fd: int) -> None:
-    """Gives the pool a handle of the working folder, by which it reads files back after the end."""
+def _send_folder_handle(fd: int) -> None:
+    """Sends the pool a descriptor of the working folder, through which it reads files back after the program ended."""
     folder = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     with socket.socket(fileno=os.dup(fd)) as channel:
         socket.send_fds(channel, [b"box"], [folder])

@@ -30,7 +30,7 @@ _NAMESPACES = linux.CLONE_NEWNS | linux.CLONE_NEWNET | linux.CLONE_NEWIPC | linu
 
 
 @dataclass(frozen=True)
-class Settings:
+class ZygoteSettings:
     """What the pool tells a zygote. Plain data: it travels as JSON in argv and holds no secret."""
 
     tier: str
@@ -52,9 +52,9 @@ class Settings:
 
 @dataclass
 class Cage:
-    """What the zygote prepared once for all its children."""
+    """The confinement that the zygote prepares once and each child applies."""
 
-    settings: Settings
+    settings: ZygoteSettings
     niceness: int  # of snippets
     vm_bytes: int = 0
     landlock_abi: int = 0
@@ -65,7 +65,7 @@ class Cage:
 # ------------------------------------------------------------------------------------------------ the zygote, once
 
 
-def enter_namespaces(settings: Settings) -> int:
+def enter_namespaces(settings: ZygoteSettings) -> int:
     """Tier A: moves the calling process behind an empty root and into namespaces of its own. Returns an fd of /proc/self.
 
     The caller must fork next: its children are in the new pid namespace, it is not.
@@ -107,13 +107,10 @@ def _map_user(proc: int, uid: int, gid: int) -> None:
 
 def _build_root(readable: list[str]) -> None:
     linux.mount(None, "/", None, linux.MS_REC | linux.MS_PRIVATE)
-    free = [
-        d for d in _ROOT_CANDIDATES if os.path.isdir(d) and not any(p == d or p.startswith(d + "/") for p in readable)
-    ]
+    folders = [d for d in _ROOT_CANDIDATES if os.path.isdir(d)]
+    free = [d for d in folders if not any(p == d or p.startswith(d + "/") for p in readable)]
     if not free:
-        raise RuntimeError(
-            f"every one of {', '.join(_ROOT_CANDIDATES)} holds readable paths; no place for the new root"
-        )
+        raise RuntimeError(f"no place for the new root: each of {', '.join(folders)} holds readable paths")
     root = free[0]
     linux.mount("tmpfs", root, "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, "size=4m,nr_inodes=4096,mode=755")
     for path in (*readable, *_DEVICES):
@@ -134,8 +131,8 @@ def _below_box(readable: list[str]) -> list[tuple[str, str]]:
     return [(p, os.path.join(_KEEP, str(i))) for i, p in enumerate(readable) if p.startswith(BOX + "/")]
 
 
-def mount_box(settings: Settings) -> None:
-    """A new, empty tmpfs on /tmp, with those read-only paths in it again that lie below /tmp."""
+def mount_box(settings: ZygoteSettings) -> None:
+    """Mounts an empty tmpfs on /tmp, and binds the readable paths that lie below /tmp into it again."""
     options = f"size={settings.scratch_mb}m,nr_inodes={settings.scratch_inodes},mode=700"
     linux.mount("tmpfs", BOX, "tmpfs", linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC, options)
     for path, kept in _below_box(settings.readable):
@@ -173,7 +170,7 @@ def _bind(path: str, root: str, shown_as: str | None = None) -> None:
     linux.mount(None, target, None, flags)
 
 
-def prepare(settings: Settings, niceness: int) -> Cage:
+def prepare(settings: ZygoteSettings, niceness: int) -> Cage:
     """Opens the Landlock paths and assembles the filter; called once, after the root has been built."""
     cage = Cage(settings, niceness)
     if settings.tier == "C":
@@ -200,14 +197,14 @@ def die_with_parent(parent: int) -> None:
 
 
 def prepare_box(cage: Cage) -> None:
-    """Tier A: the snippet's own empty folder, which nobody else sees."""
+    """Tier A: mounts the snippet's own empty folder in a mount namespace of its own."""
     if cage.settings.tier == "A":
         linux.unshare(linux.CLONE_NEWNS)
         mount_box(cage.settings)
 
 
 def enter_box(cage: Cage, scratch: str | None, slot: int) -> str:
-    """The folder becomes the working folder; tier B also becomes the slot's user. Returns its path."""
+    """Changes into the snippet's folder and returns its path; in tier B also changes to the slot's user."""
     settings = cage.settings
     if settings.tier == "A":
         os.chdir(BOX)
@@ -226,7 +223,7 @@ def enter_box(cage: Cage, scratch: str | None, slot: int) -> str:
 
 
 def lock(cage: Cage, box: str, *, memory_mb: int, cpu_s: float, nproc: int | None, parent: int) -> None:
-    """The last trusted act before foreign code: limits, capabilities, Landlock, seccomp. Final."""
+    """Applies limits, capabilities, Landlock and seccomp, irrevocably; the last trusted step before foreign code."""
     settings = cage.settings
     if settings.tier == "A":
         linux.unshare(linux.CLONE_NEWUSER)  # its own count of threads, and no way to name anything outside

@@ -10,20 +10,13 @@ import os
 import stat
 import struct
 
-from torl_mega.sandbox.jail.linux import (
-    LANDLOCK_ADD_RULE,
-    LANDLOCK_CREATE_RULESET,
-    LANDLOCK_RESTRICT_SELF,
-    check,
-    libc,
-)
+from torl_mega.sandbox.jail.linux import LANDLOCK_ADD_RULE, LANDLOCK_CREATE_RULESET, LANDLOCK_RESTRICT_SELF, check, libc
 
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1, 2, 4, 8
 _TRUNCATE, _IOCTL_DEV = 1 << 14, 1 << 15
 _FILE_RIGHTS = EXECUTE | WRITE_FILE | READ_FILE | _TRUNCATE | _IOCTL_DEV
-READ = (
-    EXECUTE | READ_FILE | READ_DIR
-)  # EXECUTE lets libraries be mapped where an LSM asks for it; execve is closed by seccomp
+# EXECUTE lets libraries be mapped where a Linux security module asks for it; seccomp refuses execve
+READ = EXECUTE | READ_FILE | READ_DIR
 
 
 def abi() -> int:

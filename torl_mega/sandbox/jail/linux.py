@@ -13,16 +13,8 @@ import struct
 
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = (
-    1,
-    2,
-    4,
-    8,
-    32,
-    4096,
-    16384,
-    1 << 18,
-)
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
+MS_BIND, MS_REC, MS_PRIVATE = 4096, 16384, 1 << 18
 MNT_DETACH = 2
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 1, 4, 22, 38, 47
 PR_CAP_AMBIENT_CLEAR_ALL = 4
@@ -52,11 +44,8 @@ def supported_machine() -> bool:
 
 
 def mount(source: str | None, target: str, fstype: str | None, flags: int, data: str | None = None) -> None:
-    def enc(text: str | None) -> bytes | None:
-        return None if text is None else os.fsencode(text)
-
-    result = libc.mount(enc(source), enc(target), enc(fstype), ctypes.c_ulong(flags), enc(data))
-    check(result, f"mount {source or fstype} on {target}")
+    from_, to, kind, options = (None if t is None else os.fsencode(t) for t in (source, target, fstype, data))
+    check(libc.mount(from_, to, kind, ctypes.c_ulong(flags), options), f"mount {source or fstype} on {target}")
 
 
 def umount(target: str, flags: int = 0) -> None:
@@ -76,21 +65,12 @@ def setns(fd: int, flags: int) -> None:
 
 
 def prctl(option: int, arg: int = 0) -> None:
-    check(
-        libc.prctl(option, ctypes.c_ulong(arg), ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0)),
-        f"prctl({option})",
-    )
+    check(libc.prctl(option, *map(ctypes.c_ulong, (arg, 0, 0, 0))), f"prctl({option})")
 
 
 def drop_capabilities() -> None:
     """Empties the effective, permitted, inheritable and ambient sets. Final under no_new_privs."""
-    libc.prctl(
-        PR_CAP_AMBIENT,
-        ctypes.c_ulong(PR_CAP_AMBIENT_CLEAR_ALL),
-        ctypes.c_ulong(0),
-        ctypes.c_ulong(0),
-        ctypes.c_ulong(0),
-    )
+    libc.prctl(PR_CAP_AMBIENT, *map(ctypes.c_ulong, (PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)))
     header, data = struct.pack("Ii", 0x20080522, 0), bytes(24)
     check(libc.syscall(_NUMBERS[MACHINE]["capset"], header, data), "capset")
 

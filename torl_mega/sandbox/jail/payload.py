@@ -1,4 +1,4 @@
-"""One snippet as one memory file: the pool writes it, only the confined child reads it.
+"""The snippet as one memory file: the pool writes it, only the confined child reads it.
 
 The zygote passes the descriptor on without looking, so no child ever inherits another snippet's code, input or files.
 Layout: 4-byte length of a JSON header, the header, then code, stdin and each file's content, back to back.
@@ -31,7 +31,7 @@ class Payload:
     files: dict[str, Span]
 
     def open_stdin(self) -> int:
-        """A descriptor that yields the input and cannot be written to."""
+        """A read-only descriptor of the input."""
         if self.stdin[1] == 0:
             return os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
         fd = os.memfd_create("stdin", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -40,7 +40,7 @@ class Payload:
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
         return fd
 
-    def lay_files(self) -> None:
+    def write_files(self) -> None:
         """Writes the request's files into the working folder."""
         for name, span in self.files.items():
             folder = os.path.dirname(name)

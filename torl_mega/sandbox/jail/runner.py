@@ -32,20 +32,20 @@ _BOX_ENV = ("HOME", "TMPDIR", "MPLCONFIGDIR")
 
 
 def set_environment(box: str) -> None:
-    """The snippets' environment, made once in the zygote; `box` is the working folder where all have the same."""
+    """Replaces the environment, once in the zygote; `box` is the working folder (tier A) or that of all snippets' folders."""
     os.environ.clear()
     os.environ.update({**_ENV, **dict.fromkeys(_BOX_ENV, box)})
 
 
-def lay_program(code: bytes) -> None:
-    """The program itself, for those that read their own source; a huge one would only fill the folder."""
+def write_program(code: bytes) -> None:
+    """Writes main.py, for programs that read their own source, unless it is so large that it would fill the folder."""
     if len(code) <= _MAX_SOURCE:
         with open(NAME, "wb") as f:
             f.write(code)
 
 
 def reset_signals() -> None:
-    """By `_signal`: the enums of `signal` cost a child 0.2 ms of pages that nobody else touches."""
+    """Restores the handlers of a new interpreter. Uses `_signal`, as the enums of `signal` cost 0.2 ms of copied pages."""
     _signal.set_wakeup_fd(-1)
     for number in (_signal.SIGCHLD, _signal.SIGTERM, _signal.SIGHUP):
         _signal.signal(number, _signal.SIG_DFL)
@@ -55,8 +55,8 @@ def reset_signals() -> None:
     _signal.pthread_sigmask(_signal.SIG_SETMASK, [])
 
 
-def fresh_look(box: str, code: bytes, *, deterministic: bool) -> types.ModuleType:
-    """Environment, streams, modules and random state as in a new interpreter. Returns the new `__main__`."""
+def reset_interpreter(box: str, code: bytes, *, deterministic: bool) -> types.ModuleType:
+    """Sets environment, streams, modules and random state as in a new interpreter. Returns the new `__main__`."""
     for name in _BOX_ENV:
         if os.environ.get(name) != box:
             os.environ[name] = box
@@ -88,7 +88,7 @@ def _text_stream(fd: int, name: str, mode: str) -> io.TextIOWrapper:
 
 
 def _seed(entropy: bytes) -> None:
-    """Every child would else draw the zygote's random numbers."""
+    """Seeds random, numpy and sympy: without it every child draws the same numbers, the zygote's."""
     number = int.from_bytes(entropy, "little")
     random.seed(number)
     numpy = sys.modules.get("numpy.random")

@@ -36,7 +36,7 @@ class Base:
             os.rmdir(box)
             return
         except OSError:
-            pass  # more was left, or strange things: the helper deals with all of it
+            pass  # it holds more than the program: the helper removes it
         pid = os.fork()
         if pid == 0:
             try:
@@ -46,7 +46,7 @@ class Base:
         removers.add(pid)
 
     def remove(self) -> None:
-        """With the pool's folder when it is empty then: the pool may be dead, and nobody else would do it."""
+        """Removes this folder, and the pool's when that makes it empty: the pool may be dead, and nobody else would do it."""
         parent = os.path.dirname(self.path)
         remove_tree(self.path, parent)
         with contextlib.suppress(OSError):  # other zygotes are still at work in it
@@ -88,8 +88,8 @@ def remove_tree(path: str, base: str) -> None:
         pending.pop()
 
 
-def over(box: str, max_bytes: int, max_entries: int) -> bool:
-    """True when a running snippet's folder holds more than it may, or a folder that cannot be looked into.
+def exceeds(box: str, max_bytes: int, max_entries: int) -> bool:
+    """Whether a running snippet's folder is over its limits, or holds a folder that cannot be looked into.
 
     Looks at `max_entries` entries at most, and never follows a link.
     """

@@ -8,7 +8,7 @@ clocks: wall time from the moment foreign code starts (a stamp on a pipe that th
 process clock. End of file on the control socket, or SIGTERM, kills every child and removes the scratch folder.
 Tier A keeps one tiny init per slot, in a pid namespace of its own: the snippet joins it, so that signals it sends to
 itself behave as anywhere (they would not for pid 1), and nobody else is there to be seen.
-In a lull the next child is forked ahead of its snippet, which then need not wait for the fork and the mounts.
+When idle for 1 ms the zygote pre-forks the next child, so an unloaded call waits for neither fork nor mounts.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from torl_mega.sandbox.jail import confine, linux, runner, scratch
-from torl_mega.sandbox.jail.child import Job, become, hand_over, wait_for_job
+from torl_mega.sandbox.jail.child import Job, run_in_child, send_job, wait_for_job
 
 _SETUP_S = 20.0  # from fork to the first line of foreign code, on a machine at its limit
 _REAP_S = 0.3  # how long an answer waits for a killed child to be gone (freeing 65,000 maps takes a second)
-_LULL_MS = 1  # without an event, before a child is forked ahead
+_IDLE_MS = 1  # without an event, before a child is pre-forked
 _TICK_S = 0.1  # how often a running snippet's scratch folder is measured in tier B
 
 
@@ -55,7 +55,7 @@ class Child:
 
 @dataclass
 class Spare:
-    """A child forked ahead: set up as far as no snippet decides, waiting for one."""
+    """A pre-forked child: signals and mount are set up, and it waits for a job."""
 
     pid: int
     slot: int
@@ -74,7 +74,7 @@ class Zygote:
         self.free_slots = list(range(cage.settings.slots + confine.SPARE_SLOTS))
         self.children: dict[int, Child] = {}
         self.spare: Spare | None = None
-        self.lull_ms = _LULL_MS
+        self.idle_ms = _IDLE_MS
         self.timers: list[tuple[float, int, int]] = []
         self.boxes: dict[int, str] = {}  # of ended snippets, while the pool reads files out of them
         self.ended = False
@@ -94,12 +94,12 @@ class Zygote:
         while not self.ended:
             poll.modify(self.control, select.POLLIN if self._has_room() else 0)
             timeout = max(0.0, self.timers[0][0] - time.monotonic()) * 1000 + 1 if self.timers else None
-            may_fork_ahead = self.spare is None and len(self.free_slots) > 0
-            if may_fork_ahead:
-                timeout = min(timeout or self.lull_ms, self.lull_ms)
+            may_pre_fork = self.spare is None and len(self.free_slots) > 0
+            if may_pre_fork:
+                timeout = min(timeout or self.idle_ms, self.idle_ms)
             events = dict(poll.poll(timeout))
-            if may_fork_ahead and not events:
-                self._fork_ahead()
+            if may_pre_fork and not events:
+                self._pre_fork()
             if wake_r in events:
                 _drain(wake_r)
                 self._reap()
@@ -202,32 +202,32 @@ class Zygote:
         else:
             if pid == 0:
                 os.close(self.control.fileno())  # or the pool would take a waiting child for a living zygote
-                become(self.cage, get_job, stamp_w, flags, slot, self.own_pid)
+                run_in_child(self.cage, get_job, stamp_w, flags, slot, self.own_pid)
         finally:
             os.close(stamp_w)
         flags.madvise(mmap.MADV_DONTFORK)  # no later child may touch it
         self.free_slots.remove(slot)
         return pid, stamp_r, flags
 
-    def _fork_ahead(self) -> None:
+    def _pre_fork(self) -> None:
         slot = self.free_slots[-1]
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             pid, stamp_fd, flags = self._fork(slot, lambda: wait_for_job(theirs))
         except OSError:
             ours.close()
-            self.lull_ms = 1000  # it is only a help; the next snippet says what is wrong, if it still is
+            self.idle_ms = 1000  # pre-forking is optional; the next snippet reports the error if it persists
         else:
             self.spare = Spare(pid, slot, stamp_fd, flags, ours)
         theirs.close()
 
     def _take_spare(self, job: Job) -> tuple[int, int, mmap.mmap] | None:
-        """Gives the job to the child forked ahead. None when there is none, or it has died: its slot is free then."""
+        """Gives the job to the pre-forked child. None when there is none, or it has died, which frees its slot."""
         spare, self.spare = self.spare, None
         if spare is None:
             return None
         try:
-            hand_over(spare.channel, job)
+            send_job(spare.channel, job)
         except OSError:
             os.kill(spare.pid, signal.SIGKILL)
             os.waitpid(spare.pid, 0)
@@ -276,7 +276,7 @@ class Zygote:
                 heapq.heappush(self.timers, (again, pid, request_id))
 
     def _check(self, child: Child, now: float) -> float | None:
-        """Kills a child that is over a limit; else says when to look again."""
+        """Kills a child that is over a limit, or returns the time of the next check."""
         self._read_stamp(child)
         if child.started is None:
             if now - child.forked > _SETUP_S:
@@ -291,7 +291,7 @@ class Zygote:
         wait = min(wall_left, max(cpu_left / (os.cpu_count() or 1), 0.01))
         if self.base and child.box:
             settings = self.cage.settings
-            if scratch.over(child.box, settings.scratch_mb << 20, settings.scratch_inodes):
+            if scratch.exceeds(child.box, settings.scratch_mb << 20, settings.scratch_inodes):
                 self._kill(child, "disk")
                 return None
             wait = min(wait, _TICK_S)
@@ -353,7 +353,7 @@ class Zygote:
             self.base.discard(box)
 
     def _answer_early(self, child: Child, now: float) -> None:
-        """The SIGKILL is on its way and cannot be refused; the caller need not wait until the kernel has tidied up."""
+        """Answers for a child that was killed and is not reaped yet: freeing its memory can take the kernel a second."""
         child.answered = True
         self._answer(child, -signal.SIGKILL, False, now, _cpu_s(child.pid), 0)
 

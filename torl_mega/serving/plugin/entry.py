@@ -1,7 +1,8 @@
 """What SGLang 0.5.23 loads of ours by itself, in every process it starts: the two entry points of pyproject.toml.
 
-    everywhere         weight hooks: verification (held_weights.py) and reception in place (weight_receive.py)
-    without a GPU too  a CPU platform with SGLang's pure torch kernels (native_cpu.py), and sampling seeds (seeded_sampling.py)
+    everywhere         weights: verification (held_weights.py), reception in place (weight_receive.py); stop_strings.py
+    without a GPU too  a CPU platform with SGLang's pure torch kernels (native_cpu.py), attention for whole batches
+                       (cpu_attention.py), seeds that count (seeded_sampling.py), a quick start (cpu_start.py)
 
 Contract: this package runs inside SGLang and imports nothing of torl_mega but itself; nothing heavy at the top of this
 module. SGLang's out-of-tree interface changed between 0.5.21 and 0.5.23, so SGLang is pinned exactly.
@@ -24,33 +25,48 @@ def hooks() -> None:
     """Entry point of group `sglang.srt.plugins`: registers our functions around or instead of SGLang's own."""
     import torch
 
-    _weight_hooks()
+    _common_hooks()
     if not torch.cuda.is_available():
         _cpu_hooks()
 
 
-def _weight_hooks() -> None:
-    """The server's half of a verified weight sync, on GPUs and CPUs alike."""
+def _common_hooks() -> None:
+    """On GPUs and CPUs alike: the server's half of a verified weight sync, and a cheaper search for stop strings."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from torl_mega.serving.plugin import held_weights, weight_receive
+    from torl_mega.serving.plugin import held_weights, stop_strings, weight_receive
 
-    updater = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
-    HookRegistry.register("sglang.srt.utils.weight_checker.WeightChecker.handle", held_weights.handle, HookType.AROUND)
-    HookRegistry.register(f"{updater}.receive_weights_from_distributed", weight_receive.receive, HookType.AROUND)
+    around = {
+        "utils.weight_checker.WeightChecker.handle": held_weights.handle,
+        "model_executor.model_runner_components.weight_updater.WeightUpdater.receive_weights_from_distributed": (
+            weight_receive.receive
+        ),
+        "managers.schedule_batch.Req._check_str_based_finish": stop_strings.check,
+    }
+    for target, hook in around.items():
+        HookRegistry.register(f"sglang.srt.{target}", hook, HookType.AROUND)
 
 
 def _cpu_hooks() -> None:
-    """What SGLang lacks on a CPU: seeds count in sampling, and host memory need not be pinned."""
+    """What SGLang lacks on a CPU: batched attention, seeds that count in sampling, a quick start, no pinned memory."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from torl_mega.serving.plugin.seeded_sampling import from_schedule_batch, murmur_hash32
+    from torl_mega.serving.plugin import cpu_attention, cpu_start, seeded_sampling
 
-    batch = "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo"
-    HookRegistry.register(f"{batch}.from_schedule_batch", from_schedule_batch, HookType.AROUND)
-    HookRegistry.register("sglang.srt.layers.sampler.murmur_hash32", murmur_hash32, HookType.REPLACE)
-    pin = "sglang.srt.mem_cache.pool_host.common._cuda_host_register"
-    HookRegistry.register(pin, _no_host_register, HookType.REPLACE)
+    around = {
+        "sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch": seeded_sampling.from_schedule_batch,
+        "entrypoints.engine.Engine._launch_scheduler_processes": cpu_start.forked,
+        "entrypoints.engine.Engine._launch_detokenizer_subprocesses": cpu_start.forked,
+    }
+    replace: dict[str, Any] = {
+        "mem_cache.pool_host.common._cuda_host_register": _no_host_register,
+        "layers.sampler.multinomial_with_seed": seeded_sampling.multinomial_with_seed,
+        "layers.attention.torch_native_backend.TorchNativeAttnBackend": cpu_attention.BatchedAttention,
+        "entrypoints.http_server._freeze_gc_after_server_warmup": cpu_start.no_freeze,
+    }
+    for kind, chosen in ((HookType.AROUND, around), (HookType.REPLACE, replace)):
+        for target, hook in chosen.items():
+            HookRegistry.register(f"sglang.srt.{target}", hook, kind)
 
 
 def _no_host_register(*_args: Any, **_kwargs: Any) -> None:

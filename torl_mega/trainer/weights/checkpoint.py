@@ -43,7 +43,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from torl_mega.config import CheckpointConfig
 from torl_mega.errors import CheckpointError
 from torl_mega.layout import ModelShape
-from torl_mega.process import start as process
+from torl_mega.process.start import die_with_parent
 from torl_mega.run.files import temporary_for
 from torl_mega.trainer import parallel
 from torl_mega.trainer.weights import checkpoint_files as files
@@ -237,7 +237,7 @@ def _start_helper() -> None:
         if filesystem_async._results_queue is not None and filesystem_async._results_queue.qsize() >= 0:
             return
     manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-    manager.start(process.die_with_parent, (os.getpid(),))
+    manager.start(die_with_parent, (os.getpid(),))
     filesystem_async._results_queue = manager.Queue()
 
 

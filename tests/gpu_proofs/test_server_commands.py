@@ -1,0 +1,105 @@
+"""Every command line of a GPU server that a shipped config would start, and its environment, as SGLang's own code reads them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests/parallel"))
+
+from torchrun import run_python  # noqa: E402
+from torl_mega.planner.shapes import hf_config  # noqa: E402
+from torl_mega.serving.server import launch_command  # noqa: E402
+
+from torl_mega.config import Config  # noqa: E402
+from torl_mega.config_file import load_config  # noqa: E402
+from torl_mega.launch.gpu_env import gpu_environment  # noqa: E402
+from torl_mega.serving.fp8_format import QUANTIZATION_CONFIG  # noqa: E402
+
+SHIPPED = sorted(p for p in (*ROOT.glob("conf/torl_*.yaml"), *ROOT.glob("conf/clusters/torl_*.yaml")))
+VARIANTS: dict[str, list[str]] = {
+    "plain": [],
+    "deterministic": ["serving.deterministic=true"],
+    "fp8": ["serving.weight_dtype=fp8_block"],
+    "limited": ["serving.max_total_tokens=131072", "serving.max_running_requests=256"],
+    "sleeping": ["serving.extra_args=[--enable-memory-saver]"],
+}
+CASES = [(conf.stem, variant) for conf in SHIPPED for variant in VARIANTS]
+# of a job: nothing said, a setting of the site's own, a folder for compiled kernels
+JOBS: list[dict[str, str]] = [{}, {"NCCL_CUMEM_ENABLE": "1"}, {"TORL_CACHE": "/scratch/kernels"}]
+Read = dict[tuple[str, str], tuple[Config, dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Config], dict[str, Any]]:
+    """The configs, and what one start of SGLang's own code makes of all their commands and environments."""
+    folder = tmp_path_factory.mktemp("commands")
+    configs, commands = [], []
+    for conf in SHIPPED:
+        model = folder / Path(load_config(conf).model.path).name
+        model.mkdir(exist_ok=True)
+        (model / "config.json").write_text(json.dumps(hf_config(model.name)))
+        for overrides in VARIANTS.values():
+            configs.append(load_config(conf, [f"model.path={model}", *overrides]))
+            command = launch_command(configs[-1], host="10.0.0.7", port=30000, on_gpu=True)
+            assert command[1:3] == ["-m", "sglang.launch_server"]
+            commands.append(command[3:])
+    ours = [{**job, **gpu_environment(configs[0], job)} for job in JOBS]
+    file = folder / "questions.json"
+    questions = {"commands": commands, "environments": [*JOBS, *ours], "model": str(ROOT / "conf/quickstart")}
+    file.write_text(json.dumps(questions))
+    output = run_python(Path(__file__).with_name("sglang_reads.py"), file, timeout_s=200)
+    return configs, json.loads(output.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def read(asked: tuple[list[Config], dict[str, Any]]) -> Read:
+    """Config and what SGLang reads in its command line, by (config, variant)."""
+    configs, answers = asked
+    return dict(zip(CASES, zip(configs, answers["commands"], strict=True), strict=True))
+
+
+@pytest.mark.parametrize(("conf", "variant"), CASES)
+def test_sglang_reads_what_we_mean(read: Read, conf: str, variant: str) -> None:
+    config, found = read[conf, variant]
+    serving = config.serving
+    assert (found["model_path"], found["host"], found["port"]) == (config.model.path, "10.0.0.7", 30000)
+    assert (found["tp_size"], found["dtype"]) == (serving.tensor, "bfloat16")
+    assert found["device"] is None or found["device"] == "cuda", "a GPU server names no CPU"
+    assert found["mem_fraction_static"] == serving.mem_fraction
+    assert found["context_length"] > config.max_context_tokens
+    assert found["enable_deterministic_inference"] == serving.deterministic
+    assert found["enable_memory_saver"] == (variant == "sleeping")
+    assert found["max_total_tokens"] == serving.max_total_tokens
+    assert found["max_running_requests"] == serving.max_running_requests
+    assert (found["load_format"] == "dummy") == (variant == "fp8")
+    override = json.loads(found["json_model_override_args"])
+    assert override == ({"quantization_config": QUANTIZATION_CONFIG} if variant == "fp8" else {})
+
+
+@pytest.mark.parametrize("n", range(len(JOBS)))
+def test_both_ends_of_the_weight_group_have_the_same_nccl_settings(
+    asked: tuple[list[Config], dict[str, Any]], n: int
+) -> None:
+    """What SGLang chooses by itself is what ranks get, and what the job says reaches both."""
+    configs, answers = asked
+    alone, with_ours = answers["environments"][n], answers["environments"][len(JOBS) + n]
+    rank = {**JOBS[n], **gpu_environment(configs[0], JOBS[n])}
+    chosen = {name: value for name, value in alone.items() if name.startswith("NCCL_")}
+    assert {"NCCL_CUMEM_ENABLE", "NCCL_NVLS_ENABLE"} <= chosen.keys()
+    assert chosen == {name: value for name, value in rank.items() if name.startswith("NCCL_")}
+    assert chosen == {name: value for name, value in with_ours.items() if name.startswith("NCCL_")}
+
+
+@pytest.mark.parametrize("n", range(len(JOBS)))
+def test_kernels_are_kept_where_the_container_does_not_end(asked: tuple[list[Config], dict[str, Any]], n: int) -> None:
+    configs, answers = asked
+    folder = JOBS[n].get("TORL_CACHE") or str(Path(configs[0].runs_dir).resolve() / ".cache")
+    caches = {k: v for k, v in answers["environments"][len(JOBS) + n].items() if not k.startswith("NCCL_")}
+    assert {"TRITON_CACHE_DIR", "FLASHINFER_WORKSPACE_BASE", "CUDA_CACHE_PATH"} <= caches.keys()
+    assert all(place.startswith(folder) for place in caches.values()), caches

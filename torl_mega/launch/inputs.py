@@ -1,0 +1,69 @@
+"""What a launcher does before it starts anything: refuse what cannot work, and freeze the config that every process reads."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from torl_mega.config import Config
+from torl_mega.errors import CheckpointError, ConfigError, DataError
+from torl_mega.layout import check_layout, read_hf_config
+from torl_mega.run.folder import RunFolder
+from torl_mega.serving.fp8_format import check_fp8_serving
+
+
+def check_inputs(config: Config, num_ranks: int | None) -> None:
+    """Raises TorlError for a model, layout or data file that cannot work; opens no big file. `num_ranks`: None without a
+    trainer."""
+    hf_config = read_hf_config(config.model.path)
+    problems = check_layout(hf_config, config.parallel, num_ranks) if num_ranks else []
+    problems = problems or check_fp8_serving(hf_config, config)
+    if problems:
+        raise ConfigError("; ".join(problems))
+    for setting, spec in [("data.train", config.data.train), *(("eval.data", s) for s in config.eval.data)]:
+        if not spec.startswith("arithmetic:") and not Path(spec).exists():
+            raise DataError(f"{setting} = {spec!r} is not there; give a parquet or jsonl file, or arithmetic:SEED")
+
+
+def without_trainer(config: Config) -> Config:
+    """The config of `torl eval` and `torl rollout`: the servers serve what `model.path` holds. A Megatron checkpoint of a
+    run is converted first. Raises TorlError."""
+    if config.serving.weight_dtype != "model":
+        raise ConfigError(
+            f"serving.weight_dtype = {config.serving.weight_dtype} needs a trainer that sends the weights; without one the "
+            "servers serve model.path as it is: add serving.weight_dtype=model"
+        )
+    if not (Path(config.model.path) / "manifest.json").is_file():
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": str(_converted(config))})})
+
+
+def freeze(config: Config, folder: RunFolder, name: str) -> Path:
+    """Writes `jobs/<name>.yaml` of the run folder: every process of a run reads this one."""
+    frozen = folder.path / "jobs" / f"{name}.yaml"
+    frozen.parent.mkdir(exist_ok=True)
+    frozen.write_text(json.dumps(config.model_dump(mode="json"), indent=1))
+    return frozen.resolve()
+
+
+def _converted(config: Config) -> Path:
+    """The checkpoint as an HF folder inside this run's own, with the tokenizer of the run it belongs to."""
+    checkpoint = Path(config.model.path).resolve()
+    owner = checkpoint.parents[1] / "config.json"
+    if not owner.is_file():
+        raise ConfigError(
+            f"model.path = {checkpoint} is a Megatron checkpoint outside a run folder, so its tokenizer is unknown; "
+            f"convert it with tools/convert_megatron_to_hf.py --tokenizer DIR"
+        )
+    tokenizer = json.loads(owner.read_text())["config"]["model"]["path"]
+    out = RunFolder.of(config).path / f"{checkpoint.parents[1].name}_{checkpoint.name}_hf"
+    if not out.exists():
+        command = [sys.executable, "-m", "torl_mega.trainer.weights.export", "--checkpoint", str(checkpoint)]
+        command += ["--out", str(out), "--tokenizer", tokenizer]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+            raise CheckpointError(f"{checkpoint} could not be converted: {last.removeprefix('error: ')}")
+    return out
