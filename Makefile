@@ -10,7 +10,7 @@ HAVE_CUDA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/d
 .PHONY: quickstart install test test-slow test-gpu lint format mcore-next te gpu-sources trl tiny-base clean
 
 quickstart: install
-	$(BIN)/torl train conf/quickstart.yaml
+	$(BIN)/torl train conf/quickstart$(if $(HAVE_CUDA),_gpu).yaml
 
 install: $(STAMP)
 

@@ -357,7 +357,11 @@ class TrainerConfig(Section):
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation."""
     precision: Literal["default", "fp8_hybrid_delayed", "fp8_current", "fp8_blockwise", "mxfp8"] = "default"
-    """`default` computes in model.dtype; the others need Transformer Engine and a chip that has them."""
+    """`default` computes in model.dtype; the others need Transformer Engine and a chip that has them. fp8_hybrid_delayed is
+    unfit for RL (trainer/precision.py says why)."""
+    deterministic: bool = False
+    """On GPUs only kernels whose sums repeat bit for bit, so that a resumed run does; attention's backward is slower for it. On a
+    CPU everything repeats already and this changes nothing."""
     distributed_optimizer: bool = True
     """Shard optimizer state over data-parallel ranks."""
     overlap: bool = False

@@ -26,7 +26,7 @@ from torl_mega.planner.placement import place, read_placement
 from torl_mega.planner.search import search
 
 ASSUME = Assumptions()
-CLUSTERS = sorted(Path("conf/clusters").glob("*.yaml"))
+CLUSTERS = [*sorted(Path("conf/clusters").glob("*.yaml")), Path("conf/quickstart_gpu.yaml")]
 RECIPES = [Path(f"conf/torl_{size}.yaml") for size in ("1.5b", "7b", "32b")]
 
 
@@ -115,7 +115,7 @@ def test_recomputation_and_offload_take_their_parts_away() -> None:
         return trainer_memory(shape("Qwen2.5-Math-7B"), config(*overrides), 8, 1235, ASSUME, on_cpu=False)
 
     assert memory("trainer.recompute=full").activations < 0.1 * memory().activations
-    assert memory("trainer.optimizer_offload=true").optimizer == 0
+    assert memory("trainer.optimizer_offload=true").optimizer == pytest.approx(memory().optimizer * 4 / 12)
     assert memory("trainer.distributed_optimizer=false").optimizer == pytest.approx(8 * memory().optimizer)
 
 
@@ -319,7 +319,7 @@ def test_the_program_prints_json_and_needs_no_torch() -> None:
     tree = json.loads(done.stdout)
     assert tree["fits"]
     assert tree["hardware"]["nodes"] == 4
-    assert {phase["phase"] for phase in tree["memory"]} == {"rollout", "log-probs", "training", "weight sync"}
+    assert {phase["phase"] for phase in tree["memory"]} == {"rollout", "log-probs", "training", "weight sync", "save"}
     assert tree["time"]["gpu_hours"] == pytest.approx(tree["time"]["days"] * 24 * 32)
     assert set(GPUS) == {"a100", "h100", "h200", "b200", "cpu"}
 

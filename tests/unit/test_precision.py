@@ -68,7 +68,8 @@ def test_transformer_config_for_transformer_engine(profile: str, monkeypatch: py
 
     handed: dict[str, Any] = {}
     monkeypatch.setattr(model, "TransformerConfig", lambda **settings: handed.update(settings))
-    trainer = load_config("conf/torl_7b.yaml", [f"trainer.precision={profile}"]).trainer
+    overrides = [f"trainer.precision={profile}", f"trainer.deterministic={str(profile == 'default').lower()}"]
+    trainer = load_config("conf/torl_7b.yaml", overrides).trainer
     shape = describe_model(
         {
             "architectures": ["Qwen2ForCausalLM"], "hidden_size": 3584, "intermediate_size": 18944,
@@ -80,11 +81,12 @@ def test_transformer_config_for_transformer_engine(profile: str, monkeypatch: py
     assert handed["apply_rope_fusion"]
     assert handed["calculate_per_token_loss"]
     assert not handed["use_cpu_initialization"]
+    assert handed["deterministic_mode"] == (profile == "default")
     if profile == "default":
         assert "fp8" not in handed
     else:
         assert (handed["fp8"], handed["fp8_recipe"]) == (PROFILES[profile].fp8, PROFILES[profile].recipe)
-        assert token_multiple(profile) in (16, 32)
+        assert token_multiple(profile) == {"fp8_blockwise": 128, "mxfp8": 32}.get(profile, 16)
     assert set(handed) <= set(_fields())
 
 
@@ -109,3 +111,33 @@ def test_spec_choice(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         with pytest.raises(ConfigError, match="Transformer Engine cannot be imported"):
             layer_spec.choose_spec()
+
+
+def test_what_a_ranks_environment_says() -> None:
+    from torl_mega.config import TrainerConfig
+    from torl_mega.trainer.precision import kernel_environment
+
+    def found(**settings: Any) -> dict[str, str]:
+        return kernel_environment(TrainerConfig(mini_batch_samples=1, micro_batch_tokens=1, **settings))
+
+    assert found() == found(precision="mxfp8") == {}
+    assert found(precision="fp8_blockwise") == {"NVTE_FP8_BLOCK_SCALING_FP32_SCALES": "1"}
+    assert found(deterministic=True) == {
+        "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "NCCL_NVLS_ENABLE": "0",
+    }
+
+
+def test_delayed_scaling_is_named_unfit(caplog: pytest.LogCaptureFixture) -> None:
+    from torl_mega.config_file import load_config
+    from torl_mega.planner.analyse import Hardware, analyse
+    from torl_mega.planner.hardware import Assumptions
+
+    check_precision("fp8_current", HOPPER)
+    assert not caplog.messages
+    check_precision("fp8_hybrid_delayed", HOPPER)
+    assert "fp8_hybrid_delayed is unfit for RL" in caplog.messages[0]
+    config = load_config("conf/torl_7b.yaml", ["trainer.precision=fp8_hybrid_delayed"])
+    warnings = analyse(config, Hardware(2, 8, "h100"), Assumptions()).warnings
+    assert any("fp8_hybrid_delayed is unfit for RL" in warning for warning in warnings)

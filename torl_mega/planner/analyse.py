@@ -167,7 +167,7 @@ def _remedy(config: Config, phase: PhaseMemory) -> str:
         "sync buckets": f"serving.bucket_mb = {max(64, config.serving.bucket_mb // 2)}",
         "server weights": f"serving.tensor = {2 * config.serving.tensor}",
     }
-    return remedies.get(name, f"parallel.tensor = {2 * tensor}, more nodes, or trainer.optimizer_offload = true")
+    return remedies.get(name, f"parallel.tensor = {2 * tensor}, or more nodes")
 
 
 def _lower_fraction(config: Config, phase: PhaseMemory) -> float:
@@ -186,6 +186,10 @@ def _warnings(config: Config, placement: Placement, server: ServerMemory, work: 
     if config.parallel.tensor > placement.gpus_per_node:
         found.append(
             f"parallel.tensor = {config.parallel.tensor} crosses nodes ({placement.gpus_per_node} GPUs each): slow"
+        )
+    if config.trainer.precision == "fp8_hybrid_delayed":
+        found.append(
+            "trainer.precision = fp8_hybrid_delayed is unfit for RL: scoring and update run with different scales; take fp8_current"
         )
     imbalance = abs(time.rollout_s - (time.train_s + time.logprob_s)) / time.step_s
     if config.cluster.placement == "disaggregated" and config.rollout.max_staleness == 0:

@@ -2,8 +2,8 @@
 
 Contract: `trainer_memory` and `server_memory` are closed forms over the model's shape, `parallel`, `trainer` and
 `serving`; `phases` adds them up per phase the way the processes really overlap: a colocated server keeps its weights
-and KV cache all the time, and the trainer keeps weights, gradients and (unless `trainer.optimizer_offload`) optimizer
-state all the time. Everything is in bytes.
+and KV cache all the time, and the trainer keeps weights, gradients and optimizer state (of which `trainer.optimizer_offload`
+leaves the fp32 weights) all the time. A save takes memory of the host, not of the GPU. Everything is in bytes.
 
 Source of the transformer terms: Korthikanti et al. 2205.05198 section 4, redone for what is trained here: SwiGLU,
 grouped queries, flash attention, no dropout, packed sequences, a chunked output head. Megatron's own report
@@ -36,6 +36,8 @@ class TrainerMemory:
     forward_working: float  # of the log-prob pass: a chunk of logits, or a layer
     batch: float  # token ids, masks, log-probs of a step's samples
     sync: float  # two buckets and the largest tensor, gathered
+    saved_weights: float  # a rank's share of a checkpoint, copied to host memory while it is written
+    saved_optimizer: float
     fixed: float  # context, NCCL
 
     @property
@@ -62,7 +64,7 @@ class PhaseMemory:
     """Bytes of one phase on the fullest GPU of a kind: named parts, their sum and what the GPU has."""
 
     phase: str
-    where: str  # "trainer", "server" or "shared"
+    where: str  # "trainer", "server", "shared" or "host"
     parts: dict[str, float] = field(default_factory=dict)
     available: float = math.inf
 
@@ -149,11 +151,14 @@ def trainer_memory(
     return TrainerMemory(
         weights=params * width,
         gradients=params * GRAD_BYTES,
-        optimizer=0.0 if trainer.optimizer_offload and not on_cpu else params * (8 + master) / shard,
+        # offloaded, Megatron leaves the fp32 weights on the GPU (HybridDeviceOptimizer steps on copies of them)
+        optimizer=params * (master if trainer.optimizer_offload and not on_cpu else 8 + master) / shard,
         activations=dynamic * (kept + tokens * 3 * hidden),
         working=dynamic * max(logits + head_gradient + head_copy, tokens * layer if full else 0.0),
         forward_working=dynamic * (max(logits + head_copy, tokens * layer) + tokens * 3 * hidden),
         batch=samples * mean_tokens * 25 / data,
+        saved_weights=params * width / (data * parallel.context),
+        saved_optimizer=params * (12 if master or trainer.distributed_optimizer else 8) / (data * parallel.context),
         sync=min(2 * config.serving.bucket_mb * 2**20, shape.num_parameters * width) + 2 * width * largest,
         fixed=0.0 if on_cpu else (assume.context_gib + assume.nccl_gib) * GIB,
     )
@@ -201,4 +206,5 @@ def phases(trainer: TrainerMemory, server: ServerMemory, gpu: Gpu, colocated: bo
     ]  # fmt: skip
     if not colocated:
         found.append(PhaseMemory("weight sync", "server", {**serve, "sync buckets": trainer.sync / 2}, gpu.memory))
-    return found
+    save = {"weights": trainer.saved_weights, "optimizer": trainer.saved_optimizer}
+    return [*found, PhaseMemory("save", "host", save)]

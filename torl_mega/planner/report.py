@@ -97,6 +97,11 @@ def _placement(config: Config, analysis: Analysis) -> list[str]:
         f"  trainer: {place.world_size} ranks on nodes 0-{place.num_rank_nodes - 1}, tensor {p.tensor} x pipeline {p.pipeline} "
         f"x context {p.context} x data {data}, sequence parallel {'on' if p.sequence else 'off'}"
     ]
+    if analysis.phases:
+        copied = analysis.phases[-1].total * place.world_size / place.num_rank_nodes
+        lines.append(
+            f"  a save: at most {copied / GIB:,.1f} GiB of each training node's host memory, as much is written"
+        )
     if config.rollout.replay is not None:
         return [*lines, f"  no servers, no sandbox: replays {config.rollout.replay}"]
     if place.num_servers:
@@ -125,8 +130,9 @@ def _memory(analysis: Analysis) -> Table:
         table.add_row(name, *(f"{p.parts[name] / divisor:.1f}" if name in p.parts else "" for p in analysis.phases))
     table.add_section()
     table.add_row("total", *(f"{phase.total / divisor:.1f}" for phase in analysis.phases))
-    if all(_finite(phase.available) for phase in analysis.phases):
-        table.add_row("of", *(f"{phase.available / divisor:.1f}" for phase in analysis.phases))
+    available = [_finite(phase.available) for phase in analysis.phases]
+    if any(available):
+        table.add_row("of", *(f"{bytes_ / divisor:.1f}" if bytes_ else "" for bytes_ in available))
     return table
 
 

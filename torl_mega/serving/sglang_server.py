@@ -70,6 +70,7 @@ def launch_env(config: Config, *, gpu_ids: Sequence[int], base: dict[str, str] |
     env["TORL_SYNC_TIMEOUT_S"] = str(config.serving.sync_timeout_s)
     if gpu_ids:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpu_ids))
+        env["TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"] = "0"  # NVIDIA's image asks for TF32 where a model says fp32
         if config.cluster.placement == "colocated":  # ranks hold memory of these GPUs, not all of them alike
             env["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "0"  # distributed/bootstrap.py:449 of 0.5.23
         return env

@@ -370,8 +370,18 @@ class MegatronTrainer:
                 chunk.start_param_sync(force_sync=True)
 
     def _copy_weights(self) -> list[torch.Tensor]:
-        """This rank's parameters in host memory."""
-        return [p.detach().to("cpu", copy=True) for names in self.weight_map.parameters for p in names.values()]
+        """This rank's parameters in host memory: pieces of one buffer, pinned so that a GPU moves it at the bus's speed."""
+        parameters = self._parameters()
+        sizes, (dtype,) = [p.numel() for p in parameters], {p.dtype for p in parameters}
+        buffer = torch.empty(sum(sizes), dtype=dtype, pin_memory=not self.on_cpu)
+        pieces = [piece.view_as(p) for piece, p in zip(buffer.split(sizes), parameters, strict=True)]
+        for piece, parameter in zip(pieces, parameters, strict=True):
+            piece.copy_(parameter.detach())
+        return pieces
+
+    def _parameters(self) -> list[torch.Tensor]:
+        """All parameters of this rank, in a fixed order."""
+        return [p for names in self.weight_map.parameters for p in names.values()]
 
     @property
     def _reference_moves(self) -> bool:
@@ -398,11 +408,12 @@ class MegatronTrainer:
         """Exchanges the policy's weights with the starting ones, in place and bit for bit; a second call undoes the first."""
         assert self._reference is not None
         self._settle_weights()
-        parameters = [p for names in self.weight_map.parameters for p in names.values()]
-        for parameter, kept in zip(parameters, self._reference, strict=True):
-            current = parameter.detach().to("cpu", copy=True)
-            parameter.copy_(kept)
-            kept.copy_(current)
+        for parameter, kept in zip(self._parameters(), self._reference, strict=True):
+            current = parameter.detach().clone()
+            parameter.copy_(kept, non_blocking=True)
+            kept.copy_(current, non_blocking=True)  # on the same stream, so after `kept` was read
+        if not self.on_cpu:
+            torch.cuda.synchronize()
 
 
 def _offsets(samples: Sequence[Sample]) -> np.ndarray:

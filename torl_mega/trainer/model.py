@@ -71,6 +71,7 @@ def transformer_config(
         # frees what was handed to an asynchronous send: CUDA's stream order makes that safe, gloo has none
         "deallocate_pipeline_outputs": fused,
         "attention_backend": _attention_backend(),
+        "deterministic_mode": fused and trainer.deterministic,  # the local layers repeat as they are
         **_recompute(trainer),
         **precision_settings(trainer.precision, dtype),
     }

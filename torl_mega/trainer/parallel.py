@@ -25,6 +25,7 @@ from torch._C._distributed_c10d import HashStore as _HashStore  # not re-exporte
 
 from torl_mega.config import ParallelConfig, TrainerConfig
 from torl_mega.errors import ConfigError, TorlError
+from torl_mega.trainer.precision import kernel_environment
 
 T = TypeVar("T")
 
@@ -44,8 +45,14 @@ def init_distributed(parallel: ParallelConfig, trainer: TrainerConfig, *, share_
             f"{world_size} trainer ranks do not fit tensor {parallel.tensor} x pipeline {parallel.pipeline} x context "
             f"{parallel.context} x data {parallel.data}; start a multiple of {parallel.model_size}"
         )
+    os.environ.update(kernel_environment(trainer))
     timeout = datetime.timedelta(seconds=trainer.collective_timeout_s)
     if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("highest")  # fp32 means fp32; NVIDIA's image asks for TF32
+        if trainer.deterministic:
+            torch.use_deterministic_algorithms(True)
+            # a check of programs, and slow
+            torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "cpu:gloo,cuda:nccl"
     else:
@@ -102,16 +109,15 @@ def destroy() -> None:
 
 
 def is_rank0() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return rank() == 0
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def share_group() -> dist.ProcessGroup | None:
-    """The gloo group of `share`: for objects, outside of Megatron's groups."""
-    return _share_group
 
 
 def device() -> str:
@@ -136,6 +142,15 @@ def share(make: Callable[[], T]) -> T:
         raise
     _send(payload)
     return result
+
+
+def gather(value: T) -> list[T]:
+    """Collective: every rank's value on rank 0, by rank; empty elsewhere."""
+    if world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * world_size() if is_rank0() else []
+    dist.gather_object(value, found or None, dst=0, group=_share_group)
+    return found
 
 
 def raise_together(error: BaseException | None) -> None:

@@ -1,5 +1,9 @@
 """Precision profiles: what each sets in Megatron, what it needs, and what is active on this machine.
 
+FP8 runs with the trainer's own numbers: policy and old log-probs must be computed alike, or every ratio starts off 1.
+Delayed scaling is unfit for that: Transformer Engine moves its scales only where an autocast ends with gradients on, so the
+log-prob pass of the first step runs with a scale of 1 and every later one with older scales than the update.
+
     profile             Megatron                              chip (compute capability)   Transformer Engine
     default             model.dtype                           any                         -
     fp8_hybrid_delayed  fp8=hybrid, recipe delayed            8.9 (Ada) or later          >= 1.0
@@ -7,18 +11,23 @@
     fp8_blockwise       fp8=e4m3, recipe blockwise            9.0 (Hopper), not 10.x      >= 2.3, CUDA >= 12.9
     mxfp8               fp8=e4m3, recipe mxfp8                10.0 (Blackwell)            >= 2.1
 
-Contract: `precision_settings` is pure and needs no GPU; `check_precision` refuses with one line what this machine lacks.
+Contract: `precision_settings` and `kernel_environment` are pure and need no GPU; `check_precision` refuses with one line
+what this machine lacks.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from torl_mega.config import TrainerConfig
 from torl_mega.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +65,23 @@ def precision_settings(profile: str, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def token_multiple(profile: str) -> int:
-    """The packed tokens of a micro-batch must be a multiple of this for FP8 matrix products (MXFP8's blocks are 32 long)."""
-    return {"default": 1, "mxfp8": 32}.get(profile, 16)
+    """The packed tokens of a rank must be a multiple of this: FP8 matrix products take 16; MXFP8's blocks are 32 long; a
+    sequence-parallel shard that does not fill Transformer Engine's blocks of 128 is gathered in bf16."""
+    return {"default": 1, "mxfp8": 32, "fp8_blockwise": 128}.get(profile, 16)
+
+
+def kernel_environment(trainer: TrainerConfig) -> dict[str, str]:
+    """What a rank's environment must say before torch and Transformer Engine read it."""
+    found = {}
+    if trainer.precision == "fp8_blockwise":
+        found["NVTE_FP8_BLOCK_SCALING_FP32_SCALES"] = "1"  # as the servers round; by default scales are powers of two
+    if trainer.deterministic:
+        found |= {
+            "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+            "NCCL_NVLS_ENABLE": "0",  # sums in the switch, in the order of arrival
+        }
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +136,8 @@ def check_precision(profile: str, machine: Machine) -> None:
         found = "none" if machine.cuda is None else ".".join(map(str, machine.cuda))
         wanted = ".".join(map(str, need.min_cuda))
         raise ConfigError(f"{where} needs CUDA >= {wanted}, found {found}; use a newer PyTorch image")
+    if need.recipe == "delayed":
+        log.warning("%s is unfit for RL: scoring and update run with different scales; take fp8_current", where)
 
 
 def report() -> dict[str, Any]:

@@ -4,9 +4,12 @@
                      .../extra.json     what the loop keeps (steps done, prompt cursor, ...)
                      .../manifest.json  see checkpoint_files.py
 
-Contract: every method is a collective. A run resumed from a checkpoint in the same layout goes on bit for bit; in another
-layout, to rounding. With `async_save` a forked process writes while training goes on, and the checkpoint appears at the
-first `poll` after it is done. Loading compares model, sizes and checksums with the manifest before it changes anything.
+Contract: every method is a collective. Each rank writes and reads its share: the optimizer state it holds, and its part of
+the weights that data-parallel ranks have in common; a save adds that share to a rank's host memory and nothing to its GPU's.
+On a CPU a run resumed in the same layout goes on bit for bit (on GPUs with `trainer.deterministic`), in another layout to
+rounding. With `async_save` a forked process writes while training goes on, and the checkpoint appears at the first `poll`
+after it is done. Loading compares model, sizes and checksums with the manifest before it changes anything. A save that
+fails on any rank is one CheckpointError on all of them, and its folder is removed.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +31,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing import core as megatron_files
+from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from torl_mega.config import CheckpointConfig
 from torl_mega.errors import CheckpointError
@@ -35,11 +47,12 @@ from torl_mega.process.start import die_with_parent
 from torl_mega.run.files import temporary_for
 from torl_mega.trainer import parallel
 from torl_mega.trainer.weights import checkpoint_files as files
+from torl_mega.trainer.weights import optimizer_state
 from torl_mega.trainer.weights.checkpoint_files import complete, latest
 
 __all__ = ["Checkpoints", "complete", "latest", "load_weights", "save_weights"]
 
-_LOAD_ERRORS = (RuntimeError, KeyError, ValueError, AssertionError, pickle.UnpicklingError, OSError)
+_ERRORS = (RuntimeError, KeyError, ValueError, AssertionError, pickle.UnpicklingError, OSError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +72,7 @@ class Checkpoints:
         self.shape = shape
         self._record = files.record_of(shape, hf_config, "training")
         self._queue: Any = None
-        self._pending: list[_Save] = []  # under way, oldest first
+        self._pending: _Save | None = None  # under way
 
     def save(
         self,
@@ -71,28 +84,35 @@ class Checkpoints:
         reference: Mapping[str, Any] | None = None,
     ) -> None:
         """Writes a checkpoint to `path`; with async_save returns as soon as the state is copied. `reference`: the
-        `reference_state` of a run whose KL reference is not the start."""
+        `reference_state` of a run whose KL reference is not the start. Raises CheckpointError, for an earlier asynchronous
+        save too."""
         self.poll(wait=True)
-        temporary = temporary_for(path)
-        text = parallel.share(lambda: files.prepare(temporary, extra))
-        metadata = _metadata()
-        state = _training_state(model, optimizer, schedule, metadata, loading=False)
-        if reference is not None:
-            state["reference"] = reference
-        request = _write(temporary, state, metadata, asynchronous=self.config.async_save)
-        self._pending.append(_Save(temporary, path, text))
-        if self.config.async_save:
-            self._async_queue().schedule_async_request(request)
-        else:
-            self._publish()
+        save = _Save(temporary_for(path), path, files.as_json(extra))
+        with _writing(save.temporary, path):
+            parallel.share(lambda: files.prepare(save.temporary))
+            metadata = _metadata()
+            state = _training_state(model, optimizer, schedule, metadata, loading=False)
+            if reference is not None:
+                state["reference"] = reference
+            request = _save_request(save.temporary, state, metadata)
+            if self.config.async_save:
+                self._async_queue().schedule_async_request(request)
+                self._pending = save
+            else:
+                request.execute_sync()
+                self._publish(save)
 
     def poll(self, *, wait: bool = False) -> None:
-        """Publishes a checkpoint whose writing has ended; with `wait`, waits for that first."""
-        if self._queue is None or not self._pending:
+        """Publishes a checkpoint whose writing has ended; with `wait`, waits for that first. Raises CheckpointError."""
+        save, self._pending = self._pending, None
+        if save is None:
             return
-        self._queue.maybe_finalize_async_calls(blocking=wait)
-        if self._queue.get_num_unfinalized_calls() == 0:
-            self._publish()
+        with _writing(save.temporary, save.path):
+            self._queue.maybe_finalize_async_calls(blocking=wait)
+            if self._queue.get_num_unfinalized_calls():
+                self._pending = save
+            else:
+                self._publish(save)
 
     def load(
         self,
@@ -108,7 +128,7 @@ class Checkpoints:
         manifest = _checked_manifest(path, self.shape)
         if manifest["content"] != "training":
             raise CheckpointError(f"{path} holds weights only; convert it to HF and name that folder in model.path")
-        with _one_line_errors(path):
+        with _one_line_errors(f"{path}: cannot be loaded: {{}}"):
             metadata = {**_metadata(), **_content_metadata(path)}
             state = _training_state(model, optimizer, schedule, metadata, loading=True)
             if take_reference is not None:
@@ -132,8 +152,7 @@ class Checkpoints:
             self._queue = AsyncCallsQueue(persistent=False)
         return self._queue
 
-    def _publish(self) -> None:
-        save = self._pending.pop(0)
+    def _publish(self, save: _Save) -> None:
         files.publish(save.temporary, save.path, save.extra, self._record, self.config.keep_last)
 
 
@@ -156,16 +175,17 @@ def reference_state(model: Sequence[Any]) -> dict[str, Any]:
 def save_weights(path: Path, chunks: Sequence[Any], shape: ModelShape, hf_config: Mapping[str, Any]) -> None:
     """Weights alone of bare model chunks, for conversion."""
     temporary = temporary_for(path)
-    text = parallel.share(lambda: files.prepare(temporary, {}))
-    metadata = _metadata()
-    _write(temporary, _weights_state(chunks, metadata), metadata, asynchronous=False)
-    files.publish(temporary, path, text, files.record_of(shape, hf_config, "weights"), None)
+    with _writing(temporary, path):
+        parallel.share(lambda: files.prepare(temporary))
+        metadata = _metadata()
+        _save_request(temporary, _weights_state(chunks, metadata), metadata).execute_sync()
+        files.publish(temporary, path, files.as_json({}), files.record_of(shape, hf_config, "weights"), None)
 
 
 def load_weights(path: Path, chunks: Sequence[Any], shape: ModelShape) -> None:
     """Loads the weights alone of any checkpoint into bare model chunks of any layout."""
     _checked_manifest(path, shape)
-    with _one_line_errors(path):
+    with _one_line_errors(f"{path}: cannot be loaded: {{}}"):
         loaded = _read(path, _weights_state(chunks, {**_metadata(), **_content_metadata(path)}))
         _fill_weights(chunks, loaded)
 
@@ -182,34 +202,71 @@ def _checked_manifest(path: Path, shape: ModelShape) -> dict[str, Any]:
 
 
 @contextmanager
-def _one_line_errors(path: Path) -> Iterator[None]:
-    """Turns what Megatron raises while loading into one CheckpointError on every rank."""
+def _one_line_errors(message: str) -> Iterator[None]:
+    """Turns what fails on one rank or on all into one CheckpointError on every rank: `message` with the reason put in."""
     error: BaseException | None = None
     try:
         yield
-    except _LOAD_ERRORS as exc:
-        text = " ".join(f"{type(exc).__name__}: {exc}".split())[:300]
-        error = CheckpointError(f"{path}: cannot be loaded: {text}")
+    except CheckpointError as exc:
+        error = exc
+    except _ERRORS as exc:
+        error = CheckpointError(message.format(" ".join(f"{type(exc).__name__}: {exc}".split())[:300]))
     parallel.raise_together(error)
 
 
-def _write(folder: Path, state: dict[str, Any], metadata: dict[str, Any], *, asynchronous: bool) -> Any:
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+@contextmanager
+def _writing(temporary: Path, path: Path) -> Iterator[None]:
+    """What fails while a checkpoint is written: one line on every rank, and nothing left of it."""
+    try:
+        with _one_line_errors(f"{path}: cannot be written: {{}}; free space or choose another runs_dir"):
+            yield
+    except CheckpointError:
+        if parallel.is_rank0():
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
+
+class _Writer(TorchDistSaveShardedStrategy):
+    """Megatron's writer, whose end raises on every rank what fails on one. In Megatron's own the others wait for rank 0 while
+    it cannot write its last files."""
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, *strategy: Any) -> Any:
+        request = super()._get_save_and_finalize_callbacks(writer, planned, *strategy)
+        request.finalize_fns[:] = [lambda: _finish(writer, planned[1])]
+        return request
+
+
+def _finish(writer: Any, metadata: Any) -> None:
+    """Rank 0 writes what was written where; raises when a rank could not write its share."""
+    written = parallel.gather(writer.retrieve_write_results())
+
+    def finish() -> None:
+        failed = [part[0] for part in written if isinstance(part, tuple)]  # (exception, stack)
+        if failed:
+            raise failed[0]
+        writer.finish(metadata, written)
+        megatron_files.save_config(megatron_files.CheckpointingConfig("torch_dist", 1), str(writer.checkpoint_dir))
+
+    parallel.share(finish)
+
+
+def _save_request(folder: Path, state: dict[str, Any], metadata: dict[str, Any]) -> Any:
+    """The state, planned and shared out over the ranks, as a request to write it now or in a process of its own."""
     _start_helper()
     # From 0.17 on the writer is chosen by name and its default is that of nvidia-resiliency-ext, which may be absent
     # (serialization.py, strategies/torch.py:get_async_strategy of 0.19.2). Megatron's own is the one `_start_helper` keeps.
     named = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
     strategy: dict[str, Any] = {"async_strategy": "mcore"} if named else {}
-    return dist_checkpointing.save(
+    request: Any = dist_checkpointing.save(
         state,
         str(folder),
-        get_default_save_sharded_strategy("torch_dist"),
-        async_sharded_save=asynchronous,
+        FullyParallelSaveStrategyWrapper(_Writer("torch_dist", 1), metadata["dp_cp_group"]),
+        async_sharded_save=True,
         content_metadata={k: v for k, v in metadata.items() if k != "dp_cp_group"},
         **strategy,
     )
+    del request.finalize_fns[1:]  # metadata.json, which `_finish` writes
+    return request
 
 
 def _start_helper() -> None:
@@ -226,15 +283,13 @@ def _start_helper() -> None:
 
 
 def _read(folder: Path, state: dict[str, Any]) -> Any:
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
-
-    return dist_checkpointing.load(state, str(folder), get_default_load_sharded_strategy(str(folder)))
+    """Fills the state. What data-parallel ranks have in common is read by one of them and handed to the others."""
+    group: Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(folder)), group)
+    return dist_checkpointing.load(state, str(folder), strategy)
 
 
 def _content_metadata(folder: Path) -> dict[str, Any]:
-    from megatron.core import dist_checkpointing
-
     return dist_checkpointing.load_content_metadata(str(folder)) or {}
 
 
@@ -246,13 +301,10 @@ def _fill_weights(chunks: Sequence[Any], loaded: Mapping[str, Any]) -> None:
 
 def _metadata() -> dict[str, Any]:
     """How Megatron shards the optimizer state: so that any layout can load it."""
-    from megatron.core import parallel_state
-
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
-        "distrib_optim_fully_reshardable_mem_efficient": False,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
 
@@ -270,34 +322,11 @@ def _training_state(
 ) -> dict[str, Any]:
     weights = _weights_state([chunk.module for chunk in model], metadata)
     state: dict[str, Any] = dict(weights)
-    with _unpadded_indices(optimizer):
-        state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata)
+    optimizer_state.keep_sharded(optimizer)
+    state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata)
     state["schedule"] = schedule.state_dict()
     state["rng"] = parallel.share(_rng_state)  # rank 0's: the trainer itself draws nothing, and common state must agree
     return state
-
-
-@contextmanager
-def _unpadded_indices(optimizer: Any) -> Iterator[None]:
-    """While entered, the optimizer's buffers give their parameters' offsets without the padding between buckets.
-
-    Megatron (0.16.1 and 0.19.2) gathers the optimizer state without that padding, then slices it with offsets that count
-    it: with several buckets of which an early one is padded (tied embeddings over pipeline stages, or overlap on
-    data-parallel sizes that do not divide a bucket) it saves shifted states and logs "can lead to data corruption"."""
-    kept = []
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        for buffer in getattr(part, "buffers", []):
-            starts = np.cumsum([0, *(b.numel_unpadded for b in buffer.buckets)])
-            shift = [b.offset - int(start) for b, start in zip(buffer.buckets, starts, strict=False)]
-            kept.append((buffer, buffer.param_index_map))
-            buffer.param_index_map = {
-                p: (start - shift[b], end - shift[b], b) for p, (start, end, b) in buffer.param_index_map.items()
-            }
-    try:
-        yield
-    finally:
-        for buffer, original in kept:
-            buffer.param_index_map = original
 
 
 def _rng_state() -> dict[str, Any]:

@@ -18,8 +18,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from torl_mega.errors import CheckpointError
 from torl_mega.layout import ModelShape
 from torl_mega.run.files import fsync, replace_folder
@@ -27,6 +25,7 @@ from torl_mega.trainer import parallel
 
 _STEP = re.compile(r"step_(\d+)")
 MANIFEST, EXTRA = "manifest.json", "extra.json"
+_COMMON_BYTES = 1 << 18  # Megatron's common.pt of 0.16.1 has 20 kB
 
 
 def latest(root: Path) -> Path | None:
@@ -43,34 +42,39 @@ def complete(root: Path) -> list[Path]:
     return [p for _, p in sorted(named)]
 
 
-def prepare(temporary: Path, extra: Mapping[str, Any]) -> str:
-    """Makes an empty folder to write to; returns `extra` as JSON. Called on rank 0. Raises CheckpointError."""
+def as_json(extra: Mapping[str, Any]) -> str:
+    """`extra` as JSON. Raises CheckpointError."""
     try:
-        text = json.dumps(dict(extra))
+        return json.dumps(dict(extra))
     except TypeError as exc:
         raise CheckpointError(f"what the loop wants to keep is not JSON: {exc}") from None
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    except OSError as exc:
-        raise CheckpointError(
-            f"{temporary}: cannot be written ({exc}); free space or choose another runs_dir"
-        ) from None
-    return text
+
+
+def prepare(temporary: Path) -> None:
+    """Makes an empty folder to write to. Called on rank 0. Raises OSError.
+
+    Megatron 0.16.1 writes what all ranks have in common on rank 0 while the others wait for more, so a disk without room
+    for that is refused here."""
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    trial = temporary / "trial"
+    trial.write_bytes(bytes(_COMMON_BYTES))
+    trial.unlink()
 
 
 def publish(temporary: Path, path: Path, extra: str, record: Mapping[str, Any], keep_last: int | None) -> None:
     """Collective: checksums, syncs to disk, renames, and drops all but the newest `keep_last` steps (None keeps all)."""
     parallel.share(lambda: (temporary / EXTRA).write_text(extra))
     files = sorted(p for p in temporary.rglob("*") if p.is_file())
-    mine = {str(p.relative_to(temporary)): fingerprint(p) for p in files[_rank() :: parallel.world_size()]}
-    for name in mine:
-        fsync(temporary / name)
-    prints: list[Any] = [mine]
-    if parallel.world_size() > 1:
-        prints = [None] * parallel.world_size()
-        dist.all_gather_object(prints, mine, group=parallel.share_group())
-    listing = {name: found for part in prints for name, found in part.items()}
+    mine = {str(p.relative_to(temporary)): fingerprint(p) for p in files[parallel.rank() :: parallel.world_size()]}
+    error: OSError | None = None
+    try:
+        for name in mine:
+            fsync(temporary / name)
+    except OSError as exc:
+        error = exc
+    parallel.raise_together(error)
+    listing = {name: found for part in parallel.gather(mine) for name, found in part.items()}
     parallel.share(lambda: _finish(temporary, path, {**record, "files": listing}, keep_last))
 
 
@@ -124,7 +128,7 @@ def check_model(path: Path, manifest: Mapping[str, Any], shape: ModelShape) -> N
 def check_files(path: Path, manifest: Mapping[str, Any]) -> None:
     """Collective: compares every file with the manifest; raises CheckpointError on all ranks."""
     error: BaseException | None = None
-    for name, wanted in sorted(manifest["files"].items())[_rank() :: parallel.world_size()]:
+    for name, wanted in sorted(manifest["files"].items())[parallel.rank() :: parallel.world_size()]:
         found = fingerprint(path / name)
         if found != wanted:
             state = "is missing" if found is None else f"has {found['size']} bytes, crc {found['crc32']}"
@@ -147,7 +151,3 @@ def fingerprint(file: Path) -> dict[str, int] | None:
     except OSError:
         return None
     return {"size": size, "crc32": crc}
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
