@@ -16,7 +16,9 @@ from torl_mega.trainer.weights.convert import hf_to_megatron, run
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--hf", type=Path, required=True, help="HF folder: config.json and safetensors")
-    parser.add_argument("--out", type=Path, required=True, help="checkpoint folder; replaced when it exists")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="checkpoint folder; an earlier result there is replaced"
+    )
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel size to write with")
     parser.add_argument("--pp", type=int, default=1, help="pipeline stages to write with")
     parser.add_argument("--vpp", type=int, default=1, help="model chunks per stage")

@@ -26,6 +26,7 @@ from torl_mega.serving.fp8 import quantize_stream
 from torl_mega.serving.fp8_format import QUANTIZATION_CONFIG
 from torl_mega.trainer.weights.hf_io import HfReader, write_hf
 from torl_mega.trainer.weights.hf_mapping import all_names
+from torl_mega.trainer.weights.target import check_target
 
 
 def export_block(hf: Path, out: Path) -> None:
@@ -83,6 +84,7 @@ def main() -> int:
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     try:
+        check_target(args.out, args.hf)
         if args.method == "block":
             export_block(args.hf, args.out)
         elif args.trajectories is None:

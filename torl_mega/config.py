@@ -136,8 +136,8 @@ class ServingConfig(Section):
     """Requests decoded together; None is SGLang's own choice."""
     mem_fraction: float = Field(default=0.8, gt=0, lt=1)
     """Share of GPU memory for weights and KV cache (SGLang's mem-fraction-static); ignored on CPU."""
-    startup_timeout_s: PositiveFloat = 600.0
-    """From start to the first 200 of /ready; a 7B model off a cold file system takes minutes."""
+    startup_timeout_s: PositiveFloat = 1800.0
+    """From start to the first 200 of /ready; a cold file system takes minutes, and kernels compiled for the first time more."""
     request_timeout_s: PositiveFloat = 600.0
     """One generation; past it the request is aborted and tried again."""
     max_retries: int = Field(default=3, ge=0)

@@ -23,7 +23,21 @@ from torl_mega.config import ParallelConfig
 from torl_mega.errors import ConfigError
 
 SUPPORTED_ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM")
-SUPPORTED_ROPE = ("default", "linear", "llama3", "yarn")
+# rope types, and the numbers that each must name
+SUPPORTED_ROPE: dict[str, tuple[str, ...]] = {
+    "default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "yarn": ("factor",),
+}  # fmt: skip
+_ROPE_KEYS = {
+    "rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "low_freq_factor", "high_freq_factor",
+    "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+    "truncate", "finetuned",
+}  # fmt: skip
+# what transformers 5.19 takes where config.json is silent (configuration_qwen2.py, _qwen3.py, _llama.py)
+_DEFAULTS: dict[str, dict[str, int]] = {
+    "Qwen2ForCausalLM": {"num_key_value_heads": 32},
+    "Qwen3ForCausalLM": {"num_key_value_heads": 32, "head_dim": 128},
+    "LlamaForCausalLM": {"max_position_embeddings": 2048},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +149,9 @@ def describe_model(hf: Mapping[str, Any]) -> ModelShape:
     name = names[0]
     _refuse_variants(hf, name)
     try:
+        hf = {"max_position_embeddings": 32768, **_DEFAULTS[name], **hf}
         hidden, heads = int(hf["hidden_size"]), int(hf["num_attention_heads"])
-        rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-        rope.setdefault("rope_type", rope.get("type", "default"))
+        rope = _rope(hf)
         shape = ModelShape(
             architecture=name,
             num_layers=int(hf["num_hidden_layers"]),
@@ -151,17 +165,50 @@ def describe_model(hf: Mapping[str, Any]) -> ModelShape:
             qkv_bias=name == "Qwen2ForCausalLM",
             qk_norm=name == "Qwen3ForCausalLM",
             norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
-            max_positions=int(hf.get("max_position_embeddings", 32768)),
-            rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
+            max_positions=int(hf["max_position_embeddings"]),
+            rope_theta=float(rope["rope_theta"]),
             rope=rope,
         )
     except (KeyError, TypeError, ValueError) as exc:
         raise ConfigError(f"config.json of a {name} is incomplete or malformed: {exc!r}") from None
-    if rope["rope_type"] not in SUPPORTED_ROPE:
-        raise ConfigError(f"rope type {rope['rope_type']} is not supported; supported: {', '.join(SUPPORTED_ROPE)}")
     if shape.num_heads % shape.num_kv_groups:
         raise ConfigError(f"num_attention_heads {heads} is no multiple of num_key_value_heads {shape.num_kv_groups}")
     return shape
+
+
+def _rope(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary settings as transformers 5.19 reads them (modeling_rope_utils.py, RotaryEmbeddingConfigMixin) and SGLang
+    after it. Raises ConfigError for what one of them would read differently."""
+    found = [_standard(hf[key], hf) for key in ("rope_scaling", "rope_parameters") if hf.get(key)]
+    rope = found[0] if found else _standard({}, hf)
+    if found[1:] and found[1] != rope:
+        raise ConfigError(
+            "config.json has rope_scaling and rope_parameters, and they differ; transformers and SGLang would drop the "
+            f"second with its rope_theta {found[1]['rope_theta']}: merge them into rope_parameters"
+        )
+    kind = rope["rope_type"]
+    if kind not in SUPPORTED_ROPE:
+        raise ConfigError(f"rope type {kind} is not supported; supported: {', '.join(SUPPORTED_ROPE)}")
+    if unknown := sorted(rope.keys() - _ROPE_KEYS):
+        raise ConfigError(f"rope setting {unknown[0]} is not supported; supported: {', '.join(sorted(_ROPE_KEYS))}")
+    if rope.get("partial_rotary_factor") not in (None, 1.0):
+        raise ConfigError(f"partial_rotary_factor = {rope['partial_rotary_factor']} is not supported; expected 1.0")
+    for key in SUPPORTED_ROPE[kind]:
+        if not isinstance(rope.get(key), int | float):
+            raise ConfigError(f"rope type {kind} with {key} = {rope.get(key)}: expected a number in config.json")
+    return rope
+
+
+def _standard(raw: Mapping[str, Any], hf: Mapping[str, Any]) -> dict[str, Any]:
+    """One of the two forms with what stands beside it in config.json filled in."""
+    rope = dict(raw)
+    kind = rope.pop("type", "default")
+    rope.setdefault("rope_type", kind)
+    rope.setdefault("rope_theta", hf.get("rope_theta", 10000.0))
+    rope.setdefault("partial_rotary_factor", hf.get("partial_rotary_factor"))
+    if rope["rope_type"] in ("llama3", "yarn"):
+        rope.setdefault("original_max_position_embeddings", hf["max_position_embeddings"])
+    return rope
 
 
 def _refuse_variants(hf: Mapping[str, Any], name: str) -> None:
@@ -171,8 +218,6 @@ def _refuse_variants(hf: Mapping[str, Any], name: str) -> None:
         raise ConfigError("attention_bias / mlp_bias outside of Qwen2's q, k, v is not supported; expected false")
     if hf.get("hidden_act", "silu") != "silu":
         raise ConfigError(f"hidden_act = {hf['hidden_act']} is not supported; expected silu")
-    if hf.get("partial_rotary_factor", 1.0) not in (None, 1.0):
-        raise ConfigError(f"partial_rotary_factor = {hf['partial_rotary_factor']} is not supported; expected 1.0")
     if hf.get("quantization_config"):
         raise ConfigError("the checkpoint is quantised (quantization_config); train from its unquantised original")
 

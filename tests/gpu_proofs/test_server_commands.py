@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,17 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests/parallel"))
 
+import hf_reference as ref  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from rope_files import ACCEPTED, YARN, change  # noqa: E402
 from torchrun import run_python  # noqa: E402
 from torl_mega.planner.shapes import hf_config  # noqa: E402
 from torl_mega.serving.server import launch_command  # noqa: E402
 
 from torl_mega.config import Config  # noqa: E402
 from torl_mega.config_file import load_config  # noqa: E402
+from torl_mega.errors import ServerError  # noqa: E402
 from torl_mega.launch.gpu_env import gpu_environment  # noqa: E402
 from torl_mega.serving.fp8_format import QUANTIZATION_CONFIG  # noqa: E402
 
@@ -29,6 +36,7 @@ VARIANTS: dict[str, list[str]] = {
     "limited": ["serving.max_total_tokens=131072", "serving.max_running_requests=256"],
     "sleeping": ["serving.extra_args=[--enable-memory-saver]"],
 }
+OWN_FACTOR = {**YARN, "rope_theta": 1e4, "attention_factor": 1.3}
 CASES = [(conf.stem, variant) for conf in SHIPPED for variant in VARIANTS]
 # of a job: nothing said, a setting of the site's own, a folder for compiled kernels
 JOBS: list[dict[str, str]] = [{}, {"NCCL_CUMEM_ENABLE": "1"}, {"TORL_CACHE": "/scratch/kernels"}]
@@ -50,11 +58,16 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Config], dict[
             assert command[1:3] == ["-m", "sglang.launch_server"]
             commands.append(command[3:])
     ours = [{**job, **gpu_environment(configs[0], job)} for job in JOBS]
+    ropes = []
+    ref.save_model(ref.make_model("qwen2", tied=True, layers=1), folder / "model")
+    for n, settings in enumerate([*ACCEPTED.values(), {"rope_parameters": OWN_FACTOR}]):
+        ropes.append(str(shutil.copytree(folder / "model", folder / f"rope_{n}")))
+        change(Path(ropes[-1]), **settings)
     file = folder / "questions.json"
     questions = {"commands": commands, "environments": [*JOBS, *ours], "model": str(ROOT / "conf/quickstart")}
-    file.write_text(json.dumps(questions))
+    file.write_text(json.dumps({**questions, "ropes": ropes}))
     output = run_python(Path(__file__).with_name("sglang_reads.py"), file, timeout_s=200)
-    return configs, json.loads(output.splitlines()[-1])
+    return configs, {**json.loads(output.splitlines()[-1]), "models": ropes}
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +116,29 @@ def test_kernels_are_kept_where_the_container_does_not_end(asked: tuple[list[Con
     caches = {k: v for k, v in answers["environments"][len(JOBS) + n].items() if not k.startswith("NCCL_")}
     assert {"TRITON_CACHE_DIR", "FLASHINFER_WORKSPACE_BASE", "CUDA_CACHE_PATH"} <= caches.keys()
     assert all(place.startswith(folder) for place in caches.values()), caches
+
+
+def hf_rotary(model: str, positions: int) -> torch.Tensor:
+    """[positions, head size]: cosines, then sines, of transformers."""
+    rotary = transformers.AutoModelForCausalLM.from_pretrained(model).model.rotary_emb
+    cos, sin = rotary(torch.zeros(1), torch.arange(positions)[None])
+    half = cos.size(-1) // 2
+    return torch.cat([cos[0, :, :half], sin[0, :, :half]], -1)
+
+
+@pytest.mark.parametrize("n", range(len(ACCEPTED)), ids=list(ACCEPTED))
+def test_case_7_sglang_turns_heads_as_transformers_does(asked: tuple[list[Config], dict[str, Any]], n: int) -> None:
+    found, model = torch.tensor(asked[1]["ropes"][n]), asked[1]["models"][n]
+    torch.testing.assert_close(found, hf_rotary(model, len(found)), rtol=0, atol=2e-6)
+
+
+def test_case_7_a_factor_that_sglang_leaves_out_is_not_served(asked: tuple[list[Config], dict[str, Any]]) -> None:
+    found, model = torch.tensor(asked[1]["ropes"][-1]), asked[1]["models"][-1]
+    assert float((found - hf_rotary(model, len(found))).abs().max()) > 0.1
+    config = load_config(
+        SHIPPED[0], [f"model.path={model}", "data.max_prompt_tokens=64", "rollout.max_response_tokens=64"]
+    )
+    with pytest.raises(ServerError, match=r"attention_factor = 1\.3, which SGLang leaves out"):
+        launch_command(config, host="127.0.0.1", port=1, on_gpu=True)
+    change(Path(model), rope_parameters={**OWN_FACTOR, "attention_factor": 0.1 * math.log(4.0) + 1})
+    launch_command(config, host="127.0.0.1", port=1, on_gpu=True)

@@ -253,6 +253,23 @@ def test_conversion_refuses_in_one_line(work: Path) -> None:
     assert not (work / "x").exists()
 
 
+def test_case_3_no_converter_replaces_its_source_or_what_it_did_not_write(work: Path) -> None:
+    source, holder = work / "qwen2_tied", work / "holder"
+    shutil.copytree(source, holder / "models/qwen")
+    before = {path: path.stat().st_mtime_ns for path in holder.rglob("*")}
+    for out in (holder, holder / "models", holder / "models/qwen"):
+        for name in ("convert_hf_to_megatron.py", "export_fp8.py"):
+            done = tool(name, "--hf", str(holder / "models/qwen"), "--out", str(out))
+            assert done.returncode == 1, name
+            assert "is or holds the source" in done.stderr.strip().splitlines()[-1]
+    done = tool(
+        "convert_megatron_to_hf.py", "--checkpoint", str(work / "nowhere"), "--out", str(holder / "models/qwen")
+    )
+    assert done.returncode == 1
+    assert "not an earlier result" in done.stderr.strip().splitlines()[-1]
+    assert {path: path.stat().st_mtime_ns for path in holder.rglob("*")} == before
+
+
 def test_incomplete_hf_folder_is_refused(work: Path) -> None:
     from safetensors.torch import save_file
 

@@ -182,3 +182,23 @@ def queries(group: Group, before: np.ndarray, new: np.ndarray) -> list[tuple[int
             assert sees == (at % q + 1 if group.causal else t)
         found.append((request, query))
     return found
+
+
+def test_a_sliding_window_is_left_to_sglang() -> None:
+    """A request of nine tokens of which a query sees itself and the two before it."""
+    generator = torch.Generator().manual_seed(3)
+    keys, values, query = (torch.randn(10, 2, 8, generator=generator) for _ in range(3))
+    table, lengths = torch.arange(1, 10, dtype=torch.int32)[None], torch.tensor([9])
+    backend: Any = object.__new__(BatchedAttention)
+    new, last = torch.empty(9, 2, 8), torch.empty(1, 2, 8)
+    common = {"sliding_window_size": 2, "scaling": 0.5, "enable_gqa": False}
+    extents = (torch.tensor([0]), torch.tensor([9]))
+    pool = (keys, values, table, torch.tensor([0]), lengths)
+    backend._run_sdpa_forward_extend(query[1:], new, *pool, *extents, None, causal=True, **common)
+    backend._run_sdpa_forward_decode(query[9:], last, *pool, None, causal=False, **common)
+    for at in range(9):
+        seen = slice(max(0, at - 2) + 1, at + 2)
+        weights = torch.einsum("hd,thd->ht", query[at + 1], keys[seen]).mul(0.5).softmax(-1)
+        expected = torch.einsum("ht,thd->hd", weights, values[seen])
+        assert torch.allclose(new[at], expected, atol=1e-5)
+    assert torch.allclose(last[0], new[8], atol=1e-5)

@@ -43,7 +43,7 @@ def sglang_of(server: LiveServer) -> psutil.Process:
 
 def scheduler_of(server: LiveServer) -> psutil.Process:
     tree = psutil.Process(server.sidecar.pid).children(recursive=True)
-    return next(p for p in tree if "scheduler" in p.name() + " ".join(p.cmdline()))
+    return next(p for p in tree if p.name() == "sglang::scheduler")
 
 
 def restarted(server: LiveServer, old: psutil.Process) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,22 +13,27 @@ import torch
 from live_server import LiveServer
 from test_client import request
 from tiny_model import VOCAB_SIZE
+from torl_mega.serving.server import wait_ready
 
 from torl_mega.config import Config
 from torl_mega.serving.client import SGLangClient
 from torl_mega.serving.plugin.seeded_sampling import multinomial_with_seed, murmur_hash32
+from torl_mega.types import Generation
+
+
+def answers(url: str, config: Config, seeds: list[int]) -> list[Generation]:
+    """Those of requests with these seeds, all sent at once."""
+
+    async def run() -> list[Generation]:
+        async with SGLangClient([url], config.serving, vocab_size=VOCAB_SIZE) as client:
+            client.expect_version(None)
+            return await asyncio.gather(*(client.generate(request(seed=s, max_new_tokens=24)) for s in seeds))
+
+    return asyncio.run(run())
 
 
 def sample(url: str, config: Config, seeds: list[int]) -> list[tuple[int, ...]]:
-    """The tokens of requests with these seeds, all sent at once."""
-
-    async def run() -> list[tuple[int, ...]]:
-        async with SGLangClient([url], config.serving, vocab_size=VOCAB_SIZE) as client:
-            client.expect_version(None)
-            answers = await asyncio.gather(*(client.generate(request(seed=s, max_new_tokens=24)) for s in seeds))
-            return [a.token_ids for a in answers]
-
-    return asyncio.run(run())
+    return [answer.token_ids for answer in answers(url, config, seeds)]
 
 
 @pytest.mark.skipif(os.environ.get("CUDA_VISIBLE_DEVICES", "") != "", reason="GPUs use SGLang's deterministic mode")
@@ -35,6 +42,20 @@ def test_tokens_follow_the_seed(live_server: LiveServer, tiny_config: Config) ->
     together = sample(live_server.url, tiny_config, [1, 2, 7, 3, 7])
     assert together[2] == together[4] == alone
     assert len({*together}) == 4
+
+
+@pytest.mark.skipif(os.environ.get("CUDA_VISIBLE_DEVICES", "") != "", reason="GPUs use SGLang's deterministic mode")
+def test_the_exact_generator_repeats_bit_for_bit(
+    start_server: Callable[..., LiveServer], tiny_config_path: Path, tiny_config: Config
+) -> None:
+    server = start_server(tiny_config_path, "serving.deterministic=true")
+    try:
+        asyncio.run(wait_ready(server.url, 280, process=server.sidecar, log_path=server.log))
+        seeds = list(range(12))
+        first, second = answers(server.url, tiny_config, seeds), answers(server.url, tiny_config, seeds[::-1])
+    finally:
+        server.sidecar.stop()
+    assert [(a.token_ids, a.logprobs) for a in first] == [(a.token_ids, a.logprobs) for a in second[::-1]]
 
 
 def murmur3(data: bytes) -> int:

@@ -20,7 +20,7 @@ from torl_mega.config_file import load_config
 from torl_mega.errors import ServerError
 from torl_mega.process.start import free_port, port_in_use
 from torl_mega.process.start import start as start_process
-from torl_mega.serving.sglang_server import CONTEXT_SLACK, launch_command, launch_env, wait_ready
+from torl_mega.serving.sglang_server import CONTEXT_SLACK, ON_CPU, launch_command, launch_env, wait_ready
 
 
 def serve(*args: str) -> subprocess.CompletedProcess[str]:
@@ -99,10 +99,15 @@ def test_the_command_line_says_what_the_config_says(tiny_config: Config) -> None
     other = launch_command(tiny_config, host="127.0.0.1", port=4001, on_gpu=True)
     gpu = dict(zip(other[3::2], other[4::2], strict=False))
     assert gpu["--mem-fraction-static"] == str(tiny_config.serving.mem_fraction)
-    assert "--device" not in gpu
+    assert not {option for option in ON_CPU if option.startswith("--")} & set(other)
+    assert command[command.index("--device") :][: len(ON_CPU)] == list(ON_CPU)
     assert gpu["--random-seed"] != options["--random-seed"]
     env = launch_env(tiny_config, gpu_ids=(2, 3), base={"RANK": "0", "PATH": "/bin"})
     assert env["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert env["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] == "0", "trainer ranks share these GPUs"
+    cluster = tiny_config.cluster.model_copy(update={"placement": "disaggregated", "server_nodes": 1})
+    apart = launch_env(tiny_config.model_copy(update={"cluster": cluster}), gpu_ids=(2, 3), base={})
+    assert "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK" not in apart
     assert "RANK" not in env
 
 

@@ -168,7 +168,7 @@ def test_servers_that_are_not_there(tiny_config: Config, tmp_path: Path) -> None
 def frozen_scheduler(server: LiveServer) -> Iterator[None]:
     """The scheduler process of the server, stopped as a hang would; the HTTP process still answers."""
     tree = psutil.Process(server.sidecar.pid).children(recursive=True)
-    (scheduler,) = [p for p in tree if "scheduler" in " ".join(p.cmdline()) + p.name()]
+    (scheduler,) = [p for p in tree if p.name() == "sglang::scheduler"]
     os.kill(scheduler.pid, signal.SIGSTOP)
     try:
         yield

@@ -277,8 +277,10 @@ def test_a_side_car_that_cannot_start_ends_the_job_with_its_line(idle: Cluster, 
 @pytest.mark.slow
 def test_an_evaluation_over_two_nodes(idle: Cluster, runs: Path) -> None:
     """No trainer: a server on each node, and one program that collects on the first."""
-    options, env = ["--nodes=2", "--gpus-per-node=1"], {"TORL_CONF": CONF}
-    job = start_engines(idle, runs, "launch/eval.slurm", "name=scored eval.max_problems=8", *options, **env)
+    options, env = ["--nodes=2", "--cpus-per-task=1"], {"TORL_CONF": CONF}
+    job = start_engines(
+        idle, runs, "launch/eval.slurm", "name=scored eval.max_problems=8 cluster.servers_per_node=1", *options, **env
+    )
     assert idle.wait(job, timeout_s=600)["JobState"] == "COMPLETED", said(runs)
     assert (runs / "scored/eval/step_00000.md").read_text() in said(runs)
     placement = json.loads(next(runs.glob("*/jobs/*/logs/0.0/placement.json")).read_text())

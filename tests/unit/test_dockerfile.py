@@ -67,6 +67,17 @@ def test_what_is_copied_is_there_and_not_ignored() -> None:
             assert any(fnmatch.fnmatch(source, pattern) for pattern in allowed), source
 
 
+def test_the_build_ends_with_one_line_when_an_environment_does_not_fit() -> None:
+    """The two pins that must agree, in both environments; torl_mega.launch.environments is tested by itself."""
+    installs = of("RUN")
+    assert sum('|| { echo "error: group' in line for line in installs) == 2
+    assert "import transformer_engine.pytorch, apex, megatron.core" in " ".join(installs)
+    assert "/opt/sglang/bin/python -m pip check" in " ".join(installs)
+    assert any("torl_mega.launch.environments /opt/torl/bin/python /opt/sglang/bin/python" in line for line in installs)
+    assert any(str(entry).startswith("nvidia-nccl-cu13==") for entry in GROUPS["sglang-gpu"])
+    assert any(str(entry).startswith("nvidia-resiliency-ext==") for entry in GROUPS["gpu"])
+
+
 def test_groups_that_it_installs_are_pinned_exactly() -> None:
     named = set(re.findall(r"--group (\S+)", " ".join(of("RUN"))))
     assert named == {"gpu", "sglang-gpu"}
@@ -77,12 +88,16 @@ def test_groups_that_it_installs_are_pinned_exactly() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("group", ["gpu", "sglang-gpu"])
-def test_each_pinned_set_resolves_for_python_3_12(group: str, tmp_path: Path) -> None:
-    """What pip would install on the image's Python; torch counts as given for the trainer, as it is in the image."""
-    target = ["--python-version", "3.12", "--platform", "manylinux_2_28_x86_64", "--platform", "manylinux2014_x86_64"]
+@pytest.mark.parametrize("groups", [("gpu", "dev"), ("sglang-gpu",), ("mcore-next", "te")], ids="+".join)
+def test_every_pinned_set_resolves_for_python_3_12(groups: tuple[str, ...], tmp_path: Path) -> None:
+    """What pip would install on the image's Python and its Ubuntu 24.04; the other groups are for machines without CUDA.
+    What `make gpu-sources` unpacks comes without its dependencies, there as here."""
+    target = ["--python-version", "3.12"]
+    for platform in ("manylinux2014", *(f"manylinux_2_{minor}" for minor in range(5, 40))):
+        target += ["--platform", f"{platform}_x86_64"]
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--only-binary=:all:", *target]
-    command += ["--target", str(tmp_path), "--group", group]
+    command += ["--target", str(tmp_path), *(word for group in groups for word in ("--group", group))]
+    command += ["--no-deps"] if "te" in groups else []
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=850, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from torl_mega.config_file import load_config
-from torl_mega.launch import doctor
+from torl_mega.launch import checks
 from torl_mega.launch.environments import differences, main
 from torl_mega.planner.placement import place
 
@@ -71,8 +71,8 @@ def test_the_preflight_of_a_gpu_job_compares_them(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setenv("TORL_SGLANG_PYTHON", python(tmp_path / "sglang", nccl="2.30.7"))
     monkeypatch.setattr(sys, "executable", python(tmp_path / "trainer", nccl="2.29.7"))
-    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: object())  # apex, Transformer Engine
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: object())  # apex, Transformer Engine
     plan, _ = place(load_config("conf/torl_1.5b.yaml"), nodes=1, gpus=1, gpu="h100")
-    found = [check for check in doctor.gpu_checks(plan, None) if check.name == "environments"]
+    found = [check for check in checks.gpu_checks(plan) if check.name == "environments"]
     assert [check.level for check in found] == ["fail"]
     assert "NCCL is 2.29.7" in found[0].detail

@@ -46,7 +46,10 @@ def environment(mine: Process, placement: Placement, config: Config) -> dict[str
     env = without_gpus if placement.gpu == "cpu" else gpu_environment(config, os.environ)
     if mine.role != "rank":
         return env
-    if placement.gpu != "cpu":  # on a CPU the trainer knows best: see trainer/parallel.py
+    if placement.gpu == "cpu":
+        # threads that spin while they wait take the cores from servers and sandbox, in a rank's first step for seconds
+        env["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
+    else:  # on a CPU the trainer knows best how many threads: see trainer/parallel.py
         env["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, mine.cores[1] - mine.cores[0])))
     sandbox = config.sandbox.address
     return env | {

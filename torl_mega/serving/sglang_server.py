@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -99,11 +100,26 @@ def _check_context(model_path: Path, needed: int) -> None:
         tree: dict[str, Any] = json.loads((model_path / "config.json").read_text())
     except FileNotFoundError:
         raise ServerError(f"model.path = {model_path}: no config.json there; give a folder in HF layout") from None
+    _check_rope(model_path, tree.get("rope_scaling") or tree.get("rope_parameters") or {})
     most = tree.get("max_position_embeddings")
     if most is not None and needed > most:
         raise ServerError(
             f"data.max_prompt_tokens + rollout.max_response_tokens = {needed} tokens, but {model_path} has "
             f"max_position_embeddings {most}; lower one of them"
+        )
+
+
+def _check_rope(model_path: Path, rope: dict[str, Any]) -> None:
+    """SGLang 0.5.23 has no `attention_factor` (layers/rotary_embedding/factory.py): it computes yarn's own."""
+    given, scale = rope.get("attention_factor"), rope.get("factor")
+    if given is None or not scale:
+        return
+    pair = [float(rope.get(name) or 0.0) for name in ("mscale", "mscale_all_dim")]
+    of, over = (0.1 * weight * math.log(scale) + 1 for weight in (pair if all(pair) else (1.0, 0.0)))
+    if abs(given - of / over) > 1e-6:
+        raise ServerError(
+            f"model.path = {model_path}: config.json has attention_factor = {given}, which SGLang leaves out: it takes "
+            f"{of / over:.6g}, and would sample from another model than is trained; serve a model without it"
         )
 
 

@@ -31,18 +31,18 @@ from torl_mega.trainer.weights import checkpoint
 from torl_mega.trainer.weights.checkpoint_files import read_manifest
 from torl_mega.trainer.weights.hf_io import HfReader, write_hf
 from torl_mega.trainer.weights.hf_mapping import EMBEDDING, all_names
+from torl_mega.trainer.weights.target import check_target
 
 _TRAINER = TrainerConfig(mini_batch_samples=1, micro_batch_tokens=1)
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 def hf_to_megatron(hf: Path, out: Path, parallel: ParallelConfig) -> None:
-    """Writes the weights of HF folder `hf` as a checkpoint. Raises ConfigError for a bad source or layout, CheckpointError
-    when what was written reads back differently."""
+    """Writes the weights of HF folder `hf` as a checkpoint. Raises ConfigError for a bad source, layout or target,
+    CheckpointError when what was written reads back differently."""
+    share(lambda: check_target(out, hf))
     hf_config = read_hf_config(hf)
-    chunks, weight_map, shape = _build(
-        hf_config, parallel, lambda shape: HfReader(hf, shape).get(EMBEDDING.hf[0]).dtype
-    )
+    chunks, weight_map, shape = _build(hf_config, parallel, lambda shape: HfReader(hf, shape).one_type())
     reader = HfReader(hf, shape)
     weight_map.load(reader)
     checkpoint.save_weights(out, chunks, shape, hf_config)
@@ -64,8 +64,9 @@ def hf_to_megatron(hf: Path, out: Path, parallel: ParallelConfig) -> None:
 def megatron_to_hf(
     source: Path, out: Path, parallel: ParallelConfig, *, tokenizer: Path | None, max_file_bytes: int
 ) -> None:
-    """Writes the weights of checkpoint `source` as an HF folder; `tokenizer` lends its files. Raises CheckpointError for a
-    damaged source or when what was written reads back differently."""
+    """Writes the weights of checkpoint `source` as an HF folder; `tokenizer` lends its files. Raises ConfigError for a target
+    that may not be replaced, CheckpointError for a damaged source or when what was written reads back differently."""
+    share(lambda: check_target(out, source))
     manifest = share(lambda: read_manifest(source))
     hf_config = manifest["hf_config"]
     chunks, weight_map, shape = _build(hf_config, parallel, lambda _: _stored_dtype(source))

@@ -16,7 +16,7 @@ from torl_mega.trainer.weights.convert import megatron_to_hf, run
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint folder, any layout")
-    parser.add_argument("--out", type=Path, required=True, help="HF folder; replaced when it exists")
+    parser.add_argument("--out", type=Path, required=True, help="HF folder; an earlier result there is replaced")
     parser.add_argument("--tokenizer", type=Path, help="HF folder that lends tokenizer and generation files")
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel size to read with")
     parser.add_argument("--pp", type=int, default=1, help="pipeline stages to read with")
