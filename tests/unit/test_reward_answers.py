@@ -203,14 +203,14 @@ def test_values_agree_with_sympy() -> None:
     from latex2sympy2_extended import latex2sympy
     from sympy import N, Symbol
 
-    from torl_mega.reward.answers.expression import _sample
+    from torl_mega.reward.answers.expression import sample
 
     for text in (
         "\\frac{x+2}{7}", "\\sqrt{x^2+1}", "\\sin x \\cos y", "x^{y+1}", "\\frac{\\sqrt{\\sqrt{11}+\\sqrt{194}}}{15+2\\sqrt{33}}",
         "2\\pi x^2", "\\ln x", "e^{x}", "(x-2)(x+2)", "\\frac{1}{3x^{2}}", "\\tan^2 x + 1", "x y - 3 y^2", "-x^2", "\\log_2 x",
     ):  # fmt: skip
         for point in range(NUM_POINTS // 2):
-            there = N(latex2sympy(text).subs({Symbol(n): _sample(n, point) for n in "xy"}), 30)
+            there = N(latex2sympy(text).subs({Symbol(n): sample(n, point) for n in "xy"}), 30)
             here = evaluate(parse(normalize(text)), point)
             assert abs(complex(here) - complex(there)) <= 1e-12 * max(1.0, abs(complex(there))), (text, point)
 

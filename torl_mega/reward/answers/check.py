@@ -24,9 +24,12 @@ import mpmath
 
 from torl_mega.reward.answers import realset
 from torl_mega.reward.answers.expression import NUM_POINTS, close, evaluate, same_everywhere
+from torl_mega.reward.answers.family import same_family
 from torl_mega.reward.answers.finished import is_finished
 from torl_mega.reward.answers.forms import (
+    Cases,
     Difference,
+    Family,
     Form,
     Items,
     Matrix,
@@ -45,15 +48,15 @@ from torl_mega.reward.answers.forms import (
 from torl_mega.reward.answers.normalize import normalize, squeeze
 from torl_mega.reward.answers.scalars import (
     as_mpf,
-    decimal_comma,
     is_labelled,
     read_scalar,
     same_choice,
     same_scalar,
     same_text,
     text_words,
+    with_point,
 )
-from torl_mega.reward.answers.symbolic import ask_math_verify
+from torl_mega.reward.answers.symbolic import second_opinion
 from torl_mega.reward.answers.syntax import Node, symbols
 from torl_mega.reward.answers.tokens import Unreadable
 from torl_mega.reward.extract import extract_answer
@@ -70,17 +73,23 @@ def check(answer: str, gold: str) -> bool:
     a, g = normalize(answer), normalize(gold)
     if not a or not g:
         return False
-    if same_text(a, g) or same_choice(a, g) or decimal_comma(a, g):
+    if same_text(a, g) or same_choice(a, g):
         return True
+    form, gold_form = _readable(a), _readable(g)
+    if form is None or gold_form is None:
+        return _without_reading(answer, gold, gold_form)
     try:
-        gold_form = read_form(g)
-        _probe(gold_form)
-    except Unreadable:
-        return not is_labelled(g) and ask_math_verify(answer, gold)
-    try:
-        return _same(read_form(a), gold_form) or _list_of_grouped(a, g)
+        return _same(form, gold_form) or _list_of_grouped(form, g)
     except Unreadable:
         return False
+
+
+def _without_reading(answer: str, gold: str, gold_form: Form | None) -> bool:
+    """One of both is not read. A gold answer that is read must be an expression with variables to be asked about."""
+    if gold_form is None:
+        return not is_labelled(normalize(gold)) and second_opinion(answer, gold)
+    node = read_scalar(gold_form.text).node if isinstance(gold_form, Scalar) and not _is_infinite(gold_form) else None
+    return node is not None and bool(symbols(node)) and second_opinion(answer, gold, node)
 
 
 def grade(answer: str, gold: str, problem: str = "") -> bool:
@@ -93,40 +102,50 @@ def is_understood(gold: str) -> bool:
     text = normalize(gold)
     if not text or len(gold) > MAX_ANSWER_CHARS:
         return False
-    try:
-        _probe(read_form(text))
-    except Unreadable:
-        return 1 <= len(text_words(text).split()) <= 4
-    return True
+    return _readable(text) is not None or 1 <= len(text_words(text).split()) <= 4
 
 
 def warm_up() -> None:
     """Pays for imports and parser tables once, before workers are forked."""
     for text in ("5", "\\frac{3}{4}", "(-\\infty,2)\\cup(3,\\infty)", "\\begin{pmatrix}1\\\\2\\end{pmatrix}", "y=2x+3"):
         check(text, "1+x")
-        ask_math_verify(text, "\\sum_{k=1}^{n} k")
+        second_opinion(text, "\\sum_{k=1}^{n} k")
 
 
 # ------------------------------------------------------------------------------------------------ forms
 
 
-def _probe(form: Form) -> None:
-    """Raises Unreadable when a scalar of the gold answer cannot be evaluated."""
+def _readable(text: str) -> Form | None:
+    """The form of a normalised answer; None where it or a scalar in it is not read."""
+    try:
+        form = read_form(text)
+        check_readable(form)
+    except Unreadable:
+        return None
+    return form
+
+
+def check_readable(form: Form) -> None:
+    """Raises Unreadable when a scalar of the form is not an expression."""
     if isinstance(form, Scalar):
-        if form.text.replace(" ", "").lstrip("+-") != "\\infty" and not _is_all_reals(form):
+        if not _is_infinite(form):
             read_scalar(form.text)
     elif isinstance(form, Relation):
         for side in form.sides:
             if not is_name(side):
                 side_form = read_form(side)
                 if side_form != form:
-                    _probe(side_form)
-    elif isinstance(form, Matrix):
-        for cell in (c for row in form.rows for c in row):
-            _probe(cell)
+                    check_readable(side_form)
+    elif isinstance(form, Cases):
+        for value, _ in form.rows:
+            read_scalar(value)
     else:
         for part in _parts(form):
-            _probe(part)
+            check_readable(part)
+
+
+def _is_infinite(form: Scalar) -> bool:
+    return form.text.replace(" ", "").lstrip("+-") == "\\infty" or _is_all_reals(form)
 
 
 def _is_all_reals(form: Form) -> bool:
@@ -134,12 +153,14 @@ def _is_all_reals(form: Form) -> bool:
 
 
 def _parts(form: Form) -> tuple[Form, ...]:
-    if isinstance(form, Union):
+    if isinstance(form, Union | Ratio):
         return form.parts
     if isinstance(form, Difference):
         return (form.left, form.right)
-    if isinstance(form, Ratio):
-        return form.parts
+    if isinstance(form, Family):
+        return (form.body,)
+    if isinstance(form, Matrix):
+        return tuple(cell for row in form.rows for cell in row)
     assert isinstance(form, Items | Tuple | Set)
     return form.items
 
@@ -148,26 +169,44 @@ def _same(a: Form, g: Form) -> bool:
     """Whether the prediction's form `a` states the same as the gold form `g`."""
     if isinstance(a, Scalar) and isinstance(g, Scalar):
         return same_scalar(a.text, g.text)
-    if isinstance(a, Matrix) or isinstance(g, Matrix):
-        return isinstance(a, Matrix) and isinstance(g, Matrix) and _same_matrix(a, g)
     if isinstance(a, Relation) or isinstance(g, Relation):
         return _same_relation(a, g)
+    if isinstance(a, Family) or isinstance(g, Family):
+        return isinstance(a, Family) and isinstance(g, Family) and same_family(a, g, _same)
+    if isinstance(a, Cases) or isinstance(g, Cases):
+        return isinstance(a, Cases) and isinstance(g, Cases) and _same_cases(a, g)
+    if isinstance(a, Matrix) or isinstance(g, Matrix):
+        return _same_matrix(a, g)
+    if _has_inequality(a) or _has_inequality(g):
+        return _same_conditions(a, g)
     if isinstance(a, Tuple) and isinstance(g, Tuple):
-        return _same_tuple(a, g)
+        return _same_tuple(a, g) or _same_listed_by_program(a, g)
     if isinstance(a, Ratio) or isinstance(g, Ratio):
         return isinstance(a, Ratio) and isinstance(g, Ratio) and _same_in_order(a.parts, g.parts)
     if isinstance(a, Union | Difference) or isinstance(g, Union | Difference) or _is_all_reals(a) or _is_all_reals(g):
         return _same_real_set(a, g)
     if isinstance(a, Tuple) or isinstance(g, Tuple):
-        return _bare_for_tuple(a, g)
+        return _bare_for_tuple(a, g) or _same_listed_by_program(a, g)
     return _same_items(a, g)
 
 
-def _same_matrix(a: Matrix, g: Matrix) -> bool:
-    return len(a.rows) == len(g.rows) and all(
-        len(r) == len(s) and all(_same(x, y) for x, y in zip(r, s, strict=True))
-        for r, s in zip(a.rows, g.rows, strict=True)
-    )
+def _same_matrix(a: Form, g: Form) -> bool:
+    rows, gold_rows = _rows(a), _rows(g)
+    if rows is None or gold_rows is None:
+        return False
+    return len(rows) == len(gold_rows) and all(_same_in_order(r, s) for r, s in zip(rows, gold_rows, strict=True))
+
+
+def _rows(form: Form) -> tuple[tuple[Form, ...], ...] | None:
+    """The rows of a matrix, also of one printed as a list of lists."""
+    if isinstance(form, Matrix):
+        return form.rows
+    if not isinstance(form, Tuple) or form.opening != "[":
+        return None
+    rows = [row.items if isinstance(row, Tuple) else (row,) for row in form.items]
+    nested = all(isinstance(row, Tuple) and row.opening == "[" for row in form.items)
+    single = all(isinstance(row, Scalar) and row.text.startswith("[") for row in form.items)  # a column
+    return tuple(rows) if nested or single else None
 
 
 def _same_tuple(a: Tuple, g: Tuple) -> bool:
@@ -177,7 +216,7 @@ def _same_tuple(a: Tuple, g: Tuple) -> bool:
         return False
     if all(isinstance(item, Relation) for item in (*a.items, *g.items)):
         return _same_relation_lists(Items(a.items), Items(g.items))
-    return _same_in_order(tuple(_rhs(x) for x in a.items), g.items)
+    return _same_in_order(tuple(_rhs(x) for x in a.items), tuple(_rhs(x) for x in g.items))
 
 
 def _same_in_order(a: tuple[Form, ...], g: tuple[Form, ...]) -> bool:
@@ -191,6 +230,14 @@ def _rhs(form: Form) -> Form:
     return form
 
 
+def _same_listed_by_program(a: Form, g: Form) -> bool:
+    """`[3, -1]` and `[(1, 2), (2, 1)]` of a solver for the same values in a row; two rising ends may be an interval."""
+    if not isinstance(a, Tuple) or (a.opening, a.closing) != ("[", "]"):
+        return False
+    listed = isinstance(g, Items) or len(a.items) == 1
+    return listed and realset.read(a, _endpoint) is None and _same_items(Items(a.items), g)
+
+
 def _bare_for_tuple(a: Form, g: Form) -> bool:
     """`1, 2` for `(1, 2)` and the other way, in order; braces are a set and never a tuple."""
     items = [form for form in (a, g) if isinstance(form, Items)]
@@ -199,31 +246,30 @@ def _bare_for_tuple(a: Form, g: Form) -> bool:
         return False
     if pair[0].opening == "[" and len(pair[0].items) == 2:
         return False
-    return len(items[0].items) == len(pair[0].items) and all(
-        _same(_rhs(x), _rhs(y)) for x, y in zip(_parts(a), _parts(g), strict=True)
-    )
+    return _same_in_order(tuple(_rhs(x) for x in _parts(a)), tuple(_rhs(y) for y in _parts(g)))
 
 
 def _same_items(a: Form, g: Form) -> bool:
-    """Without order and repeats. One thing alone is a list or set of one."""
+    """Without order; a list has each value as often as the other, two sets have the same members. One thing alone is a
+    list or set of one."""
     if isinstance(a, Items) and isinstance(g, Items) and (_relations(a) or _relations(g)):
         return _same_relation_lists(a, g)
-    left, right = (
-        _distinct(_parts(a) if isinstance(a, Items | Set) else (a,)),
-        _distinct(_parts(g) if isinstance(g, Items | Set) else (g,)),
-    )
+    if isinstance(a, Items) and isinstance(g, Scalar) and (pointed := with_point(a.text, g.text)):
+        return same_scalar(pointed, g.text)
+    left, right = (list(_parts(form)) if isinstance(form, Items | Set) else [form] for form in (a, g))
+    if isinstance(a, Set) and isinstance(g, Set):
+        left, right = _distinct(left), _distinct(right)
     if len(left) != len(right):
         return False
-    rest = list(left)
     for gold in right:
-        match = next((x for x in rest if _try_same(x, gold)), None)
+        match = next((x for x in left if _try_same(x, gold)), None)
         if match is None:
             return False
-        rest.remove(match)
+        left.remove(match)
     return True
 
 
-def _distinct(forms: tuple[Form, ...]) -> list[Form]:
+def _distinct(forms: list[Form]) -> list[Form]:
     kept: list[Form] = []
     for form in forms:
         if not any(_try_same(form, other) for other in kept):
@@ -242,11 +288,32 @@ def _relations(form: Items) -> bool:
     return any(isinstance(item, Relation) for item in form.items)
 
 
-def _list_of_grouped(a: str, g: str) -> bool:
+def _list_of_grouped(form: Form, g: str) -> bool:
     """Gold `100,200` may be a list after all when the prediction is one."""
-    if "," not in g or not isinstance(read_form(a), Items) or isinstance(read_form(g), Items):
+    if "," not in g or not isinstance(form, Items) or isinstance(read_form(g), Items):
         return False
-    return _same(read_form(a), read_form(g.replace(",", ", ")))
+    return _same(form, read_form(g.replace(",", ", ")))
+
+
+def _same_cases(a: Cases, g: Cases) -> bool:
+    """Functions by cases: the same value on the same set of numbers, in any order of the rows."""
+    left, right = _regions(a), _regions(g)
+    return len(left) == len(right) and all(
+        any(x[0] == y[0] and _try_same(Scalar(x[1]), Scalar(y[1])) for x in left) for y in right
+    )
+
+
+def _regions(form: Cases) -> list[tuple[realset.RealSet, str]]:
+    """Where each row holds, without the rows before it."""
+    regions, before, variable = [], realset.RealSet(()), ""
+    for value, condition in form.rows:
+        where = realset.ALL if condition == "otherwise" else realset.read(read_form(condition), _endpoint)
+        if where is None or (where.variable and variable and where.variable != variable):
+            raise Unreadable("a case that is no set of numbers in one variable")
+        variable = variable or where.variable
+        regions.append((realset.RealSet(realset.without(where, before).pieces), value))
+        before = realset.either(before, where)
+    return regions
 
 
 # ------------------------------------------------------------------------------------------------ relations
@@ -263,7 +330,7 @@ def _same_relation(a: Form, g: Form) -> bool:
     if isinstance(g, Relation) and is_equation(g):
         value = _stated_value(g)
         return value is not None and _same(a, value)
-    return _same_real_set(a, g)
+    return _same_conditions(a, g)
 
 
 def _both_relations(a: Relation, g: Relation) -> bool:
@@ -322,8 +389,8 @@ def _rounds_to(exact: str, shown: str) -> bool:
 
 def _same_relation_lists(a: Items, g: Items) -> bool:
     """Lists in which names are given values: x = 1, y = 2."""
-    if any(isinstance(i, Relation) and not is_equation(i) for i in (*a.items, *g.items)):
-        return _same_real_set(a, g)
+    if _has_inequality(a) or _has_inequality(g):
+        return _same_conditions(a, g)
     if len(a.items) != len(g.items):
         return False
     named = [[i.sides[0] if isinstance(i, Relation) else "" for i in form.items] for form in (a, g)]
@@ -337,6 +404,37 @@ def _same_relation_lists(a: Items, g: Items) -> bool:
     if len(names) > 1:  # x = 1, y = 2 against 1, 2
         return all(_try_same(x, y) for x, y in zip(*plain, strict=True))
     return _same_items(Items(tuple(plain[0])), Items(tuple(plain[1])))
+
+
+def _has_inequality(form: Form) -> bool:
+    parts = form.items if isinstance(form, Items) else (form,)
+    return any(isinstance(part, Relation) and not is_equation(part) for part in parts)
+
+
+def _same_conditions(a: Form, g: Form) -> bool:
+    """As sets of real numbers, variable by variable; conditions that are none one by one, in any order."""
+    sets = [_by_variable(form) for form in (a, g)]
+    if all(sets):
+        return sets[0] == sets[1]
+    if _try_real_set(a, g):
+        return True
+    if not isinstance(a, Items) or not isinstance(g, Items) or a.joint == "or" != g.joint or len(a.items) != len(g.items):
+        return False
+    return all(any(_try_same(x, y) for x in a.items) for y in g.items)
+
+
+def _by_variable(form: Form) -> dict[str, tuple[realset.Piece, ...]] | None:
+    """`x>0, y>0, x<5`: where each variable may lie; None for anything but conditions on two variables and more."""
+    if not isinstance(form, Items) or form.joint == "or":
+        return None
+    groups: dict[str, list[Form]] = {}
+    for item in form.items:
+        where = realset.read(item, _endpoint) if isinstance(item, Relation) else None
+        if where is None:
+            return None
+        groups.setdefault(squeeze(where.variable), []).append(item)
+    sets = {name: realset.read(Items(tuple(items), form.joint), _endpoint) for name, items in groups.items()}
+    return {name: s.pieces for name, s in sets.items() if s is not None} if len(sets) > 1 else None
 
 
 def _value_of(form: Form) -> Form | None:

@@ -12,8 +12,8 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-from torl_mega.reward.answers.normalize import strip_outer
-from torl_mega.reward.answers.tokens import Unreadable
+from torl_mega.reward.answers.brackets import depth_step, ends_word, spans, split_top, strip_outer
+from torl_mega.reward.answers.tokens import PLAIN_FUNCTIONS, WHOLE, Unreadable
 
 MAX_ITEMS = 64
 _MAX_DEPTH = 8
@@ -26,10 +26,11 @@ class Scalar:
 
 @dataclass(frozen=True, slots=True)
 class Items:
-    """Things in a row without brackets; `joint` is how they are joined: `,`, `or` or `and`."""
+    """An unbracketed list: `1, 2` or `x=1 or x=2`; `joint` is how it is joined: `,`, `or` or `and`. It may hold repeats."""
 
     items: tuple[Form, ...]
     joint: str = ","
+    text: str = ""  # as it was written
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +78,37 @@ class Relation:
     operators: tuple[str, ...]  # = \\ne < > \\le \\ge \\approx \\equiv
 
 
-Form = Scalar | Items | Tuple | Set | Union | Difference | Matrix | Ratio | Relation
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What takes a value for each whole number: `x = k\\pi, k \\in \\mathbb{Z}`. The parameters in `body` are named anew."""
 
+    body: Form
+    num_names: int
+    domain: str  # Z or N
+
+
+@dataclass(frozen=True, slots=True)
+class Cases:
+    """A function by cases: (value, condition) by row; the condition `otherwise` is what the rows before leave."""
+
+    rows: tuple[tuple[str, str], ...]
+
+
+Form = Scalar | Items | Tuple | Set | Union | Difference | Matrix | Ratio | Relation | Family | Cases
+
+_OTHERWISE = re.compile(r"True|(?:\\text\s*\{)?\s*(?:otherwise|else|elsewhere)\s*\}?", re.IGNORECASE)
 _MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix|smallmatrix|array)\}(?:\{[^{}]*\})?(.*)\\end\{\1\}", re.DOTALL)
 _RELATIONS = ("\\approx", "\\equiv", "\\ne", "\\le", "\\ge", "\\sim", "=", "<", ">")
 _JOINTS = (("or", r"\text{or}", " or "), ("and", r"\text{and}", " and "))
+_WHOLE_NUMBERS = r"(?:\\mathbb\{(?P<domain>[ZN])\}|(?P<letter>[ZN]))(?:\s*[_^]\s*\{?\s*(?P<part>[+*0]|\\ge\s*0|>\s*0)\s*\}?)*"
+_NAMES = r"(?P<names>[A-Za-z](?:\s*,\s*[A-Za-z])?)"
+_FOR_WHOLE = re.compile(
+    rf"[\s,;(]*(?:\\text\s*\{{[\s,]*(?:where|for|with)?\s*(?:all|any|every|each|some)?\s*\}})?\s*"
+    rf"(?:{_NAMES}\s*\\in\s*{_WHOLE_NUMBERS}"
+    rf"|{_NAMES.replace('names', 'named')}\s*\\text\s*\{{\s*(?:is|are)?\s*(?:an|any)?\s*integers?\s*\}}"
+    rf"|(?<=integer \}})\s*{_NAMES.replace('names', 'worded')})[\s)]*",
+    re.ASCII,
+)
 _MEMBER = re.compile(r"^\(?[A-Za-z\\][A-Za-z0-9_{}\\, ]{0,12}\)?\s*\\in(?![A-Za-z])\s*", re.ASCII)
 
 
@@ -93,7 +120,33 @@ def read_form(text: str, depth: int = 0) -> Form:
     text = strip_outer(re.sub(r"^(?:=|\\approx(?![A-Za-z]))", "", _MEMBER.sub("", text)))
     if not text:
         raise Unreadable("empty")
-    return _joined(text, depth) or _bracketed(text, depth) or _combined(text, depth) or _plain(text, depth)
+    for read in (_family, _joined, _bracketed, _combined):
+        if form := read(text, depth):
+            return form
+    return _plain(text, depth)
+
+
+def _family(text: str, depth: int) -> Form | None:
+    r"""`x = k\pi, k \in \mathbb{Z}`; the parameters are called \wholea and \wholeb from here on."""
+    for at in [m.start() for m in re.finditer(r"[,;(]|\\text", text)]:
+        match = _FOR_WHOLE.fullmatch(text, at)
+        if match is not None and text[:at].strip():
+            return _make_family(text[:at], match, depth)
+    return None
+
+
+def _make_family(body: str, match: re.Match[str], depth: int) -> Family:
+    names = re.findall("[A-Za-z]", match["names"] or match["named"] or match["worded"])
+    domain = "N" if match["part"] else match["domain"] or match["letter"] or "Z"
+    for name, alias in zip(names, WHOLE, strict=False):
+        body = _renamed(body, name, alias)
+    return Family(read_form(body, depth + 1), len(names), domain)
+
+
+def _renamed(text: str, name: str, alias: str) -> str:
+    """`text` with the variable `name` called `alias`; letters of commands, words and function names are no variables."""
+    words = rf"\\text\s*\{{[^{{}}]*\}}|\\[A-Za-z]+|{'|'.join(PLAIN_FUNCTIONS)}|[A-Za-z]"
+    return re.sub(words, lambda m: f"\\{alias} " if m[0] == name else m[0], text)
 
 
 def _joined(text: str, depth: int) -> Form | None:
@@ -105,11 +158,13 @@ def _joined(text: str, depth: int) -> Form | None:
         for spelling in spellings:
             parts = split_top(text, spelling)
             if len(parts) > 1:
-                return Items(_forms([p for part in parts for p in split_commas(part.strip().strip(","))], depth), name)
+                items = [p for part in parts for p in split_commas(part.strip().strip(","))]
+                return Items(_forms(items, depth), name, text)
+    parts = [p for p in split_top(text, ";") if p.strip()]
+    if len(parts) > 1:  # `1,5; 2,5` may be two decimals
+        return Items(tuple(read_form(part, depth + 1) for part in parts[: MAX_ITEMS + 1]), ",", text)
     parts = split_commas(text)
-    if len(parts) == 1:
-        parts = [p for p in split_top(text, ";") if p.strip()]
-    return Items(_forms(parts, depth), ",") if len(parts) > 1 else None
+    return Items(_forms(parts, depth), ",", text) if len(parts) > 1 else None
 
 
 def _solutions(text: str, depth: int) -> Form | None:
@@ -126,24 +181,42 @@ def _solutions(text: str, depth: int) -> Form | None:
 def _bracketed(text: str, depth: int) -> Form | None:
     if match := _MATRIX.fullmatch(_unwrap_matrix(text)):
         return _matrix(match[2], depth)
+    if text.startswith("\\begin{pieces}") and text.endswith("\\end{pieces}"):
+        return _cases(text[14:-12])
     if text in ("\\emptyset", "\\{\\}", "\\{ \\}"):
         return Set(())
-    if text.startswith("\\{") and _spans(text, "\\{", "\\}"):
+    if text.startswith("\\{") and text.endswith("\\}") and spans(text):
         inside = text[2:-2]
-        if len(split_top(inside, "|")) == 2 or len(split_top(inside, ":")) == 2:
-            return _set_builder(inside, depth)
-        return Set(_forms(split_commas(inside), depth))
+        bar = next((b for b in ("|", ":") if len(split_top(inside, b)) == 2), None)
+        return _set_builder(*split_top(inside, bar), depth) if bar else Set(_forms(split_commas(inside), depth))
     if text.startswith("\\langle") and text.endswith("\\rangle"):
         return Tuple("(", _forms(split_commas(text[7:-7]), depth), ")")
-    if text[0] in "([" and text[-1] in ")]" and _spans_any(text):
+    if text[0] in "([" and text[-1] in ")]" and spans(text):
         parts = split_top(text[1:-1], ";")
         if len(parts) == 1:
             parts = split_commas(text[1:-1], thousands=False)
-        if len(parts) > 1:
-            return Tuple(text[0], _forms(parts, depth), text[-1])
-        if text[0] == "(" and text[-1] == ")" and _has_form(text[1:-1]):
-            return read_form(text[1:-1], depth + 1)
+            return Tuple(text[0], _forms(parts, depth), text[-1]) if len(parts) > 1 else _grouped(text, depth)
+        return Tuple(text[0], tuple(read_form(p, depth + 1) for p in parts[: MAX_ITEMS + 1]), text[-1])
     return None
+
+
+def _grouped(text: str, depth: int) -> Form | None:
+    """Brackets around one thing only group it; `[[1], [2]]` of a program keeps its inner ones."""
+    if text[0] == "(" and text[-1] == ")":
+        return read_form(text[1:-1], depth + 1)
+    inner = text[1:-1].strip()
+    if inner.startswith(("(", "[")) and text[-1] == "]" and spans(inner):
+        return Tuple("[", (read_form(inner, depth + 1),), "]")
+    return None
+
+
+def _cases(body: str) -> Cases:
+    rows = [split_top(row, "&") for row in body.split("\\\\") if row.strip()]
+    if not rows or len(rows) > MAX_ITEMS or any(len(row) != 2 for row in rows):
+        raise Unreadable("cases that are no pairs of value and condition")
+    dress = r"\\text\s*\{\s*(?:if|for|when|where|,)*\s*\}|^\s*(?:if|for|when|where)\b|[,;.]\s*$"
+    stripped = [tuple(re.sub(dress, " ", cell.strip().strip(",;.")).strip() for cell in row) for row in rows]
+    return Cases(tuple((value, "otherwise" if _OTHERWISE.fullmatch(when) else when) for value, when in stripped))
 
 
 def _combined(text: str, depth: int) -> Form | None:
@@ -176,14 +249,14 @@ def _relation(text: str) -> Relation | None:
     while at < len(text):
         if depth == 0:
             operator = next(
-                (r for r in _RELATIONS if text.startswith(r, at) and _ends_word(text, at + len(r), r)), None
+                (r for r in _RELATIONS if text.startswith(r, at) and ends_word(text, at + len(r), r)), None
             )
             if operator is not None:
                 pieces.append(text[start:at].strip())
                 operators.append(operator)
                 at = start = at + len(operator)
                 continue
-        depth += _depth_step(text, at)
+        depth += depth_step(text, at)
         at += 2 if text[at] == "\\" else 1
     if not operators:
         return None
@@ -191,10 +264,6 @@ def _relation(text: str) -> Relation | None:
     if not all(pieces) or len(operators) > 12:
         raise Unreadable("a relation with an empty side")
     return Relation(tuple(pieces), tuple(operators))
-
-
-def _ends_word(text: str, end: int, operator: str) -> bool:
-    return not (operator.startswith("\\") and operator[-1].isalpha()) or not text[end : end + 1].isalpha()
 
 
 def _plus_minus(text: str, depth: int) -> Form:
@@ -206,12 +275,15 @@ def _plus_minus(text: str, depth: int) -> Form:
     return Items(_forms(both, depth), "or")
 
 
-def _set_builder(inside: str, depth: int) -> Form:
-    """`\\{x : x > 2\\}` is the relation, with what stands before the bar taken as its variable."""
-    parts = split_top(inside, "|")
-    condition = (parts if len(parts) == 2 else split_top(inside, ":"))[1]
+def _set_builder(element: str, condition: str, depth: int) -> Form:
+    """`\\{x : x > 2\\}` and `\\{x \\in \\mathbb{R} : x > 2\\}` are the relation; `\\{2k : k \\in \\mathbb{Z}\\}` is a family."""
+    match = _FOR_WHOLE.fullmatch(condition.strip())
+    if match is not None:
+        return _make_family(element, match, depth)
+    if not re.fullmatch(r"\s*[A-Za-z]\s*(?:\\in\s*(?:\\mathbb\{R\}|R))?\s*", element):
+        raise Unreadable("a set builder over what is no real number")
     form = read_form(condition, depth + 1)
-    if isinstance(form, Relation | Items):
+    if isinstance(form, Relation | Items | Family):
         return form
     raise Unreadable("a set whose condition is not a relation")
 
@@ -245,11 +317,6 @@ def _forms(parts: list[str], depth: int) -> tuple[Form, ...]:
     return tuple(flat)
 
 
-def _has_form(text: str) -> bool:
-    """Whether brackets around `text` only group: there is more than a scalar inside."""
-    return "," in text or bool(re.search(r"\\cup|\\begin\{|\\setminus|[=<>]|\\le|\\ge|\\pm", text))
-
-
 # ------------------------------------------------------------------------------------------------ splitting
 
 
@@ -267,47 +334,6 @@ def is_grouped(text: str) -> bool:
     return bool(
         re.fullmatch(r"\s*[-+]?\s*(?:\\dollar)?\s*[1-9][0-9]{0,2}(,[0-9]{3})+(\.[0-9]+)?\b.*", text, re.ASCII)
     ) and not (re.search(r",[0-9]{3}[0-9]|,(?![0-9]{3})", text))
-
-
-def split_top(text: str, separator: str) -> list[str]:
-    """At `separator` outside of all brackets and braces."""
-    if separator not in text:
-        return [text]
-    parts, depth, at, start = [], 0, 0, 0
-    while at < len(text):
-        if depth == 0 and text.startswith(separator, at) and _ends_word(text, at + len(separator), separator):
-            parts.append(text[start:at])
-            at = start = at + len(separator)
-            continue
-        depth += _depth_step(text, at)
-        at += 2 if text[at] == "\\" else 1
-    return [*parts, text[start:]]
-
-
-_STEPS = {"{": 1, "(": 1, "[": 1, "}": -1, ")": -1, "]": -1}
-
-
-def _depth_step(text: str, at: int) -> int:
-    if text[at] == "\\":
-        if text.startswith(("\\{", "\\langle", "\\begin"), at):
-            return 1
-        return -1 if text.startswith(("\\}", "\\rangle", "\\end"), at) else 0
-    return _STEPS.get(text[at], 0)
-
-
-def _spans(text: str, opening: str, closing: str) -> bool:
-    return text.endswith(closing) and _spans_any(text)
-
-
-def _spans_any(text: str) -> bool:
-    """Whether the bracket that opens the text is closed by its very last character."""
-    depth, at = 0, 0
-    while at < len(text):
-        depth += _depth_step(text, at)
-        at += 2 if text[at] == "\\" else 1
-        if depth == 0:
-            return at >= len(text)
-    return False
 
 
 # ------------------------------------------------------------------------------------------------ relations

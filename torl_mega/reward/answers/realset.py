@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import reduce
 from typing import Any
 
 from torl_mega.reward.answers.forms import Difference, Form, Items, Relation, Scalar, Set, Tuple, Union
@@ -30,23 +31,33 @@ class RealSet:
     variable: str = ""  # of an inequality
 
 
+ALL = RealSet(((_LOW, _HIGH),))
+
+
+def either(a: RealSet, b: RealSet) -> RealSet:
+    return RealSet(_merge([*a.pieces, *b.pieces]))
+
+
+def without(a: RealSet, b: RealSet) -> RealSet:
+    return RealSet(_intersect(a.pieces, _complement(b.pieces)))
+
+
 def read(form: Form, number: Number) -> RealSet | None:
     if isinstance(form, Tuple):
         return _interval(form, number)
     if isinstance(form, Scalar):
-        return RealSet(((_LOW, _HIGH),)) if form.text.replace(" ", "") in ("\\mathbb{R}", "R", "\\Re") else None
+        return ALL if form.text.replace(" ", "") in ("\\mathbb{R}", "R", "\\Re") else None
     if isinstance(form, Set):
         return _points(form, number)
     if isinstance(form, Relation):
         return _inequality(form, number)
     if isinstance(form, Union):
-        return _all_of([read(part, number) for part in form.parts])
+        return _listed(Items(form.parts, "or"), [read(part, number) for part in form.parts])
     if isinstance(form, Items):
-        sets = [read(part, number) for part in form.items]
-        return _intersection(sets) if form.joint == "and" else _all_of(sets)
+        return _listed(form, [read(part, number) for part in form.items])
     if isinstance(form, Difference):
         left, right = read(form.left, number), read(form.right, number)
-        return None if left is None or right is None else RealSet(_intersect(left.pieces, _complement(right.pieces)))
+        return None if left is None or right is None else without(left, right)
     return None
 
 
@@ -75,7 +86,7 @@ def _inequality(form: Relation, number: Number) -> RealSet | None:
         for i, side in enumerate(form.sides)
         if _VARIABLE.fullmatch(side.strip()) and side.strip() not in ("\\pi", "e")
     ]
-    if len(where) != 1 or len(form.sides) > 3 or not set(form.operators) <= {"<", ">", "\\le", "\\ge", "\\ne"}:
+    if len(where) != 1 or len(form.sides) > 3 or not set(form.operators) <= {"<", ">", "\\le", "\\ge", "\\ne", "="}:
         return None
     at, pieces = where[0], ((_LOW, _HIGH),)
     for i, operator in enumerate(form.operators):
@@ -91,8 +102,9 @@ def _inequality(form: Relation, number: Number) -> RealSet | None:
 
 
 def _half_line(operator: str, value: Fraction | float, forward: bool) -> tuple[Piece, ...]:
-    if operator == "\\ne":
-        return _complement((((value, -1), (value, 1)),))
+    if operator in ("\\ne", "="):
+        point = (((value, -1), (value, 1)),)
+        return point if operator == "=" else _complement(point)
     below = (operator in ("<", "\\le")) == forward
     closed = operator in ("\\le", "\\ge")
     if below:
@@ -109,27 +121,28 @@ def _bound(text: str, number: Number) -> Fraction | float | None:
     return number(text)
 
 
-def _all_of(sets: list[RealSet | None]) -> RealSet | None:
-    if not sets or any(s is None for s in sets):
-        return None
+def _listed(form: Items, sets: list[RealSet | None]) -> RealSet | None:
+    """`or` unites. `and` means all of them. A comma between conditions means and, or where nothing meets all of them, or;
+    `x \\ne c` always takes away. A comma between sets unites what does not overlap."""
     known = [s for s in sets if s is not None]
-    names = {s.variable for s in known} - {""}
-    if len(names) > 1:
+    variables = {s.variable for s in known} - {""}
+    if len(known) != len(sets) or len(variables) > 1:
         return None
-    return RealSet(_merge([piece for s in known for piece in s.pieces]), next(iter(names), ""))
-
-
-def _intersection(sets: list[RealSet | None]) -> RealSet | None:
-    if not sets or any(s is None for s in sets):
-        return None
-    known = [s for s in sets if s is not None]
-    names = {s.variable for s in known} - {""}
-    if len(names) > 1:
-        return None
-    pieces = known[0].pieces
-    for s in known[1:]:
-        pieces = _intersect(pieces, s.pieces)
-    return RealSet(pieces, next(iter(names), ""))
+    variable = next(iter(variables), "")
+    united = _merge([piece for s in known for piece in s.pieces])
+    if form.joint == "or":
+        return RealSet(united, variable)
+    if form.joint == "," and not variables:
+        apart = len(united) == sum(len(s.pieces) for s in known)
+        return RealSet(united) if apart else None
+    conditions, exclusions = [], []
+    for item, condition in zip(form.items, known, strict=True):
+        excludes = isinstance(item, Relation) and "\\ne" in item.operators
+        (exclusions if excludes else conditions).append(condition.pieces)
+    pieces = reduce(_intersect, conditions, ALL.pieces)
+    if not pieces and form.joint == ",":
+        pieces = _merge([piece for condition in conditions for piece in condition])
+    return RealSet(reduce(_intersect, exclusions, pieces), variable)
 
 
 def _merge(pieces: list[Piece]) -> tuple[Piece, ...]:

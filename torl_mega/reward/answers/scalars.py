@@ -14,7 +14,7 @@ from torl_mega.reward.answers.expression import evaluate, same_everywhere
 from torl_mega.reward.answers.normalize import squeeze
 from torl_mega.reward.answers.syntax import Node, has_decimal, parse, symbols
 from torl_mega.reward.answers.tokens import Unreadable
-from torl_mega.reward.answers.units import Quantity, contradict, split_letter_unit, split_unit
+from torl_mega.reward.answers.units import Quantity, contradict, split_letters, split_unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +35,38 @@ def read_scalar(text: str) -> ScalarValue:
     except Unreadable:
         node, quantity = parse(text), Quantity(text, "", False)
     if quantity.scale:
-        scale = 10**quantity.scale
-        node = Node("mul", (node, Node("num", name=str(scale), value=Fraction(scale))))
+        scale = Fraction(10**quantity.scale)
+        known = node.kind == "num" and node.value is not None  # 1.2 million is a number, exact to the last digit
+        scaled = Node("num", name=str(node.value * scale), value=node.value * scale) if known else None
+        node = scaled or Node("mul", (node, Node("num", name=str(scale), value=scale)))
     return ScalarValue(node, quantity)
 
 
 def same_scalar(a: str, g: str) -> bool:
+    """Whether two scalars state the same: as text, or by value with units that do not contradict each other."""
     if same_text(a, g) or squeeze(a).removeprefix("+") == squeeze(g).removeprefix("+"):
         return True
     x, y = read_scalar(a), read_scalar(g)
-    if symbols(x.node) and not symbols(y.node) and (quantity := split_letter_unit(a)) is not None:
-        x = ScalarValue(parse(quantity.body), quantity)
+    if _same_quantity(x, y):
+        return True
+    unit, gold_unit = _letters_as_unit(a), _letters_as_unit(g)
+    if gold_unit is not None and (gold_unit[1] == 2 or x.quantity.unit == gold_unit[0].quantity.unit):
+        y = gold_unit[0]
+    if unit is not None and not symbols(y.node) and (unit[1] or y.quantity.unit == unit[0].quantity.unit):
+        x = unit[0]
+    return (unit is not None or gold_unit is not None) and _same_quantity(x, y)
+
+
+def _letters_as_unit(text: str) -> tuple[ScalarValue, int] | None:
+    """The scalar with its last bare letters read as a unit, and how likely they are one; None where they cannot be."""
+    split = split_letters(text)
+    if split is None:
+        return None
+    node = parse(split[0].body)
+    return None if symbols(node) else (ScalarValue(node, split[0]), split[1])
+
+
+def _same_quantity(x: ScalarValue, y: ScalarValue) -> bool:
     unit, gold_unit = x.quantity.unit, y.quantity.unit
     if contradict(x.quantity, y.quantity):
         return False
@@ -117,15 +138,22 @@ def text_words(text: str) -> str:
     return " ".join(re.sub(r"[,.\-]", " ", plain).lower().split()).removeprefix("the ")
 
 
+_LABEL = r"(?:\(\s*[A-Z]\s*\)|\b[A-Z]\s*\)|\b[A-Z][.:])"
 _CHOICE = re.compile(r"(?:\(\s*([A-Z])\s*\)|([A-Z])\s*\)|([A-Z])(?:[.:]|$))(?:\s+(?!\W*[A-Z]\W*$)|$)")
+_TAKEN_BACK = re.compile(
+    rf"{_LABEL}|(?i:\b(?:or|and|not|nor|neither|wrong|incorrect|false|except|but|unless|maybe|either|both)\b|n't)"
+)
 
 
 def same_choice(a: str, g: str) -> bool:
-    """(C) or C, the letter alone, on one side; on the other it too, or with what it stands for behind it, `(C) 12`."""
+    """(C) or C, the letter alone, on one side; on the other it too, or with what it stands for behind it, `(C) 12`.
+
+    A second letter or a denial behind it takes it back.
+    """
     for letter, labelled in ((g, a), (a, g)):
         alone, found = re.fullmatch(r"\(?\s*([A-H])\s*\)?", letter), _CHOICE.match(labelled)
         if alone is not None and found is not None and alone[1] in found.groups():
-            return True
+            return letter is a or not _TAKEN_BACK.search(labelled, found.end())
     return False
 
 
@@ -134,15 +162,14 @@ def is_labelled(g: str) -> bool:
     return _CHOICE.match(g) is not None
 
 
-def decimal_comma(a: str, g: str) -> bool:
-    """`2,74` for 2.74: only when the other side is written as that very decimal. `1,234` is never 1.234."""
-    pairs = ((a, g), (g, a))
-    return any(
-        re.fullmatch(r"-?[0-9]+,[0-9]+", comma) is not None
-        and re.fullmatch(r"-?[1-9][0-9]{0,2},[0-9]{3}", comma) is None
-        and comma.replace(",", ".") == point
-        for comma, point in pairs
-    )
+_DECIMAL_COMMA = re.compile(r"[-+]?[0-9]+,[0-9]+(?![0-9]*[,;])", re.ASCII)
+
+
+def with_point(a: str, g: str) -> str | None:
+    """`2,74` as 2.74 where the gold answer is written with a point; `1,234` is never 1.234, and 3,4 are two values for a gold 3,4."""
+    if "." not in g or "," in g or re.fullmatch(r"-?[1-9][0-9]{0,2},[0-9]{3}", a) or not _DECIMAL_COMMA.match(a):
+        return None
+    return a.replace(",", ".")
 
 
 def as_mpf(x: Any) -> Any:

@@ -1,7 +1,8 @@
 """Reads one scalar expression (normalised LaTeX or plain text) into a tree. Nothing is evaluated here.
 
 Contract: depth and length are bounded; text that is not wholly understood raises `Unreadable`. A number next to a
-number, an open bracket or an unknown word is never read as a product.
+number, an open bracket or an unknown word is never read as a product; one behind a bracket or a fraction, or with an
+exponent behind a letter, is.
 
 Limits: sums, integrals, limits, modulo and anything else that leaves the work to the reader are not read.
 """
@@ -100,11 +101,11 @@ class _Parser:
 
     def _implicit(self, left: Node) -> Node:
         spaced, kind, text = self._tokens[self._at].spaced, self._peek_kind(), self._peek()
-        bracket_before = self._tokens[self._at - 1].text in (")", "]")
+        last = self._tokens[self._at - 1].text
         right = self._power()
         if kind in ("num", "repeat"):
-            return self._mixed_by_space(left, right, spaced and not bracket_before)
-        if bracket_before or text in ("(", "["):
+            return self._number_behind(left, right, last, spaced)
+        if last in (")", "]") or text in ("(", "["):
             return Node("mul", (left, right))
         if _is_whole(left) and _is_proper_fraction(right):
             return Node("mixed", (left, right))
@@ -112,13 +113,21 @@ class _Parser:
             raise Unreadable("a whole number next to an improper fraction")
         return Node("mul", (left, right))
 
-    def _mixed_by_space(self, left: Node, right: Node, spaced: bool) -> Node:
-        """`7 3/4`; any other number straight after something is not an expression."""
-        if spaced and _is_whole(left) and _is_whole(right) and self._take("/"):
+    def _number_behind(self, left: Node, right: Node, last: str, spaced: bool) -> Node:
+        """`7 3/4`; a product behind a bracket (of a fraction or a root too), and where the number is a power: `(n-3)2^n`, `x 10^3`.
+
+        Any other number straight after something is not an expression: `x2` may be meant as an index or a power.
+        """
+        behind_bracket = last in (")", "]", "}")
+        if spaced and not behind_bracket and _is_whole(left) and _is_whole(right) and self._take("/"):
             fraction = Node("div", (right, self._power()))
             if _is_proper_fraction(fraction):
                 return Node("mixed", (left, fraction))
-        raise Unreadable("a number next to a number")
+        if left.kind == "num" or (left.kind == "mul" and left.args[1].kind == "num"):
+            raise Unreadable("a number next to a number")
+        if behind_bracket or right.kind == "pow":
+            return Node("mul", (left, right))
+        raise Unreadable("a number right of a letter")
 
     def _starts_factor(self) -> bool:
         kind, text = self._peek_kind(), self._peek()

@@ -13,50 +13,17 @@ class Unreadable(Exception):
 
 
 FUNCTIONS = {
-    **{
-        name: name
-        for name in ["sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "coth", "exp", "ln", "log", "lg"]
-    },
-    **{f"arc{name}": f"a{name}" for name in ("sin", "cos", "tan", "cot", "sec", "csc")},
-    **{name: name for name in ("asin", "acos", "atan", "max", "min", "gcd")},
+    **{name: name for name in "sin cos tan cot sec csc sinh cosh tanh coth exp ln log lg abs".split()},
+    **{f"arc{name}": f"a{name}" for name in "sin cos tan cot sec csc".split()},
+    **{name: name for name in "asin acos atan max min gcd".split()},
+    "tg": "tan", "ctg": "cot", "arctg": "atan", "arcctg": "acot",
 }
 UNEVALUATED = {"max", "min", "gcd"}  # read as words that are not understood
-GREEK = [
-    "alpha",
-    "beta",
-    "gamma",
-    "delta",
-    "epsilon",
-    "zeta",
-    "eta",
-    "theta",
-    "iota",
-    "kappa",
-    "lambda",
-    "mu",
-    "nu",
-    "xi",
-    "rho",
-    "sigma",
-    "tau",
-    "upsilon",
-    "phi",
-    "chi",
-    "psi",
-    "omega",
-    "Gamma",
-    "Delta",
-    "Theta",
-    "Lambda",
-    "Xi",
-    "Sigma",
-    "Upsilon",
-    "Phi",
-    "Psi",
-    "Omega",
-    "ell",
-    "hbar",
-]
+WHOLE = ("wholea", "wholeb")  # commands that stand for the whole-number parameters of a family of values
+GREEK = (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi omega "
+    "Gamma Delta Theta Lambda Xi Sigma Upsilon Phi Psi Omega ell hbar"
+).split() + list(WHOLE)
 _TOKEN = re.compile(
     r"""\s*(?:
       (?P<repeat>[0-9]*\.[0-9]*\\(?:overline|bar|dot)\s*\{[0-9]+\}) |
@@ -72,36 +39,12 @@ _TOKEN = re.compile(
     re.VERBOSE | re.ASCII,
 )
 _WORDS = frozenset(
-    [
-        "odd",
-        "yes",
-        "no",
-        "not",
-        "all",
-        "any",
-        "none",
-        "one",
-        "two",
-        "six",
-        "ten",
-        "red",
-        "sun",
-        "mon",
-        "tue",
-        "wed",
-        "thu",
-        "fri",
-        "sat",
-        "day",
-        "or",
-        "and",
-        "is",
-        "the",
-        "for",
-        "if",
-    ]
+    "odd yes no not all any none one two six ten red sun mon tue wed thu fri sat day or and is the for if".split()
 )
 _WORD_RUN = re.compile(r"[A-Za-z]+", re.ASCII)
+PLAIN_FUNCTIONS = sorted(
+    ["sqrt", "pi", "infty", *(f for f in FUNCTIONS if len(f) > 2 or f in ("ln", "tg"))], key=len, reverse=True
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +55,7 @@ class Token:
 
 
 def tokenize(text: str) -> list[Token]:
+    """The tokens of a normalised expression. Raises Unreadable for a word, an unknown character or too many of them."""
     tokens, at = [], 0
     text = text.rstrip()
     while at < len(text):
@@ -124,7 +68,7 @@ def tokenize(text: str) -> list[Token]:
         if kind == "word":
             run = _WORD_RUN.match(text, at - 1)
             assert run is not None
-            function = next((f for f in _PLAIN_FUNCTIONS if run[0].startswith(f)), None)
+            function = next((f for f in PLAIN_FUNCTIONS if run[0].startswith(f)), None)
             if function is not None:
                 kind, word, at = "cmd", "\\" + function, at - 1 + len(function)
             elif len(run[0]) > 3 or run[0].lower() in _WORDS:
@@ -133,8 +77,3 @@ def tokenize(text: str) -> list[Token]:
         if len(tokens) > MAX_TOKENS:
             raise Unreadable("too long")
     return tokens
-
-
-_PLAIN_FUNCTIONS = sorted(
-    ["sqrt", "pi", "infty", *(f for f in FUNCTIONS if len(f) > 2 or f == "ln")], key=len, reverse=True
-)

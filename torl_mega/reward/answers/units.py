@@ -43,122 +43,30 @@ _CANONICAL_UNIT = {word: unit for unit, words in _UNITS.items() for word in word
     **dict.fromkeys(("kmh", "kmph", "kph", "km/h"), "km h"),
     "m/s": "m s",
 }
-_COUNTED = [
-    "unit",
-    "units",
-    "people",
-    "person",
-    "persons",
-    "student",
-    "students",
-    "way",
-    "ways",
-    "apple",
-    "apples",
-    "ball",
-    "balls",
-    "point",
-    "points",
-    "square",
-    "squares",
-    "sq",
-    "cubic",
-    "integer",
-    "integers",
-    "solution",
-    "solutions",
-    "digit",
-    "digits",
-    "side",
-    "sides",
-    "edge",
-    "edges",
-    "vertex",
-    "vertices",
-    "marble",
-    "marbles",
-    "coin",
-    "coins",
-    "book",
-    "books",
-    "page",
-    "pages",
-    "time",
-    "times",
-    "game",
-    "games",
-    "car",
-    "cars",
-    "triangle",
-    "triangles",
-    "term",
-    "terms",
-    "number",
-    "numbers",
-    "pair",
-    "pairs",
-    "child",
-    "children",
-    "boy",
-    "boys",
-    "girl",
-    "girls",
-    "men",
-    "women",
-    "ticket",
-    "tickets",
-    "step",
-    "steps",
-    "block",
-    "blocks",
-    "tile",
-    "tiles",
-    "arrangement",
-    "arrangements",
-    "value",
-    "values",
-    "per",
-    "a",
-    "an",
-    "the",
-    "of",
-    "each",
-    "outcomes",
-    "possibilities",
-    "combinations",
-    "sets",
-    "set",
-    "sequences",
-    "sequence",
-    "subsets",
-    "subset",
-    "factor",
-    "factors",
-    "divisor",
-    "divisors",
-    "zeros",
-    "zeroes",
-    "cookies",
-    "candies",
-    "pieces",
-    "cards",
-    "card",
-    "handshakes",
-    "paths",
-    "path",
-    "hats",
-    "pencils",
-    "pens",
-    "cookie",
-    "base",
-    "total",
-]
+_COUNTED = frozenset(
+    (
+        "unit units people person persons student students way ways apple apples ball balls point points square squares "
+        "sq cubic integer integers solution solutions digit digits side sides edge edges vertex vertices marble marbles "
+        "coin coins book books page pages time times game games car cars triangle triangles term terms number numbers pair "
+        "pairs child children boy boys girl girls men women ticket tickets step steps block blocks tile tiles arrangement "
+        "arrangements value values per a an the of each outcomes possibilities combinations sets set sequences sequence "
+        "subsets subset factor factors divisor divisors zeros zeroes cookies candies pieces cards card handshakes paths "
+        "path hats pencils pens cookie base total"
+    ).split()
+)
 _BARE = sorted((w for w in {*_CANONICAL_UNIT, *_COUNTED} if len(w) > 1), key=len, reverse=True)
 _ANY_WORD = "|".join(map(re.escape, _BARE))
+_POWER = r"(\^\s*\{?[23]\}?)?"
 _TRAILING_WORDS = re.compile(
-    rf"(?<=[0-9}})\s])\s*((?:{_ANY_WORD})(?:\s+(?:{_ANY_WORD}))*)\s*(\^\s*\{{?[23]\}}?)?$", re.IGNORECASE | re.ASCII
+    rf"(?<=[0-9}})\s])\s*((?:{_ANY_WORD})(?:\s+(?:{_ANY_WORD}))*)\s*{_POWER}$", re.IGNORECASE | re.ASCII
 )
-_TRAILING_TEXT = re.compile(r"\s*\\text\s*\{([^{}]*)\}\s*(?:\(s\))?\s*(\^\s*\{?[23]\}?)?$", re.ASCII)
+_TRAILING_TEXT = re.compile(rf"\s*\\text\s*\{{([^{{}}]*)\}}\s*(?:\(s\))?\s*{_POWER}$", re.ASCII)
+_TRAILING_BRACKET = re.compile(r"(?<=[0-9}])\s*\(\s*(?:\\text\s*\{)?\s*([^\W\d_]{4,}|[^\x00-\u2fff]+)\s*\}?\s*\)()$")
+_LETTERS = "m g s h L cm mm km in ft yd mi hr yr kg mg oz ml lb rs m/s km/h"
+_BARE_LETTERS = re.compile(
+    rf"(.*?(?:[0-9}})\]]|\\pi))(\s*)({'|'.join(sorted(_LETTERS.split(), key=len, reverse=True))})\s*{_POWER}", re.ASCII
+)
+_PLAIN_NUMBER = re.compile(r"-?(?:[0-9][0-9.,]*|\\frac\s*\{[0-9]+\}\s*\{[0-9]+\}|[0-9]+\s*/\s*[0-9]+)", re.ASCII)
 _NO_UNIT = re.compile(  # words that change the number before them, or take it back
     r"\b(?:or|and|not|no|nor|but|wrong|incorrect|false|maybe|except|more|less|most|least|than|over|divided|plus|minus"
     r"|negative|point|pi|squared|cubed|root|factorial|base|hal(?:f|ves)|thirds?|fourths?|fifths?|tenths?|quarters?"
@@ -166,7 +74,7 @@ _NO_UNIT = re.compile(  # words that change the number before them, or take it b
     r"|(?<![a-z^])[0-9]|[04-9]",
     re.ASCII,
 )
-_LETTER_UNIT = re.compile(r"(-?[0-9][0-9.,]*) ([mgshL])(\^\s*\{?[23]\}?)?", re.ASCII)
+_LONG_WORD = re.compile(r"[a-z]{3}|^sq\b", re.IGNORECASE)  # what is shorter may be a product of variables
 _SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _TRAILING_SCALE = re.compile(
     r"\s*(?:\\text\s*\{\s*)?(thousand|million|billion|trillion)\s*\}?$", re.IGNORECASE | re.ASCII
@@ -214,14 +122,20 @@ def contradict(a: Quantity, g: Quantity) -> bool:
     return (a.known and g.known) or not set(a.unit.split()) & set(g.unit.split())
 
 
-def split_letter_unit(text: str) -> Quantity | None:
-    """`5 m` and `5 m^2`, for where the answer is a number and m no variable; None for `5m` and anything else."""
-    match = _LETTER_UNIT.fullmatch(text.strip())
+def split_letters(text: str) -> tuple[Quantity, int] | None:
+    """The quantity when the bare letters at the end are a unit, and how likely they are one.
+
+    Letters without \\text are a unit or a product of variables. 0: a letter joined to what is before it, `5m`; 1: `5 m`,
+    `5cm`; 2: two letters set apart from a plain number, `35 cm`.
+    """
+    match = _BARE_LETTERS.fullmatch(text.strip())
     if match is None:
         return None
-    power = re.sub(r"[^0-9]", "", match[3] or "")
-    unit = _CANONICAL_UNIT[match[2].lower()] + (f"^{power}" if power else "")
-    return Quantity(match[1], unit, known=True)
+    body, space, letters, power = match[1].strip(), match[2], match[3], re.sub(r"[^0-9]", "", match[4] or "")
+    likely = int(len(letters) > 1) + bool(space)
+    if likely == 2 and not _PLAIN_NUMBER.fullmatch(body):
+        likely = 1
+    return Quantity(body, _canonical([letters.lower() + (f"^{power}" if power else "")]), known=True), likely
 
 
 def _drop_one_unit(body: str) -> tuple[str | None, str]:
@@ -236,8 +150,8 @@ def _drop_one_unit(body: str) -> tuple[str | None, str]:
             return body[: -len(suffix)].strip(), unit
     if match := _TRAILING_SCALE.search(body):
         return body[: match.start()].strip(), match[1].lower()
-    match = _TRAILING_TEXT.search(body) or _TRAILING_WORDS.search(body)
-    if match is None:
+    match = _TRAILING_TEXT.search(body) or _TRAILING_BRACKET.search(body) or _TRAILING_WORDS.search(body)
+    if match is None or (match.re is _TRAILING_WORDS and not _LONG_WORD.search(match[1])):
         return None, ""
     power = re.sub(r"[^0-9]", "", match[2] or "")
     words = match[1].strip().lower().strip(".()")
