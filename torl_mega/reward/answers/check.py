@@ -43,7 +43,9 @@ from torl_mega.reward.answers.forms import (
     is_equation,
     is_name,
     last_exact,
+    letters,
     read_form,
+    renamed,
 )
 from torl_mega.reward.answers.normalize import normalize, squeeze
 from torl_mega.reward.answers.scalars import (
@@ -75,13 +77,23 @@ def check(answer: str, gold: str) -> bool:
         return False
     if same_text(a, g) or same_choice(a, g):
         return True
-    form, gold_form = _readable(a), _readable(g)
+    form, gold_form = _readable(_constants_as_in(a, g)), _readable(_constants_as_in(g, a))
     if form is None or gold_form is None:
         return _without_reading(answer, gold, gold_form)
     try:
         return _same(form, gold_form) or _list_of_grouped(form, g)
     except Unreadable:
         return False
+
+
+def _constants_as_in(text: str, other: str) -> str:
+    """sympy's `I` and `E` as i and e where the other side writes these; E alone is a letter to choose."""
+    for printed, constant in (("I", "i"), ("E", "e")):
+        if printed in text and constant in other and text.strip("() ") != "E":
+            own, others = letters(text), letters(other)
+            if printed in own and constant not in own and constant in others and printed not in others:
+                text = renamed(text, printed, constant)
+    return text
 
 
 def _without_reading(answer: str, gold: str, gold_form: Form | None) -> bool:
@@ -169,6 +181,10 @@ def _same(a: Form, g: Form) -> bool:
     """Whether the prediction's form `a` states the same as the gold form `g`."""
     if isinstance(a, Scalar) and isinstance(g, Scalar):
         return same_scalar(a.text, g.text)
+    if isinstance(a, Items) and isinstance(g, Scalar | Relation):
+        pointed = with_point(a.text, g.text if isinstance(g, Scalar) else g.sides[-1])
+        if pointed is not None:
+            return _same(read_form(pointed), g)
     if isinstance(a, Relation) or isinstance(g, Relation):
         return _same_relation(a, g)
     if isinstance(a, Family) or isinstance(g, Family):
@@ -254,8 +270,6 @@ def _same_items(a: Form, g: Form) -> bool:
     list or set of one."""
     if isinstance(a, Items) and isinstance(g, Items) and (_relations(a) or _relations(g)):
         return _same_relation_lists(a, g)
-    if isinstance(a, Items) and isinstance(g, Scalar) and (pointed := with_point(a.text, g.text)):
-        return same_scalar(pointed, g.text)
     left, right = (list(_parts(form)) if isinstance(form, Items | Set) else [form] for form in (a, g))
     if isinstance(a, Set) and isinstance(g, Set):
         left, right = _distinct(left), _distinct(right)
@@ -418,7 +432,12 @@ def _same_conditions(a: Form, g: Form) -> bool:
         return sets[0] == sets[1]
     if _try_real_set(a, g):
         return True
-    if not isinstance(a, Items) or not isinstance(g, Items) or a.joint == "or" != g.joint or len(a.items) != len(g.items):
+    if (
+        not isinstance(a, Items)
+        or not isinstance(g, Items)
+        or a.joint == "or" != g.joint
+        or len(a.items) != len(g.items)
+    ):
         return False
     return all(any(_try_same(x, y) for x in a.items) for y in g.items)
 

@@ -37,7 +37,7 @@ _CLOSE = mpmath.mpf(10) ** -45
 Value = Fraction | mpmath.mpc
 
 # samples of all sizes; positive ones, then of mixed sign
-_SCALES = (1, 7, Fraction(1, 5), 400, 1, 9, Fraction(1, 3), 60, Fraction(1, 20), 2)
+_SCALES = (1, 7, Fraction(1, 5), 40, 1, 9, Fraction(1, 3), 60, Fraction(1, 20), 2)
 _WHOLE_SCALES = (5, 12, 9, 40, 3, 25)
 NUM_POINTS = len(_SCALES)
 _NUM_WHOLE_POINTS = 24  # several names must come in every order, as for d!/(d-k)!
@@ -85,9 +85,11 @@ def _agree(a: Node, b: Node, *, real: bool) -> bool | None:
     """
     whole = whole_names(a) | whole_names(b)
     signs_matter = real and (_holds(a, "fn", "abs") or _holds(b, "fn", "abs"))
+    points = [Point(index, whole, real) for index in range(_NUM_WHOLE_POINTS if whole else NUM_POINTS)]
+    if any(_holds(node, "fn", name) for node in (a, b) for name in ("floor", "ceil")):  # they jump at whole numbers
+        points += [Point(index, symbols(a) | symbols(b), real) for index in range(NUM_POINTS)]
     agreed = 0
-    for index in range(_NUM_WHOLE_POINTS if whole else NUM_POINTS):
-        point = Point(index, whole, real)
+    for point in points:
         x, y = _defined(a, point), _defined(b, point)
         if x is None or y is None:
             if signs_matter and (x is None) != (y is None):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
+from itertools import pairwise
 
 import mpmath
 
@@ -62,13 +63,17 @@ def _progressions(form: Form) -> list[tuple[mpmath.mpf, mpmath.mpf]]:
     node = read_scalar(form.text).node
     if symbols(node) != {_PARAMETER}:
         raise Unreadable("a family with another variable")
-    at = [evaluate(node, Point(0, given={_PARAMETER: Fraction(k)})) for k in range(4)]
+    at = [evaluate(node, Point(0, given={_PARAMETER: Fraction(k)})) for k in range(-2, 3)]
     with mpmath.workdps(60):
         numbers = [mpmath.mpmathify(as_mpf(value)) for value in at]
-        steps = [after - before for before, after in zip(numbers, numbers[1:], strict=False)]
-        if any(n.imag != 0 for n in numbers) or steps[0] == 0 or not all(close(s, steps[0]) for s in map(mpmath.mpc, steps)):
+        steps = [after - before for before, after in pairwise(numbers)]
+        if (
+            any(n.imag != 0 for n in numbers)
+            or steps[0] == 0
+            or not all(close(s, steps[0]) for s in map(mpmath.mpc, steps))
+        ):
             raise Unreadable("no arithmetic progression")
-        return [(numbers[0].real, steps[0].real)]
+        return [(numbers[2].real, steps[0].real)]
 
 
 def _members(progressions: list[tuple[mpmath.mpf, mpmath.mpf]], width: mpmath.mpf) -> list[mpmath.mpf]:

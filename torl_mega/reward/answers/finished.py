@@ -2,42 +2,124 @@
 
 from __future__ import annotations
 
-from torl_mega.reward.answers.forms import Relation, Scalar, assigned, is_equation, last_exact, read_form
-from torl_mega.reward.answers.normalize import normalize, squeeze
-from torl_mega.reward.answers.scalars import read_scalar, same_text
-from torl_mega.reward.answers.syntax import Node, symbols
+import re
+
+from torl_mega.reward.answers.forms import (
+    Cases,
+    Difference,
+    Family,
+    Form,
+    Matrix,
+    Ratio,
+    Relation,
+    Scalar,
+    Union,
+    assigned,
+    is_equation,
+    is_name,
+    last_exact,
+    read_form,
+)
+from torl_mega.reward.answers.normalize import normalize
+from torl_mega.reward.answers.scalars import letters_as_unit, read_scalar, same_scalar, same_text
+from torl_mega.reward.answers.syntax import Node, parse, symbols
 from torl_mega.reward.answers.tokens import Unreadable
+
+_MAX_PROBLEM_CHARS = 20_000
+_DRAWING = re.compile(r"\[asy\].*?\[/asy\]", re.DOTALL)
+_FORMULA_ENDS = re.compile(r"\$+|\\[()\[\]]|\n")
+_BEFORE = r"(?:^|(?<![\\A-Za-z])[A-Za-z]{2,}[:,]?\s+|[:=]\s*)"
+_AFTER = r"\s*(?:$|[.,;:?!](?:\s|$)|=|(?<=\s)[A-Za-z]{2})"
 
 
 def is_finished(answer: str, gold: str, problem: str = "") -> bool:
     """False for a box that leaves the work to the grader.
 
-    Where the gold answer is a rational number: no sums, products of plain numbers, roots or functions (`37*45-12`);
-    powers, factorials, fractions and their products stay allowed. And never an expression that stands in the problem
-    itself (`\\sqrt{117}`, `(x+2)(x+3)`) unless it is the gold answer to the letter.
+    Where a number of the gold answer is rational: no sums, products of plain numbers, roots or functions for it, alone or
+    inside a pair, list, set, interval or matrix (`37*45-12`); powers, factorials, fractions and their products stay
+    allowed. And never the expression that the problem asks to be worked out (`\\sqrt{117}`, `(x+2)(x+3)`), unless the
+    gold answer is that expression.
     """
     a, g = normalize(answer), normalize(gold)
     if same_text(a, g):
         return True
     try:
-        node, gold_node = _value_node(a, given=False), _value_node(g, given=True)
+        form, gold_form = read_form(a), read_form(g)
+        golds = _scalars(gold_form, given=True)
+        rational = [text for text in golds if _is_number(text)]
+        if any(_is_work(text, rational) for text in _scalars(form, given=False)):
+            return False
+        value = _value(form, given=False)
+        return not (isinstance(value, Scalar) and _is_restated(value.text, golds, problem))
     except Unreadable:
-        return True  # lists, intervals, text: nothing to work out
-    if _is_rational_literal(gold_node) and not _is_closed_form(node) and not symbols(node):  # `5 m` may be metres
-        return False
-    return not (
-        _size(node) >= 3 and not _is_rational_literal(node) and squeeze(a) in squeeze(normalize(problem[:20_000]))
-    )
+        return True  # text, or what is not read: nothing to work out
 
 
-def _value_node(text: str, *, given: bool) -> Node:
-    """What an answer comes to. A gold equation such as `2x+4y-3=0` comes to no value."""
-    form = read_form(text)
+def _scalars(form: Form, *, given: bool) -> list[str]:
+    """The scalars that a form states. A gold equation such as `2x+4y-3=0` states none."""
+    form = _value(form, given=given)
+    if isinstance(form, Scalar):
+        return [form.text]
+    if isinstance(form, Relation):
+        parts = [] if is_equation(form) else [read_form(side) for side in form.sides if not is_name(side)]
+        return [p.text for p in parts if isinstance(p, Scalar)]
+    if isinstance(form, Cases):
+        return [value for value, _ in form.rows]
+    if isinstance(form, Matrix):
+        parts = [cell for row in form.rows for cell in row]
+    elif isinstance(form, Difference):
+        parts = [form.left, form.right]
+    elif isinstance(form, Family):
+        parts = [form.body]
+    else:
+        parts = list(form.parts if isinstance(form, Union | Ratio) else form.items)
+    return [text for part in parts for text in _scalars(part, given=given)]
+
+
+def _value(form: Form, *, given: bool) -> Form:
     if isinstance(form, Relation) and is_equation(form):
-        form = assigned(form) or (form if given else last_exact(form))
-    if not isinstance(form, Scalar):
-        raise Unreadable("not a scalar")
-    return read_scalar(form.text).node
+        return assigned(form) or (form if given else last_exact(form))
+    return form
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return _is_rational_literal(read_scalar(text).node)
+    except Unreadable:
+        return False  # infinity, a word
+
+
+def _is_work(text: str, rational: list[str]) -> bool:
+    """Whether a scalar leaves arithmetic to be done to come to one of the gold numbers."""
+    try:
+        quantity = read_scalar(text).quantity
+        node = parse(quantity.body)
+        if symbols(node) and (unit := letters_as_unit(text)) is not None:
+            node = unit[0].node  # `5 m` may be metres
+        return not symbols(node) and not _is_closed_form(node) and any(same_scalar(text, number) for number in rational)
+    except Unreadable:
+        return False
+
+
+def _is_restated(text: str, golds: list[str], problem: str) -> bool:
+    """Whether the answer is a formula of the problem and not the gold answer up to the order of terms and factors."""
+    node = read_scalar(text).node
+    if not problem or _size(node) < 2 or _is_rational_literal(node):
+        return False
+    if any(_shape(node) == _shape(read_scalar(gold).node) for gold in golds):
+        return False
+    pieces = re.findall(r"\\[A-Za-z]+|\S", text)
+    formula = re.compile(_BEFORE + r"\s*".join(map(re.escape, pieces)) + _AFTER)
+    parts = _FORMULA_ENDS.split(_DRAWING.sub(" ", problem[:_MAX_PROBLEM_CHARS]))
+    return any(formula.search(normalize(part)) for part in parts if part)
+
+
+def _shape(node: Node) -> str:
+    """The tree as text, the same for terms and factors in another order."""
+    args = [_shape(a) for a in node.args]
+    if node.kind in ("add", "mul"):
+        args.sort()
+    return f"{node.kind} {node.value if node.kind == 'num' else node.name}({','.join(args)})"
 
 
 def _is_rational_literal(node: Node) -> bool:

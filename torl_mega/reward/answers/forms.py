@@ -100,16 +100,19 @@ _OTHERWISE = re.compile(r"True|(?:\\text\s*\{)?\s*(?:otherwise|else|elsewhere)\s
 _MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix|smallmatrix|array)\}(?:\{[^{}]*\})?(.*)\\end\{\1\}", re.DOTALL)
 _RELATIONS = ("\\approx", "\\equiv", "\\ne", "\\le", "\\ge", "\\sim", "=", "<", ">")
 _JOINTS = (("or", r"\text{or}", " or "), ("and", r"\text{and}", " and "))
-_WHOLE_NUMBERS = r"(?:\\mathbb\{(?P<domain>[ZN])\}|(?P<letter>[ZN]))(?:\s*[_^]\s*\{?\s*(?P<part>[+*0]|\\ge\s*0|>\s*0)\s*\}?)*"
+_WHOLE_NUMBERS = (
+    r"(?:\\mathbb\{(?P<domain>[ZN])\}|(?P<letter>[ZN]))(?:\s*[_^]\s*\{?\s*(?P<part>[+*0]|\\ge\s*0|>\s*0)\s*\}?)*"
+)
 _NAMES = r"(?P<names>[A-Za-z](?:\s*,\s*[A-Za-z])?)"
+_EACH = r"(?:where|for|with)?\s*(?:all|any|every|each|some)?"
 _FOR_WHOLE = re.compile(
-    rf"[\s,;(]*(?:\\text\s*\{{[\s,]*(?:where|for|with)?\s*(?:all|any|every|each|some)?\s*\}})?\s*"
-    rf"(?:{_NAMES}\s*\\in\s*{_WHOLE_NUMBERS}"
-    rf"|{_NAMES.replace('names', 'named')}\s*\\text\s*\{{\s*(?:is|are)?\s*(?:an|any)?\s*integers?\s*\}}"
-    rf"|(?<=integer \}})\s*{_NAMES.replace('names', 'worded')})[\s)]*",
+    rf"[\s,;(]*(?:(?:\\text\s*\{{[\s,]*{_EACH}\s*\}})?\s*{_NAMES}\s*\\in\s*{_WHOLE_NUMBERS}"
+    rf"|(?:\\text\s*\{{[\s,]*{_EACH}\s*\}})?\s*{_NAMES.replace('names', 'named')}\s*\\text\s*\{{\s*(?:is|are)?\s*(?:an|any)?\s*integers?\s*\}}"
+    rf"|\\text\s*\{{[\s,]*{_EACH}\s*integers?\s*\}}\s*{_NAMES.replace('names', 'worded')})[\s)]*",
     re.ASCII,
 )
-_MEMBER = re.compile(r"^\(?[A-Za-z\\][A-Za-z0-9_{}\\, ]{0,12}\)?\s*\\in(?![A-Za-z])\s*", re.ASCII)
+_VARIABLE = r"(?:[A-Za-z]|\\[a-z]+)(?:_\{?\w+\}?)?"
+_MEMBER = re.compile(rf"^\(?{_VARIABLE}(?:\s*,\s*{_VARIABLE})*\)?\s*\\in(?![A-Za-z])\s*", re.ASCII)
 
 
 @lru_cache(maxsize=4096)
@@ -139,14 +142,21 @@ def _make_family(body: str, match: re.Match[str], depth: int) -> Family:
     names = re.findall("[A-Za-z]", match["names"] or match["named"] or match["worded"])
     domain = "N" if match["part"] else match["domain"] or match["letter"] or "Z"
     for name, alias in zip(names, WHOLE, strict=False):
-        body = _renamed(body, name, alias)
+        body = renamed(body, name, f"\\{alias} ")
     return Family(read_form(body, depth + 1), len(names), domain)
 
 
-def _renamed(text: str, name: str, alias: str) -> str:
-    """`text` with the variable `name` called `alias`; letters of commands, words and function names are no variables."""
-    words = rf"\\text\s*\{{[^{{}}]*\}}|\\[A-Za-z]+|{'|'.join(PLAIN_FUNCTIONS)}|[A-Za-z]"
-    return re.sub(words, lambda m: f"\\{alias} " if m[0] == name else m[0], text)
+_LETTER = re.compile(rf"\\text\s*\{{[^{{}}]*\}}|\\[A-Za-z]+|{'|'.join(PLAIN_FUNCTIONS)}|[A-Za-z]")
+
+
+def letters(text: str) -> set[str]:
+    """The letters that stand for something: those of commands, words and function names do not."""
+    return {found for found in _LETTER.findall(text) if len(found) == 1}
+
+
+def renamed(text: str, letter: str, name: str) -> str:
+    """`text` with `name` where the letter stands for something."""
+    return _LETTER.sub(lambda m: name if m[0] == letter else m[0], text)
 
 
 def _joined(text: str, depth: int) -> Form | None:
@@ -179,7 +189,8 @@ def _solutions(text: str, depth: int) -> Form | None:
 
 
 def _bracketed(text: str, depth: int) -> Form | None:
-    if match := _MATRIX.fullmatch(_unwrap_matrix(text)):
+    match = _MATRIX.fullmatch(_unwrap_matrix(text))
+    if match is not None and "\\end{" not in match[2]:
         return _matrix(match[2], depth)
     if text.startswith("\\begin{pieces}") and text.endswith("\\end{pieces}"):
         return _cases(text[14:-12])
@@ -248,9 +259,7 @@ def _relation(text: str) -> Relation | None:
     pieces, operators, depth, at, start = [], [], 0, 0, 0
     while at < len(text):
         if depth == 0:
-            operator = next(
-                (r for r in _RELATIONS if text.startswith(r, at) and ends_word(text, at + len(r), r)), None
-            )
+            operator = next((r for r in _RELATIONS if text.startswith(r, at) and ends_word(text, at + len(r), r)), None)
             if operator is not None:
                 pieces.append(text[start:at].strip())
                 operators.append(operator)
@@ -345,15 +354,19 @@ _NAME = re.compile(
 )
 
 _QUOTIENT = re.compile(r"\\frac\s*\{([^{}]+)\}\s*\{([^{}]+)\}|([^/{}]+)/([^/{}]+)")
+_INVERSE = re.compile(r"^([A-Za-z])\s*\^\s*\{\s*-\s*1\s*\}(?=\s*\()")
+_MATRIX_NAME = re.compile(
+    r"(?:\s*\(?\s*(?:\\text\s*\{)?[A-Z]\}?\s*\)?\s*(?:\^\s*(?:\{[-+0-9A-Za-z\\ ]*\}|\w|\\top))?)+", re.ASCII
+)
 _ANGLE_FUNCTION = re.compile(r"^\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])\s*")
 
 
 def is_name(text: str) -> bool:
-    """Something that a value is given to: x, x_1, f(x), AB, \\angle ABC, |AB|, (x, y), A:B, \\frac{AB}{CD}, \\tan A."""
+    """Something that a value is given to: x, x_1, f(x), f^{-1}(x), AB, \\angle ABC, |AB|, (x, y), A:B, \\frac{AB}{CD}, \\tan A."""
     text = text.strip()
     if match := _QUOTIENT.fullmatch(text):
         return is_name(match[1] or match[3]) and is_name(match[2] or match[4])
-    text = _ANGLE_FUNCTION.sub("", text)
+    text = _INVERSE.sub(r"\1", _ANGLE_FUNCTION.sub("", text))
     return _NAME.fullmatch(text) is not None and not re.search(r"\\(?:frac|sqrt|pi|sin|cos|tan|log|ln)", text)
 
 
@@ -370,7 +383,16 @@ def last_exact(relation: Relation) -> Form:
 
 
 def assigned(relation: Relation) -> Form | None:
-    """What a name is given: 5 of `x = 5` and of `5 = x`; None for an equation such as `2x + z = 1`."""
-    if is_name(relation.sides[0]):
+    """What a name is given: 5 of `x = 5` and of `5 = x`; None for an equation such as `2x + z = 1`.
+
+    A matrix may be given to a product or power of matrices or to a matrix of names: `A^{-1} = …`, `A^T B = …`.
+    """
+    first = relation.sides[0]
+    if is_name(first):
         return last_exact(relation)
+    of_names = _MATRIX.fullmatch(first) and all(
+        map(is_name, re.split(r"&|\\\\", first[first.index("}") + 1 : first.rindex("\\end")]))
+    )
+    if (of_names or _MATRIX_NAME.fullmatch(first)) and isinstance(value := last_exact(relation), Matrix):
+        return value
     return read_form(relation.sides[0]) if len(relation.sides) == 2 and is_name(relation.sides[1]) else None

@@ -50,7 +50,7 @@ _SUBSTITUTIONS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\\\\s*\[[^\]\\]{0,8}(?:pt|em|ex|mm)\]", r"\\\\"),  # row spacing in matrices
         (r"\\\\\s+", r"\\\\"),
         (rf"\\(?:begin|end)\{{{_LINES}\}}", " "),
-        (r"\\(?:left|right|bigl|bigr|Bigl|Bigr|biggl|biggr|big|Big|bigg|Bigg)(?![A-Za-z])\s*\.?", ""),
+        (r"\\(?:left|right|middle|bigl|bigr|Bigl|Bigr|biggl|biggr|big|Big|bigg|Bigg)(?![A-Za-z])\s*\.?", ""),
         (
             r"\\(?:tiny|scriptsize|small|normalsize|large|Large|LARGE|huge|Huge|displaystyle|textstyle|limits|nolimits|nonumber|rm|bf|it|mathstrut|strut|,?phantom\{\})(?![A-Za-z])",
             " ",
@@ -64,7 +64,7 @@ _SUBSTITUTIONS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\(?:dfrac|tfrac|cfrac)(?![A-Za-z])", r"\\frac"),
         (r"\\(?:dbinom|tbinom)(?![A-Za-z])", r"\\binom"),
         (
-            r"\\(?:textbf|textit|textrm|textsf|texttt|textnormal|textup|mbox|hbox|mathrm|mathbf|mathit|mathsf|boldsymbol|bm|rm|operatorname\*?)\s*\{",
+            r"\\(?:textbf|textit|textrm|textsf|texttt|textnormal|textup|mbox|hbox|mathrm|mathbf|mathit|mathsf|rm|operatorname\*?)\s*\{",
             r"\\text{",
         ),
         (rf"\\text\s*\{{\s*({'|'.join(sorted(FUNCTIONS, key=len, reverse=True))})\s*\}}", r"\\\1 "),
@@ -94,7 +94,7 @@ _SUBSTITUTIONS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\(?:Bbb)\s*(?:\{\s*([A-Z])\s*\}|([A-Z]))", r"\\mathbb{\1\2}"),
         (r"\^\s*\{?\s*\\circ\s*\}?|\\(?:degree|deg)(?![A-Za-z])", r" \\degree "),
         (r"\\%", "%"),
-        (r"\\(?:underline|mathopen|mathclose|mathord)(?![A-Za-z])", ""),
+        (r"\\(?:underline|boldsymbol|bm|mathopen|mathclose|mathord)(?![A-Za-z])", ""),
     )
 )
 _SYSTEM = re.compile(rf"\\begin\{{({_LINES})\}}((?:[^\\]|\\(?!end))*)\\end\{{\1\}}")
@@ -107,7 +107,8 @@ _WORDED_SETS = tuple(
     )
 )
 _ONE_LETTER = re.compile(
-    r"(?:(?<=[0-9})\s])\\text\s*\{\s*([A-FI-KM-Za-fi-kn-rt-zG])\s*\}|(?<![0-9})\s])\\text\s*\{\s*\(?\s*([A-Za-z])\s*\)?\s*\}|\\text\s*\{\s*\(\s*([A-Za-z])\s*\)\s*\})",
+    r"\\text\s*\{\s*(\(\s*[A-Za-z]\s*\))\s*\}|(?<=[0-9})\s])\\text\s*\{\s*([A-FI-KM-Za-fi-kn-rt-zG])\s*\}"
+    r"|(?<![0-9})\s])\\text\s*\{\s*([A-Za-z])\s*\}",
     re.ASCII,
 )
 _NUMBER_TEXT = re.compile(r"\\text\s*\{\s*([-+]?[0-9][0-9.,/]*)\s*\}", re.ASCII)
@@ -148,7 +149,9 @@ def _infix_to_prefix(text: str) -> str:
         match = re.search(r"\\(over|choose)(?![A-Za-z])", text)
         if match is None:
             break
-        start = next((i for i in range(match.start() - 1, -1, -1) if text[i] == "{" and closing(text, i) > match.end()), -1)
+        start = next(
+            (i for i in range(match.start() - 1, -1, -1) if text[i] == "{" and closing(text, i) > match.end()), -1
+        )
         end = closing(text, start) - 1 if start >= 0 else len(text)
         top, bottom = text[start + 1 : match.start()], text[match.end() : end]
         command = {"over": "frac", "choose": "binom"}[match[1]]

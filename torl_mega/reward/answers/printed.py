@@ -27,10 +27,6 @@ _CALLS = {
     "Pow": "({0})^{{{1}}}",
     "Eq": "{0} = {1}",
     "Ne": "{0} \\ne {1}",
-    "Interval": "[{0}, {1}]",
-    "Interval.open": "({0}, {1})",
-    "Interval.Lopen": "({0}, {1}]",
-    "Interval.Ropen": "[{0}, {1})",
     "Complement": "{0} \\setminus {1}",
     "Lambda": "{1} \\mid {0} \\in",
     "ImageSet": "\\{{{0} {1}\\}}",
@@ -43,7 +39,8 @@ _JOINS = {
     **dict.fromkeys(("Tuple", "Point", "Point2D"), ", "),
 }
 _MATRICES = ("Matrix", "ImmutableMatrix", "MutableDenseMatrix", "ImmutableDenseMatrix", "array")
-_NAMES = sorted({*_CALLS, *_JOINS, *_MATRICES, "Piecewise", *_FUNCTIONS}, key=len, reverse=True)
+_INTERVALS = ("Interval", "Interval.open", "Interval.Lopen", "Interval.Ropen")
+_NAMES = sorted({*_CALLS, *_INTERVALS, *_JOINS, *_MATRICES, "Piecewise", *_FUNCTIONS}, key=len, reverse=True)
 _CALL = re.compile(rf"(?<![A-Za-z\\_.])(?:{_MODULES})?({'|'.join(map(re.escape, _NAMES))})\(", re.ASCII)
 _WORDS = (
     (re.compile(rf"\b{_MODULES}(?=pi\b|[eE]\b|I\b|oo\b|inf\b|sqrt\b)", re.ASCII), ""),
@@ -63,13 +60,14 @@ _DICTIONARY = re.compile(rf"\{{({_PAIR}(?:,{_PAIR})*)\}}", re.ASCII)
 
 def from_printed(text: str) -> str:
     """`text` with every such spelling put into LaTeX."""
+    plain = "\\" not in text
     for pattern, sign in _WORDS:
         text = pattern.sub(sign, text)
     if match := _COMPLEX.fullmatch(text.strip()):
         return f"{match[1]}i"
-    if ":" in text and "\\" not in text and (named := _dictionaries(text)):
+    if ":" in text and plain and (named := _dictionaries(text)):
         return named
-    if "\\" not in text and re.search("[<>=]", text):
+    if plain and re.search("[<>=]", text):
         for pattern, sign in _CONNECTIVES:
             text = pattern.sub(sign, text)
     end = len(text)
@@ -109,14 +107,20 @@ def _rewritten(name: str, inside: str, whole: str, after: str) -> str:
     if name in _JOINS:
         joined = _JOINS[name].join(args)
         return f"\\{{{joined}\\}}" if name == "FiniteSet" else f"({joined})" if _JOINS[name] == ", " else joined
-    if name == "Interval" and len(args) == 4:
-        return f"{'(' if args[2] == 'True' else '['}{args[0]}, {args[1]}{')' if args[3] == 'True' else ']'}"
+    if name in _INTERVALS and 2 <= len(args) <= 4:
+        return _interval(name, *args)
     form = _CALLS.get(name, "")
     if form and len(args) == 1 + ("{1}" in form):
         return form.format(*args)
     if form.startswith("\\frac") and len(args) == 1:
         return f"({args[0]})"
     return f"({whole})" if after == "**" and name in _FUNCTIONS else whole
+
+
+def _interval(name: str, low: str, high: str, left_open: str = "", right_open: str = "") -> str:
+    opening = "(" if name.endswith((".open", ".Lopen")) or left_open == "True" or "infty" in low else "["
+    closing = ")" if name.endswith((".open", ".Ropen")) or right_open == "True" or "infty" in high else "]"
+    return f"{opening}{low}, {high}{closing}"
 
 
 def _matrix(rows: str) -> str:

@@ -49,7 +49,7 @@ def same_scalar(a: str, g: str) -> bool:
     x, y = read_scalar(a), read_scalar(g)
     if _same_quantity(x, y):
         return True
-    unit, gold_unit = _letters_as_unit(a), _letters_as_unit(g)
+    unit, gold_unit = letters_as_unit(a), letters_as_unit(g)
     if gold_unit is not None and (gold_unit[1] == 2 or x.quantity.unit == gold_unit[0].quantity.unit):
         y = gold_unit[0]
     if unit is not None and not symbols(y.node) and (unit[1] or y.quantity.unit == unit[0].quantity.unit):
@@ -57,7 +57,7 @@ def same_scalar(a: str, g: str) -> bool:
     return (unit is not None or gold_unit is not None) and _same_quantity(x, y)
 
 
-def _letters_as_unit(text: str) -> tuple[ScalarValue, int] | None:
+def letters_as_unit(text: str) -> tuple[ScalarValue, int] | None:
     """The scalar with its last bare letters read as a unit, and how likely they are one; None where they cannot be."""
     split = split_letters(text)
     if split is None:
@@ -162,11 +162,11 @@ def is_labelled(g: str) -> bool:
     return _CHOICE.match(g) is not None
 
 
-_DECIMAL_COMMA = re.compile(r"[-+]?[0-9]+,[0-9]+(?![0-9]*[,;])", re.ASCII)
+_DECIMAL_COMMA = re.compile(r"(?:[A-Za-z]\w*\s*=\s*)?[-+]?[0-9]+,[0-9]+(?![0-9]*[,;])", re.ASCII)
 
 
 def with_point(a: str, g: str) -> str | None:
-    """`2,74` as 2.74 where the gold answer is written with a point; `1,234` is never 1.234, and 3,4 are two values for a gold 3,4."""
+    """`2,74` as 2.74 for a gold answer written with a point; `1,234` is never 1.234, and `3,4` are two values for any other."""
     if "." not in g or "," in g or re.fullmatch(r"-?[1-9][0-9]{0,2},[0-9]{3}", a) or not _DECIMAL_COMMA.match(a):
         return None
     return a.replace(",", ".")

@@ -16,7 +16,10 @@ FUNCTIONS = {
     **{name: name for name in "sin cos tan cot sec csc sinh cosh tanh coth exp ln log lg abs".split()},
     **{f"arc{name}": f"a{name}" for name in "sin cos tan cot sec csc".split()},
     **{name: name for name in "asin acos atan max min gcd".split()},
-    "tg": "tan", "ctg": "cot", "arctg": "atan", "arcctg": "acot",
+    "tg": "tan",
+    "ctg": "cot",
+    "arctg": "atan",
+    "arcctg": "acot",
 }
 UNEVALUATED = {"max", "min", "gcd"}  # read as words that are not understood
 WHOLE = ("wholea", "wholeb")  # commands that stand for the whole-number parameters of a family of values

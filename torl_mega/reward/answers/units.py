@@ -71,7 +71,7 @@ _NO_UNIT = re.compile(  # words that change the number before them, or take it b
     r"\b(?:or|and|not|no|nor|but|wrong|incorrect|false|maybe|except|more|less|most|least|than|over|divided|plus|minus"
     r"|negative|point|pi|squared|cubed|root|factorial|base|hal(?:f|ves)|thirds?|fourths?|fifths?|tenths?|quarters?"
     r"|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|dozens?|score|hundreds?|hundredths?)\b"
-    r"|(?<![a-z^])[0-9]|[04-9]",
+    r"|n't|(?<![a-z^])[0-9]|[04-9]",
     re.ASCII,
 )
 _LONG_WORD = re.compile(r"[a-z]{3}|^sq\b", re.IGNORECASE)  # what is shorter may be a product of variables
@@ -157,8 +157,8 @@ def _drop_one_unit(body: str) -> tuple[str | None, str]:
     words = match[1].strip().lower().strip(".()")
     if _NO_UNIT.search(words):
         return None, ""
-    if words in _SCALES:
-        return body[: match.start()].strip(), words
+    if (scale := words.partition(" "))[0] in _SCALES:  # million dollars
+        return body[: match.start()].strip() + f" {scale[0]}", scale[2]
     return body[: match.start()].strip(), words + (f"^{power}" if power else "")
 
 
