@@ -58,7 +58,7 @@ from torl_mega.reward.answers.scalars import (
     text_words,
     with_point,
 )
-from torl_mega.reward.answers.symbolic import second_opinion
+from torl_mega.reward.answers.symbolic import math_verify_grade, second_opinion
 from torl_mega.reward.answers.syntax import Node, symbols
 from torl_mega.reward.answers.tokens import Unreadable
 from torl_mega.reward.extract import extract_answer
@@ -109,6 +109,9 @@ def grade(answer: str, gold: str, problem: str = "") -> bool:
     return len(answer) <= MAX_ANSWER_CHARS and is_finished(answer, gold, problem) and check(answer, gold)
 
 
+CHECKERS = {"own": grade, "math_verify": math_verify_grade}  # for `reward.checker`
+
+
 def is_understood(gold: str) -> bool:
     """Whether a gold answer is read here: a value, list, interval, matrix or relation, a few words, or a choice letter."""
     text = normalize(gold)
@@ -121,7 +124,8 @@ def warm_up() -> None:
     """Pays for imports and parser tables once, before workers are forked."""
     for text in ("5", "\\frac{3}{4}", "(-\\infty,2)\\cup(3,\\infty)", "\\begin{pmatrix}1\\\\2\\end{pmatrix}", "y=2x+3"):
         check(text, "1+x")
-        second_opinion(text, "\\sum_{k=1}^{n} k")
+        math_verify_grade(text, text)
+    second_opinion("\\sum_{k=1}^{n} k", "\\sum_{k=1}^{n} k")
 
 
 # ------------------------------------------------------------------------------------------------ forms

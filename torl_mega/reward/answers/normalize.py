@@ -92,7 +92,7 @@ _SUBSTITUTIONS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\(?:varepsilon)(?![A-Za-z])", r"\\epsilon"),
         (r"\\mathbb\s*(?:\{\s*([A-Z])\s*\}|([A-Z]))", r"\\mathbb{\1\2}"),
         (r"\\(?:Bbb)\s*(?:\{\s*([A-Z])\s*\}|([A-Z]))", r"\\mathbb{\1\2}"),
-        (r"\^\s*\{?\s*\\circ\s*\}?|\\(?:degree|deg)(?![A-Za-z])", r" \\degree "),
+        (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))|\\(?:degree|deg)(?![A-Za-z])", r" \\degree "),
         (r"\\%", "%"),
         (r"\\(?:underline|boldsymbol|bm|mathopen|mathclose|mathord)(?![A-Za-z])", ""),
     )

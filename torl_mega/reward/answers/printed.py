@@ -41,9 +41,9 @@ _JOINS = {
 _MATRICES = ("Matrix", "ImmutableMatrix", "MutableDenseMatrix", "ImmutableDenseMatrix", "array")
 _INTERVALS = ("Interval", "Interval.open", "Interval.Lopen", "Interval.Ropen")
 _NAMES = sorted({*_CALLS, *_INTERVALS, *_JOINS, *_MATRICES, "Piecewise", *_FUNCTIONS}, key=len, reverse=True)
-_CALL = re.compile(rf"(?<![A-Za-z\\_.])(?:{_MODULES})?({'|'.join(map(re.escape, _NAMES))})\(", re.ASCII)
+_CALL = re.compile(rf"(?<![A-Za-z\\_.])({'|'.join(map(re.escape, _NAMES))})\(", re.ASCII)
 _WORDS = (
-    (re.compile(rf"\b{_MODULES}(?=pi\b|[eE]\b|I\b|oo\b|inf\b|sqrt\b)", re.ASCII), ""),
+    (re.compile(rf"\b{_MODULES}(?=[A-Za-z])", re.ASCII), ""),
     (re.compile(r"(?<![A-Za-z\\_])oo(?![A-Za-z_])", re.ASCII), r"\\infty "),
     (re.compile(r"\bEmptySet\b(?:\(\))?|\bset\(\)", re.ASCII), r"\\emptyset "),
     (re.compile(r"(?:\bS\.)?\bReals\b", re.ASCII), r"\\mathbb{R}"),

@@ -31,8 +31,8 @@ _TOKEN = re.compile(
     r"""\s*(?:
       (?P<repeat>[0-9]*\.[0-9]*\\(?:overline|bar|dot)\s*\{[0-9]+\}) |
       (?P<num>(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+(?![0-9A-Za-z]))?) |
-      (?P<deco>\\(?:vec|hat|bar|overline|mathbf|mathcal|tilde|widehat|overrightarrow|mathbb|dot)
-        \s*(?:\{[A-Za-z0-9]{1,4}\}|[A-Za-z])) |
+      (?P<deco>\\(?:vec|hat|bar|overline|mathbf|mathcal|tilde|widehat|overrightarrow|mathbb|d?dot)
+        \s*(?:\{(?:[A-Za-z0-9]{1,4}|\\[a-z]+)\}|[A-Za-z])) |
       (?P<text>\\text\s*\{[^{}]*\}) |
       (?P<cmd>\\(?:[A-Za-z]+|[{}|])) |
       (?P<caps>[A-Z]{2,}(?![a-z])) |
