@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
+from torl_mega.reward.answers.expression import evaluate
 from torl_mega.reward.answers.forms import (
     Cases,
     Difference,
@@ -96,7 +98,10 @@ def _is_work(text: str, rational: list[str]) -> bool:
         node = parse(quantity.body)
         if symbols(node) and (unit := letters_as_unit(text)) is not None:
             node = unit[0].node  # `5 m` may be metres
-        return not symbols(node) and not _is_closed_form(node) and any(same_scalar(text, number) for number in rational)
+        if symbols(node) or _is_closed_form(node):
+            return False
+        exact = isinstance(evaluate(node, 0), Fraction)  # \\sqrt{17} is an answer to its rounded value
+        return any(same_scalar(text, n) for n in rational if exact or not re.search(r"\.[0-9]{6}", n))
     except Unreadable:
         return False
 
