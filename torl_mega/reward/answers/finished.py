@@ -6,22 +6,7 @@ import re
 from fractions import Fraction
 
 from torl_mega.reward.answers.expression import evaluate
-from torl_mega.reward.answers.forms import (
-    Cases,
-    Difference,
-    Family,
-    Form,
-    Matrix,
-    Ratio,
-    Relation,
-    Scalar,
-    Union,
-    assigned,
-    is_equation,
-    is_name,
-    last_exact,
-    read_form,
-)
+from torl_mega.reward.answers.forms import Form, assigned, is_equation, is_name, last_exact, read_form
 from torl_mega.reward.answers.normalize import normalize
 from torl_mega.reward.answers.scalars import letters_as_unit, read_scalar, same_scalar, same_text
 from torl_mega.reward.answers.syntax import Node, parse, symbols
@@ -52,7 +37,7 @@ def is_finished(answer: str, gold: str, problem: str = "") -> bool:
         if any(_is_work(text, rational) for text in _scalars(form, given=False)):
             return False
         value = _value(form, given=False)
-        return not (isinstance(value, Scalar) and _is_restated(value.text, golds, problem))
+        return value.kind != "scalar" or not _is_restated(value.text, golds, problem)
     except Unreadable:
         return True  # text, or what is not read: nothing to work out
 
@@ -60,28 +45,19 @@ def is_finished(answer: str, gold: str, problem: str = "") -> bool:
 def _scalars(form: Form, *, given: bool) -> list[str]:
     """The scalars that a form states. A gold equation such as `2x+4y-3=0` states none."""
     form = _value(form, given=given)
-    if isinstance(form, Scalar):
+    if form.kind == "scalar":
         return [form.text]
-    if isinstance(form, Relation):
-        parts = [] if is_equation(form) else [read_form(side) for side in form.sides if not is_name(side)]
-        return [p.text for p in parts if isinstance(p, Scalar)]
-    if isinstance(form, Cases):
-        return [value for value, _ in form.rows]
-    if isinstance(form, Matrix):
-        parts = [cell for row in form.rows for cell in row]
-    elif isinstance(form, Difference):
-        parts = [form.left, form.right]
-    elif isinstance(form, Family):
-        parts = [form.body]
-    else:
-        parts = list(form.parts if isinstance(form, Union | Ratio) else form.items)
+    parts = form.parts
+    if form.kind == "relation":
+        sides = [] if is_equation(form) else [read_form(side.text) for side in parts if not is_name(side.text)]
+        parts = tuple(side for side in sides if side.kind == "scalar")
+    if form.kind == "cases":
+        parts = tuple(row.parts[0] for row in parts)
     return [text for part in parts for text in _scalars(part, given=given)]
 
 
 def _value(form: Form, *, given: bool) -> Form:
-    if isinstance(form, Relation) and is_equation(form):
-        return assigned(form) or (form if given else last_exact(form))
-    return form
+    return assigned(form) or (form if given else last_exact(form)) if is_equation(form) else form
 
 
 def _is_number(text: str) -> bool:

@@ -1,9 +1,20 @@
 """Reads the outer form of a normalised answer: list, tuple or interval, set, union, matrix, relation, or one scalar.
 
-    "(-\\infty, 2) \\cup (3, \\infty)"  ─►  Union(Tuple("(", …, ")"), Tuple("(", …, ")"))
+    "(-\\infty, 2) \\cup (3, \\infty)"  ─►  union of tuple "(", scalars, ")" and tuple "(", scalars, ")"
 
-Only the form is read here; scalars stay text and are left to `expression`. Contract: linear passes over a text of bounded
-length, depth bounded, no evaluation. Raises Unreadable for what has no consistent form.
+| kind | parts | marks |
+|---|---|---|
+| scalar | none; `text` is left to `syntax` | |
+| list | things in a row without brackets, repeats kept; `text` as written | `,`, `or` or `and` |
+| tuple | in brackets, in order; two parts may be an interval; angle brackets are round ones | opening, closing |
+| set, union, ratio | `3:4` and times of day are ratios, equal only part by part | |
+| difference | left, right | |
+| matrix, cases | rows; a row of cases is value and condition (`otherwise`: what the rows before leave) | |
+| relation | its sides, as scalars that are not read further | operators |
+| family | what takes a value for each whole number, its parameters named anew | how many, Z or N |
+
+Only the form is read here. Contract: linear passes over a text of bounded length, depth bounded, no evaluation. Raises
+Unreadable for what has no consistent form.
 """
 
 from __future__ import annotations
@@ -15,104 +26,35 @@ from functools import lru_cache
 from torl_mega.reward.answers.brackets import depth_step, ends_word, spans, split_top, strip_outer
 from torl_mega.reward.answers.tokens import PLAIN_FUNCTIONS, WHOLE, Unreadable
 
-MAX_ITEMS = 64
+MAX_PARTS = 64
 _MAX_DEPTH = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Scalar:
-    text: str
+class Form:
+    kind: str
+    parts: tuple[Form, ...] = ()
+    text: str = ""
+    marks: tuple[str, ...] = ()
 
-
-@dataclass(frozen=True, slots=True)
-class Items:
-    """An unbracketed list: `1, 2` or `x=1 or x=2`; `joint` is how it is joined: `,`, `or` or `and`. It may hold repeats."""
-
-    items: tuple[Form, ...]
-    joint: str = ","
-    text: str = ""  # as it was written
-
-
-@dataclass(frozen=True, slots=True)
-class Tuple:
-    """In brackets, in order; with two items it may as well be an interval. Angle brackets are round ones."""
-
-    opening: str
-    items: tuple[Form, ...]
-    closing: str
-
-
-@dataclass(frozen=True, slots=True)
-class Set:
-    items: tuple[Form, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Union:
-    parts: tuple[Form, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    left: Form
-    right: Form
-
-
-@dataclass(frozen=True, slots=True)
-class Matrix:
-    rows: tuple[tuple[Form, ...], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Ratio:
-    """`3:4`, and times of day; equal only part by part."""
-
-    parts: tuple[Form, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Relation:
-    """`sides[0] operators[0] sides[1] …`"""
-
-    sides: tuple[str, ...]
-    operators: tuple[str, ...]  # = \\ne < > \\le \\ge \\approx \\equiv
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """What takes a value for each whole number: `x = k\\pi, k \\in \\mathbb{Z}`. The parameters in `body` are named anew."""
-
-    body: Form
-    num_names: int
-    domain: str  # Z or N
-
-
-@dataclass(frozen=True, slots=True)
-class Cases:
-    """A function by cases: (value, condition) by row; the condition `otherwise` is what the rows before leave."""
-
-    rows: tuple[tuple[str, str], ...]
-
-
-Form = Scalar | Items | Tuple | Set | Union | Difference | Matrix | Ratio | Relation | Family | Cases
 
 _OTHERWISE = re.compile(r"True|(?:\\text\s*\{)?\s*(?:otherwise|else|elsewhere)\s*\}?", re.IGNORECASE)
+_CONDITION_WORDS = re.compile(r"\\text\s*\{\s*(?:if|for|when|where|,)*\s*\}|^\s*(?:if|for|when|where)\b|[,;.]\s*$")
 _MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix|smallmatrix|array)\}(?:\{[^{}]*\})?(.*)\\end\{\1\}", re.DOTALL)
 _RELATIONS = ("\\approx", "\\equiv", "\\ne", "\\le", "\\ge", "\\sim", "=", "<", ">")
 _JOINTS = (("or", r"\text{or}", " or "), ("and", r"\text{and}", " and "))
-_WHOLE_NUMBERS = (
-    r"(?:\\mathbb\{(?P<domain>[ZN])\}|(?P<letter>[ZN]))(?:\s*[_^]\s*\{?\s*(?P<part>[+*0]|\\ge\s*0|>\s*0)\s*\}?)*"
-)
-_NAMES = r"(?P<names>[A-Za-z](?:\s*,\s*[A-Za-z])?)"
+_DOMAIN = r"(?:\\mathbb\{(?P<d>[ZN])\}|(?P<e>[ZN]))(?:\s*[_^]\s*\{?\s*(?P<positive>[+*0]|\\ge\s*0|>\s*0)\s*\}?)*"
 _EACH = r"(?:where|for|with)?\s*(?:all|any|every|each|some)?"
+_NAMES = "[A-Za-z](?:\\s*,\\s*[A-Za-z])?"
 _FOR_WHOLE = re.compile(
-    rf"[\s,;(]*(?:(?:\\text\s*\{{[\s,]*{_EACH}\s*\}})?\s*{_NAMES}\s*\\in\s*{_WHOLE_NUMBERS}"
-    rf"|(?:\\text\s*\{{[\s,]*{_EACH}\s*\}})?\s*{_NAMES.replace('names', 'named')}\s*\\text\s*\{{\s*(?:is|are)?\s*(?:an|any)?\s*integers?\s*\}}"
-    rf"|\\text\s*\{{[\s,]*{_EACH}\s*integers?\s*\}}\s*{_NAMES.replace('names', 'worded')})[\s)]*",
+    rf"[\s,;(]*(?:(?:\\text\s*\{{[\s,]*{_EACH}\s*\}})?\s*(?P<a>{_NAMES})\s*(?:\\in\s*{_DOMAIN}"
+    r"|\\text\s*\{\s*(?:is|are)?\s*(?:an|any)?\s*integers?\s*\})"
+    rf"|\\text\s*\{{[\s,]*{_EACH}\s*integers?\s*\}}\s*(?P<b>{_NAMES}))[\s)]*",
     re.ASCII,
 )
 _VARIABLE = r"(?:[A-Za-z]|\\[a-z]+)(?:_\{?\w+\}?)?"
 _MEMBER = re.compile(rf"^\(?{_VARIABLE}(?:\s*,\s*{_VARIABLE})*\)?\s*\\in(?![A-Za-z])\s*", re.ASCII)
+_LETTER = re.compile(rf"\\text\s*\{{[^{{}}]*\}}|\\[A-Za-z]+|{'|'.join(PLAIN_FUNCTIONS)}|[A-Za-z]")
 
 
 @lru_cache(maxsize=4096)
@@ -123,14 +65,14 @@ def read_form(text: str, depth: int = 0) -> Form:
     text = strip_outer(re.sub(r"^(?:=|\\approx(?![A-Za-z]))", "", _MEMBER.sub("", text)))
     if not text:
         raise Unreadable("empty")
-    for read in (_family, _joined, _bracketed, _combined):
+    for read in (_family, _joined, _bracketed, _combined, _plain):
         if form := read(text, depth):
             return form
-    return _plain(text, depth)
+    return Form("scalar", text=text)
 
 
 def _family(text: str, depth: int) -> Form | None:
-    r"""`x = k\pi, k \in \mathbb{Z}`; the parameters are called \wholea and \wholeb from here on."""
+    """`x = k\\pi, k \\in \\mathbb{Z}`; the parameters are called \\wholea and \\wholeb from here on."""
     for at in [m.start() for m in re.finditer(r"[,;(]|\\text", text)]:
         match = _FOR_WHOLE.fullmatch(text, at)
         if match is not None and text[:at].strip():
@@ -138,15 +80,12 @@ def _family(text: str, depth: int) -> Form | None:
     return None
 
 
-def _make_family(body: str, match: re.Match[str], depth: int) -> Family:
-    names = re.findall("[A-Za-z]", match["names"] or match["named"] or match["worded"])
-    domain = "N" if match["part"] else match["domain"] or match["letter"] or "Z"
+def _make_family(body: str, match: re.Match[str], depth: int) -> Form:
+    names = re.findall("[A-Za-z]", match["a"] or match["b"])
     for name, alias in zip(names, WHOLE, strict=False):
         body = renamed(body, name, f"\\{alias} ")
-    return Family(read_form(body, depth + 1), len(names), domain)
-
-
-_LETTER = re.compile(rf"\\text\s*\{{[^{{}}]*\}}|\\[A-Za-z]+|{'|'.join(PLAIN_FUNCTIONS)}|[A-Za-z]")
+    domain = "N" if match["positive"] else match["d"] or match["e"] or "Z"
+    return Form("family", (read_form(body, depth + 1),), marks=(str(len(names)), domain))
 
 
 def letters(text: str) -> set[str]:
@@ -166,15 +105,14 @@ def _joined(text: str, depth: int) -> Form | None:
         return groups
     for name, *spellings in _JOINTS:
         for spelling in spellings:
-            parts = split_top(text, spelling)
-            if len(parts) > 1:
+            if len(parts := split_top(text, spelling)) > 1:
                 items = [p for part in parts for p in split_commas(part.strip().strip(","))]
-                return Items(_forms(items, depth), name, text)
+                return Form("list", _forms(items, depth), text, (name,))
     parts = [p for p in split_top(text, ";") if p.strip()]
     if len(parts) > 1:  # `1,5; 2,5` may be two decimals
-        return Items(tuple(read_form(part, depth + 1) for part in parts[: MAX_ITEMS + 1]), ",", text)
+        return Form("list", _forms(parts, depth, flat=False), text, (",",))
     parts = split_commas(text)
-    return Items(_forms(parts, depth), ",", text) if len(parts) > 1 else None
+    return Form("list", _forms(parts, depth), text, (",",)) if len(parts) > 1 else None
 
 
 def _solutions(text: str, depth: int) -> Form | None:
@@ -184,104 +122,100 @@ def _solutions(text: str, depth: int) -> Form | None:
     for separator in (";", r"\text{or}", " or "):
         systems = [[item for item in split_commas(part) if item.strip()] for part in split_top(text, separator)]
         if len(systems) > 1 and all(len(s) > 1 and all("=" in item for item in s) for s in systems):
-            return Items(tuple(Tuple("(", _forms(system, depth), ")") for system in systems), "or")
+            tuples = tuple(Form("tuple", _forms(system, depth), marks=("(", ")")) for system in systems)
+            return Form("list", tuples, text, ("or",))
     return None
 
 
 def _bracketed(text: str, depth: int) -> Form | None:
-    match = _MATRIX.fullmatch(_unwrap_matrix(text))
+    unwrapped = text[1:-1].strip() if text[0] in "([|" and text[-1] in ")]|" and "\\begin{" in text[:12] else text
+    match = _MATRIX.fullmatch(unwrapped)
     if match is not None and "\\end{" not in match[2]:
-        return _matrix(match[2], depth)
+        return Form("matrix", _rows(re.split(r"\\\\|\\cr(?![a-z])", match[2].replace("\\hline", "")), depth))
     if text.startswith("\\begin{pieces}") and text.endswith("\\end{pieces}"):
         return _cases(text[14:-12])
     if text in ("\\emptyset", "\\{\\}", "\\{ \\}"):
-        return Set(())
+        return Form("set")
     if text.startswith("\\{") and text.endswith("\\}") and spans(text):
         inside = text[2:-2]
         bar = next((b for b in ("|", ":") if len(split_top(inside, b)) == 2), None)
-        return _set_builder(*split_top(inside, bar), depth) if bar else Set(_forms(split_commas(inside), depth))
+        return _set_builder(*split_top(inside, bar), depth) if bar else Form("set", _forms(split_commas(inside), depth))
     if text.startswith("\\langle") and text.endswith("\\rangle"):
-        return Tuple("(", _forms(split_commas(text[7:-7]), depth), ")")
-    if text[0] in "([" and text[-1] in ")]" and spans(text):
-        parts = split_top(text[1:-1], ";")
-        if len(parts) == 1:
-            parts = split_commas(text[1:-1], thousands=False)
-            return Tuple(text[0], _forms(parts, depth), text[-1]) if len(parts) > 1 else _grouped(text, depth)
-        return Tuple(text[0], tuple(read_form(p, depth + 1) for p in parts[: MAX_ITEMS + 1]), text[-1])
-    return None
+        return Form("tuple", _forms(split_commas(text[7:-7]), depth), marks=("(", ")"))
+    return _tuple(text, depth) if text[0] in "([" and text[-1] in ")]" and spans(text) else None
 
 
-def _grouped(text: str, depth: int) -> Form | None:
-    """Brackets around one thing only group it; `[[1], [2]]` of a program keeps its inner ones."""
-    if text[0] == "(" and text[-1] == ")":
-        return read_form(text[1:-1], depth + 1)
-    inner = text[1:-1].strip()
-    if inner.startswith(("(", "[")) and text[-1] == "]" and spans(inner):
-        return Tuple("[", (read_form(inner, depth + 1),), "]")
-    return None
+def _tuple(text: str, depth: int) -> Form | None:
+    """In brackets; around one thing they only group it, but `[[1], [2]]` of a program keeps its inner ones."""
+    inside = text[1:-1].strip()
+    marks = (text[0], text[-1])
+    if len(parts := split_top(inside, ";")) > 1:
+        return Form("tuple", _forms(parts, depth, flat=False), marks=marks)
+    if len(parts := split_commas(inside, thousands=False)) > 1:
+        return Form("tuple", _forms(parts, depth), marks=marks)
+    if marks == ("(", ")"):
+        return read_form(inside, depth + 1)
+    nested = marks == ("[", "]") and inside.startswith(("(", "[")) and spans(inside)
+    return Form("tuple", (read_form(inside, depth + 1),), marks=marks) if nested else None
 
 
-def _cases(body: str) -> Cases:
+def _rows(texts: list[str], depth: int) -> tuple[Form, ...]:
+    rows = [row.split("&") for row in texts if row.strip()]
+    if not rows or len(rows) > MAX_PARTS or len({len(row) for row in rows}) != 1:
+        raise Unreadable("a matrix without rows or with rows of unlike length")
+    return tuple(Form("row", tuple(read_form(cell, depth + 1) for cell in row)) for row in rows)
+
+
+def _cases(body: str) -> Form:
     rows = [split_top(row, "&") for row in body.split("\\\\") if row.strip()]
-    if not rows or len(rows) > MAX_ITEMS or any(len(row) != 2 for row in rows):
+    if not rows or len(rows) > MAX_PARTS or any(len(row) != 2 for row in rows):
         raise Unreadable("cases that are no pairs of value and condition")
-    dress = r"\\text\s*\{\s*(?:if|for|when|where|,)*\s*\}|^\s*(?:if|for|when|where)\b|[,;.]\s*$"
-    stripped = [tuple(re.sub(dress, " ", cell.strip().strip(",;.")).strip() for cell in row) for row in rows]
-    return Cases(tuple((value, "otherwise" if _OTHERWISE.fullmatch(when) else when) for value, when in stripped))
+    cells = [[_CONDITION_WORDS.sub(" ", cell.strip().strip(",;.")).strip() for cell in row] for row in rows]
+    pairs = [(value, "otherwise" if _OTHERWISE.fullmatch(when) else when) for value, when in cells]
+    return Form("cases", tuple(Form("row", tuple(Form("scalar", text=cell) for cell in pair)) for pair in pairs))
 
 
 def _combined(text: str, depth: int) -> Form | None:
-    parts = split_top(text, "\\cup")
-    if len(parts) == 1:
-        parts = split_top(text, " U ")
-    if len(parts) > 1:
-        return Union(_forms(parts, depth))
+    for separator in ("\\cup", " U "):
+        if len(parts := split_top(text, separator)) > 1:
+            return Form("union", _forms(parts, depth))
     parts = split_top(text, "\\setminus")
-    if len(parts) == 2:
-        return Difference(read_form(parts[0], depth + 1), read_form(parts[1], depth + 1))
-    return None
+    return Form("difference", tuple(read_form(p, depth + 1) for p in parts)) if len(parts) == 2 else None
 
 
-def _plain(text: str, depth: int) -> Form:
-    relation = _relation(text)
-    if relation is not None:
+def _plain(text: str, depth: int) -> Form | None:
+    if relation := _relation(text):
         return relation
     if len(parts := split_top(text, ":")) > 1:
-        return Ratio(_forms(parts, depth))
-    if "\\pm" in text or "\\mp" in text:
-        return _plus_minus(text, depth)
-    return Scalar(text)
+        return Form("ratio", _forms(parts, depth))
+    if "\\pm" not in text and "\\mp" not in text:
+        return None
+    if text.count("\\pm") + text.count("\\mp") > 2:
+        raise Unreadable("more than two signs")
+    both = (text.replace("\\pm", x).replace("\\mp", y) for x, y in ("+-", "-+"))
+    return Form("list", _forms([strip_outer(t).removeprefix("+").strip() for t in both], depth), text, ("or",))
 
 
-def _relation(text: str) -> Relation | None:
+def _relation(text: str) -> Form | None:
     if not any(operator in text for operator in _RELATIONS):
         return None
-    pieces, operators, depth, at, start = [], [], 0, 0, 0
+    sides, operators, depth, at, start = [], [], 0, 0, 0
     while at < len(text):
-        if depth == 0:
-            operator = next((r for r in _RELATIONS if text.startswith(r, at) and ends_word(text, at + len(r), r)), None)
-            if operator is not None:
-                pieces.append(text[start:at].strip())
-                operators.append(operator)
-                at = start = at + len(operator)
-                continue
+        found = (r for r in _RELATIONS if text.startswith(r, at) and ends_word(text, at + len(r), r))
+        operator = next(found, None) if depth == 0 else None
+        if operator is not None:
+            sides.append(text[start:at].strip())
+            operators.append(operator)
+            at = start = at + len(operator)
+            continue
         depth += depth_step(text, at)
         at += 2 if text[at] == "\\" else 1
     if not operators:
         return None
-    pieces.append(text[start:].strip())
-    if not all(pieces) or len(operators) > 12:
+    sides.append(text[start:].strip())
+    if not all(sides) or len(operators) > 12:
         raise Unreadable("a relation with an empty side")
-    return Relation(tuple(pieces), tuple(operators))
-
-
-def _plus_minus(text: str, depth: int) -> Form:
-    if text.count("\\pm") + text.count("\\mp") > 2:
-        raise Unreadable("more than two signs")
-    upper = text.replace("\\pm", "+").replace("\\mp", "-")
-    lower = text.replace("\\pm", "-").replace("\\mp", "+")
-    both = [strip_outer(t).removeprefix("+").strip() for t in (upper, lower)]
-    return Items(_forms(both, depth), "or")
+    return Form("relation", tuple(Form("scalar", text=side) for side in sides), marks=tuple(operators))
 
 
 def _set_builder(element: str, condition: str, depth: int) -> Form:
@@ -289,60 +223,31 @@ def _set_builder(element: str, condition: str, depth: int) -> Form:
     match = _FOR_WHOLE.fullmatch(condition.strip())
     if match is not None:
         return _make_family(element, match, depth)
-    if not re.fullmatch(r"\s*[A-Za-z]\s*(?:\\in\s*(?:\\mathbb\{R\}|R))?\s*", element):
-        raise Unreadable("a set builder over what is no real number")
     form = read_form(condition, depth + 1)
-    if isinstance(form, Relation | Items | Family):
-        return form
-    raise Unreadable("a set whose condition is not a relation")
+    real = re.fullmatch(r"\s*[A-Za-z]\s*(?:\\in\s*(?:\\mathbb\{R\}|R))?\s*", element)
+    if real is None or form.kind not in ("relation", "list", "family"):
+        raise Unreadable("a set builder that is no condition on a real number")
+    return form
 
 
-def _matrix(body: str, depth: int) -> Matrix:
-    rows = [row for row in re.split(r"\\\\|\\cr(?![a-z])", body.replace("\\hline", "")) if row.strip()]
-    if not rows or len(rows) > MAX_ITEMS:
-        raise Unreadable("a matrix without rows")
-    read = tuple(tuple(read_form(cell, depth + 1) for cell in row.split("&")) for row in rows)
-    if len({len(row) for row in read}) != 1:
-        raise Unreadable("rows of unlike length")
-    return Matrix(read)
-
-
-def _unwrap_matrix(text: str) -> str:
-    if text[0] in "([|" and text[-1] in ")]|" and "\\begin{" in text[:12]:
-        return text[1:-1].strip()
-    return text
-
-
-def _forms(parts: list[str], depth: int) -> tuple[Form, ...]:
-    if len(parts) > MAX_ITEMS:
-        raise Unreadable("too many items")
-    flat: list[Form] = []
-    for part in parts:
-        form = read_form(part, depth + 1)
-        if isinstance(form, Items):  # a plus-minus, or a list in a list
-            flat.extend(form.items)
-        else:
-            flat.append(form)
-    return tuple(flat)
-
-
-# ------------------------------------------------------------------------------------------------ splitting
+def _forms(texts: list[str], depth: int, *, flat: bool = True) -> tuple[Form, ...]:
+    """The forms of several texts; with `flat` a plus-minus or a list among them counts as its parts."""
+    if len(texts) > MAX_PARTS:
+        raise Unreadable("too many parts")
+    read = [read_form(text, depth + 1) for text in texts]
+    return tuple(part for form in read for part in (form.parts if flat and form.kind == "list" else (form,)))
 
 
 def split_commas(text: str, *, thousands: bool = True) -> list[str]:
     """At top-level commas. A comma inside `1,234` is part of the number where no space follows it and groups are of three."""
     parts = split_top(text, ", ")
-    if len(parts) == 1 or not thousands:
-        parts = [p for part in parts for p in ([part] if thousands and is_grouped(part) else split_top(part, ","))]
-    else:
-        parts = [p for part in parts for p in ([part] if is_grouped(part) else split_top(part, ","))]
-    return parts
+    thousands = thousands or len(parts) > 1
+    return [p for part in parts for p in ([part] if thousands and is_grouped(part) else split_top(part, ","))]
 
 
 def is_grouped(text: str) -> bool:
-    return bool(
-        re.fullmatch(r"\s*[-+]?\s*(?:\\dollar)?\s*[1-9][0-9]{0,2}(,[0-9]{3})+(\.[0-9]+)?\b.*", text, re.ASCII)
-    ) and not (re.search(r",[0-9]{3}[0-9]|,(?![0-9]{3})", text))
+    number = r"\s*[-+]?\s*(?:\\dollar)?\s*[1-9][0-9]{0,2}(,[0-9]{3})+(\.[0-9]+)?\b.*"
+    return bool(re.fullmatch(number, text, re.ASCII)) and not re.search(r",[0-9]{3}[0-9]|,(?![0-9]{3})", text)
 
 
 # ------------------------------------------------------------------------------------------------ relations
@@ -352,13 +257,11 @@ _NAME = re.compile(
     r"(?:\([A-Za-z0-9_+\-, ]{0,12}\))?(?:\s*,\s*[A-Za-z]){0,3}\s*\)?",
     re.ASCII,
 )
-
 _QUOTIENT = re.compile(r"\\frac\s*\{([^{}]+)\}\s*\{([^{}]+)\}|([^/{}]+)/([^/{}]+)")
-_INVERSE = re.compile(r"^([A-Za-z])\s*\^\s*\{\s*-\s*1\s*\}(?=\s*\()")
+_DRESSED_NAME = re.compile(r"^\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])\s*|(?<=^[A-Za-z])\s*\^\s*\{\s*-\s*1\s*\}(?=\s*\()")
 _MATRIX_NAME = re.compile(
     r"(?:\s*\(?\s*(?:\\text\s*\{)?[A-Z]\}?\s*\)?\s*(?:\^\s*(?:\{[-+0-9A-Za-z\\ ]*\}|\w|\\top))?)+", re.ASCII
 )
-_ANGLE_FUNCTION = re.compile(r"^\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])\s*")
 
 
 def is_name(text: str) -> bool:
@@ -366,33 +269,31 @@ def is_name(text: str) -> bool:
     text = text.strip()
     if match := _QUOTIENT.fullmatch(text):
         return is_name(match[1] or match[3]) and is_name(match[2] or match[4])
-    text = _INVERSE.sub(r"\1", _ANGLE_FUNCTION.sub("", text))
+    text = _DRESSED_NAME.sub("", text)
     return _NAME.fullmatch(text) is not None and not re.search(r"\\(?:frac|sqrt|pi|sin|cos|tan|log|ln)", text)
 
 
-def is_equation(relation: Relation) -> bool:
-    return set(relation.operators) <= {"=", "\\approx", "\\equiv"}
+def is_equation(form: Form) -> bool:
+    return form.kind == "relation" and set(form.marks) <= {"=", "\\approx", "\\equiv"}
 
 
-def last_exact(relation: Relation) -> Form:
+def last_exact(relation: Form) -> Form:
     """The last side before an approximation: 1/3 of `x = 5/15 = 1/3 \\approx 0.33`."""
-    sides = relation.sides
-    if "\\approx" in relation.operators and relation.operators[0] != "\\approx":
-        sides = sides[: relation.operators.index("\\approx") + 1]
-    return read_form(sides[-1])
+    exact = relation.marks.index("\\approx") if "\\approx" in relation.marks[1:] else -1
+    return read_form(relation.parts[exact if relation.marks[0] != "\\approx" else -1].text)
 
 
-def assigned(relation: Relation) -> Form | None:
+def assigned(relation: Form) -> Form | None:
     """What a name is given: 5 of `x = 5` and of `5 = x`; None for an equation such as `2x + z = 1`.
 
     A matrix may be given to a product or power of matrices or to a matrix of names: `A^{-1} = …`, `A^T B = …`.
     """
-    first = relation.sides[0]
+    first, last = relation.parts[0].text, relation.parts[-1].text
     if is_name(first):
         return last_exact(relation)
-    of_names = _MATRIX.fullmatch(first) and all(
-        map(is_name, re.split(r"&|\\\\", first[first.index("}") + 1 : first.rindex("\\end")]))
+    cells = (
+        re.split(r"&|\\\\", first[first.index("}") + 1 : first.rindex("\\end")]) if _MATRIX.fullmatch(first) else [""]
     )
-    if (of_names or _MATRIX_NAME.fullmatch(first)) and isinstance(value := last_exact(relation), Matrix):
+    if (all(map(is_name, cells)) or _MATRIX_NAME.fullmatch(first)) and (value := last_exact(relation)).kind == "matrix":
         return value
-    return read_form(relation.sides[0]) if len(relation.sides) == 2 and is_name(relation.sides[1]) else None
+    return read_form(first) if len(relation.parts) == 2 and is_name(last) else None
