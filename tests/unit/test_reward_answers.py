@@ -13,8 +13,7 @@ from torl_mega.reward.answers.check import check, grade, is_finished
 from torl_mega.reward.answers.expression import NUM_POINTS, evaluate, same_everywhere
 from torl_mega.reward.answers.forms import read_form
 from torl_mega.reward.answers.normalize import normalize
-from torl_mega.reward.answers.syntax import parse
-from torl_mega.reward.answers.tokens import Unreadable
+from torl_mega.reward.answers.syntax import Unreadable, parse
 from torl_mega.reward.answers.units import split_unit
 from torl_mega.reward.extract import extract_answer, last_boxed
 

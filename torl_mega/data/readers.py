@@ -191,15 +191,15 @@ def _gold(text: str | None) -> str | None:
         return None
     if listed := _LISTED.fullmatch(text):
         try:
-            inside = json.loads(text)[0]
-        except ValueError:
-            inside = "\\"
-        # a single backslash, or one that JSON reads as a control character: the list was written without escaping
-        text = listed[1] if re.search(r"[\x00-\x1f]", inside) or inside == "\\" else inside
+            inside = str(json.loads(text)[0])
+        except ValueError:  # `\s` of a command that was not escaped is no JSON
+            inside = "\f"
+        # where JSON reads a control character, `\f` of `\frac`, the list was written without escaping
+        text = str(listed[1]) if re.search(r"[\x00-\x1f]", inside) else inside
     if "\\boxed" in text:
         text = last_boxed(text) or ""
-    elif "\n#### " in text:
-        text = text.rpartition("\n#### ")[2]
+    elif "#### " in text:
+        text = text.rpartition("#### ")[2]
     return text.strip() or None
 
 

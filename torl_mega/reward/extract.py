@@ -21,7 +21,7 @@ _JOINED = re.compile(
 _NAME = re.compile(r"(?<![\w\\}])[A-Za-z](?:_\w|_\{\w+\})?\s*=\s*$")
 _MAX_NESTED_BOXES = 8
 _MAX_GAP = 60  # characters between boxes of one sentence
-_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z]) *")
 
 
 def extract_answer(segments: Sequence[str]) -> str | None:
@@ -77,7 +77,7 @@ def _last_outer_box(text: str) -> str | None:
     boxes: list[tuple[int, int, int]] = []  # start of the command, start of what follows, end
     at = 0
     while match := _BOX.search(text, at):
-        start = _skip_spaces(text, match.end())
+        start = match.end()
         end = closing.get(start, start) if text[start : start + 1] == "{" else start
         boxes.append((match.start(), start, end))
         at = end + 1 if text[start : start + 1] == "{" else start
@@ -103,12 +103,6 @@ def _with_joined(text: str, boxes: list[tuple[int, int, int]]) -> str:
     if answer is not alone and (name := _NAME.search(text, max(0, first - 20), first)):
         answer = name[0] + answer
     return answer
-
-
-def _skip_spaces(text: str, at: int) -> int:
-    while text[at : at + 1] == " ":
-        at += 1
-    return at
 
 
 def _closing_braces(text: str) -> dict[int, int]:

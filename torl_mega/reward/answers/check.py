@@ -15,16 +15,18 @@ MAX_ANSWER_CHARS are wrong unread. Order does not matter in a bare list of value
 
 from __future__ import annotations
 
-from torl_mega.reward.answers.compare import is_all_reals, same
+import re
+
+from torl_mega.reward.answers.compare import same
 from torl_mega.reward.answers.finished import is_finished
 from torl_mega.reward.answers.forms import Form, is_name, letters, read_form, renamed
 from torl_mega.reward.answers.normalize import normalize
 from torl_mega.reward.answers.scalars import is_labelled, read_scalar, same_choice, same_text, text_words
 from torl_mega.reward.answers.symbolic import math_verify_grade, second_opinion
-from torl_mega.reward.answers.syntax import symbols
-from torl_mega.reward.answers.tokens import Unreadable
+from torl_mega.reward.answers.syntax import Unreadable, symbols
 
 MAX_ANSWER_CHARS = 1000
+_INFINITE = re.compile(r"\s*[-+]?\s*\\infty\s*")
 
 
 def check(answer: str, gold: str) -> bool:
@@ -63,7 +65,8 @@ def _without_reading(answer: str, gold: str, gold_form: Form | None) -> bool:
     """One of both is not read. A gold answer that is read must be an expression with variables to be asked about."""
     if gold_form is None:
         return not is_labelled(normalize(gold)) and second_opinion(answer, gold)
-    node = read_scalar(gold_form.text).node if gold_form.kind == "scalar" and not _is_infinite(gold_form) else None
+    scalar = gold_form.kind == "scalar" and not _INFINITE.fullmatch(gold_form.text)
+    node = read_scalar(gold_form.text).node if scalar else None
     return node is not None and bool(symbols(node)) and second_opinion(answer, gold, node)
 
 
@@ -104,7 +107,7 @@ def _readable(text: str) -> Form | None:
 def check_readable(form: Form) -> None:
     """Raises Unreadable when a scalar of the form is not an expression."""
     if form.kind == "scalar":
-        if not _is_infinite(form):
+        if not _INFINITE.fullmatch(form.text):
             read_scalar(form.text)
         return
     parts = form.parts
@@ -115,7 +118,3 @@ def check_readable(form: Form) -> None:
         parts = tuple(row.parts[0] for row in parts)
     for part in parts:
         check_readable(part)
-
-
-def _is_infinite(form: Form) -> bool:
-    return form.text.replace(" ", "").lstrip("+-") == "\\infty" or is_all_reals(form)

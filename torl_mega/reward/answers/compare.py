@@ -10,6 +10,7 @@ bracket or a letter in the answer means.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from fractions import Fraction
 from itertools import permutations
 from typing import Any
@@ -18,12 +19,10 @@ import mpmath
 
 from torl_mega.reward.answers import realset
 from torl_mega.reward.answers.expression import NUM_POINTS, close, evaluate, same_everywhere
-from torl_mega.reward.answers.family import cover_the_same
 from torl_mega.reward.answers.forms import Form, assigned, is_equation, is_name, last_exact, read_form
 from torl_mega.reward.answers.normalize import squeeze
 from torl_mega.reward.answers.scalars import as_mpf, read_scalar, same_scalar, with_point
-from torl_mega.reward.answers.syntax import Node, symbols
-from torl_mega.reward.answers.tokens import WHOLE, Unreadable
+from torl_mega.reward.answers.syntax import WHOLE, Node, Unreadable, symbols
 
 _FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
 
@@ -47,21 +46,17 @@ def same(a: Form, g: Form) -> bool:
         return len(rows) == len(gold_rows) > 0 and all(map(_in_order, rows, gold_rows))
     if _has_inequality(a) or _has_inequality(g):
         return _same_conditions(a, g)
-    if kinds & {"union", "difference"} or is_all_reals(a) or is_all_reals(g):
+    if kinds & {"union", "difference", "reals"}:
         return _same_real_set(a, g)
     if "tuple" in kinds:
         return (_same_tuple if kinds == {"tuple"} else _bare_for_tuple)(a, g) or _same_printed_list(a, g)
     return _same_members(a, g)
 
 
-def is_all_reals(form: Form) -> bool:
-    return form.kind == "scalar" and form.text.replace(" ", "") == "\\mathbb{R}"
-
-
-def _holds(a: Form, g: Form) -> bool:
-    """`same`, and False where something cannot be evaluated: another part may fit."""
+def _holds(a: Form, g: Form, rule: Callable[[Form, Form], bool] = same) -> bool:
+    """`rule`, and False where something cannot be evaluated: another part or rule may fit."""
     try:
-        return same(a, g)
+        return rule(a, g)
     except Unreadable:
         return False
 
@@ -125,7 +120,7 @@ def _same_members(a: Form, g: Form) -> bool:
         return _same_named_lists(a, g)
     left, right = (list(form.parts) if form.kind in ("list", "set") else [form] for form in (a, g))
     if {a.kind, g.kind} == {"set"}:
-        left, right = _distinct(left), _distinct(right)
+        left, right = ([f for i, f in enumerate(x) if not any(_holds(f, y) for y in x[:i])] for x in (left, right))
     if len(left) != len(right):
         return False
     for gold in right:
@@ -136,30 +131,23 @@ def _same_members(a: Form, g: Form) -> bool:
     return True
 
 
-def _distinct(forms: list[Form]) -> list[Form]:
-    return [form for i, form in enumerate(forms) if not any(_holds(form, other) for other in forms[:i])]
-
-
 def _same_family(a: Form, g: Form) -> bool:
-    """Equal values for equal parameters, taken in any order; or progressions over the integers that cover the same numbers."""
+    """Equal values for equal parameters, taken in any order; over the integers also for -k, k + 1 and the like."""
     if a.marks != g.marks:
         return False
-    num_names, domain = int(a.marks[0]), a.marks[1]
-    for order in permutations(WHOLE[:num_names]):
-        if _holds(_with_parameters(a.parts[0], order), g.parts[0]):
-            return True
-    names = {squeeze(part.parts[0].text) for form in (a, g) for part in _named(form.parts[0])}
-    return num_names == 1 and domain == "Z" and len(names) <= 1 and cover_the_same(a.parts[0], g.parts[0])
+    names = WHOLE[: int(a.marks[0])]
+    trials: list[dict[str, str]] = [
+        dict(zip(names, order, strict=True)) for order in permutations(f"\\{name} " for name in names)
+    ]
+    if a.marks == ("1", "Z"):
+        trials += [{names[0]: f"({sign}\\{names[0]}{shift})"} for sign in ("", "-") for shift in ("", "+1", "-1")]
+    return any(_holds(_with_parameters(a.parts[0], trial), g.parts[0]) for trial in trials)
 
 
-def _with_parameters(form: Form, order: tuple[str, ...]) -> Form:
-    aliases = dict(zip(WHOLE, order, strict=False))
-    text = re.sub("|".join(WHOLE), lambda m: aliases.get(m[0], m[0]), form.text)
-    return Form(form.kind, tuple(_with_parameters(part, order) for part in form.parts), text, form.marks)
-
-
-def _named(form: Form) -> list[Form]:
-    return [part for part in (form.parts if form.kind == "list" else (form,)) if part.kind == "relation"]
+def _with_parameters(form: Form, names: dict[str, str]) -> Form:
+    """The form with other expressions for its parameters."""
+    text = re.sub(r"\\(whole[ab]) ?", lambda m: names[m[1]], form.text)
+    return Form(form.kind, tuple(_with_parameters(part, names) for part in form.parts), text, form.marks)
 
 
 def _same_cases(a: Form, g: Form) -> bool:
@@ -205,7 +193,7 @@ def _both_relations(a: Form, g: Form) -> bool:
         alike = a.marks == g.marks and all(
             map(lambda s, t, x, y: s == t or _holds(x, y), sides, gold_sides, a.parts, g.parts)
         )
-        return alike or _try_real_set(a, g) or _same_inequality(a, g)
+        return alike or _holds(a, g, _same_real_set) or _same_inequality(a, g)
     if is_name(a.parts[0].text) and sides[0] == gold_sides[0]:
         return same(last_exact(a), last_exact(g))
     return len(sides) == len(gold_sides) == 2 and _proportional(a, g, positive=False)
@@ -271,7 +259,7 @@ def _same_conditions(a: Form, g: Form) -> bool:
     if all(sets):
         return sets[0] == sets[1]
     lists = a.kind == g.kind == "list" and (a.marks == ("or",)) == (g.marks == ("or",))
-    return _try_real_set(a, g) or (lists and _each_somewhere(a, g))
+    return _holds(a, g, _same_real_set) or (lists and _each_somewhere(a, g))
 
 
 def _by_variable(form: Form) -> dict[str, tuple[realset.Piece, ...]] | None:
@@ -291,11 +279,9 @@ def _by_variable(form: Form) -> dict[str, tuple[realset.Piece, ...]] | None:
 def _same_inequality(a: Form, g: Form) -> bool:
     if len(a.marks) != 1 or len(g.marks) != 1:
         return False
-    if a.marks == g.marks:
-        return _proportional(a, g, positive=a.marks[0] in _FLIPPED)
     if _FLIPPED.get(a.marks[0]) == g.marks[0]:
-        return _proportional(Form("relation", a.parts[::-1], marks=g.marks), g, positive=True)
-    return False
+        a = Form("relation", a.parts[::-1], marks=g.marks)
+    return a.marks == g.marks and _proportional(a, g, positive=a.marks[0] in _FLIPPED)
 
 
 def _proportional(a: Form, g: Form, *, positive: bool) -> bool:
@@ -333,10 +319,3 @@ def _same_real_set(a: Form, g: Form) -> bool:
         unions = {a.kind, g.kind} == {"union"}
         return unions and _same_members(Form("list", a.parts, marks=(",",)), Form("list", g.parts, marks=(",",)))
     return x.pieces == y.pieces and (not x.variable or not y.variable or x.variable == y.variable)
-
-
-def _try_real_set(a: Form, g: Form) -> bool:
-    try:
-        return _same_real_set(a, g)
-    except Unreadable:
-        return False

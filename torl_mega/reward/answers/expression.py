@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
@@ -26,8 +25,7 @@ import mpmath
 from mpmath import mp
 from mpmath.libmp.libhyper import NoConvergence
 
-from torl_mega.reward.answers.syntax import Node, symbols
-from torl_mega.reward.answers.tokens import WHOLE, Unreadable
+from torl_mega.reward.answers.syntax import WHOLE, Node, Unreadable, symbols
 
 _MAX_BITS = 40_000
 _MAX_EXPONENT = 10**7
@@ -47,21 +45,23 @@ _COUNTED_NAMES = frozenset("\\" + name for name in WHOLE) | frozenset("k l m n p
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """Where an expression is evaluated: `given` values, else those of sample number `index`, whole for the names in `whole`."""
+    """Where an expression is evaluated: at sample number `index`, with whole numbers for the names in `whole`."""
 
     index: int
     whole: frozenset[str] = frozenset()
     real: bool = False  # whether a step that leaves the real numbers is not defined
-    given: Mapping[str, Fraction] = field(default_factory=dict)
 
 
 def evaluate(node: Node, point: int | Point) -> Value:
     """The value with each symbol at its number for `point` in range(NUM_POINTS). Raises Unreadable where undefined."""
     with mp.workdps(_DIGITS):
         try:
-            return _tidy(_eval(node, Point(point) if isinstance(point, int) else point))
+            value = _eval(node, Point(point) if isinstance(point, int) else point)
         except (ZeroDivisionError, ValueError, OverflowError, TypeError, NoConvergence):
             raise Unreadable("not defined") from None
+    if not isinstance(value, Fraction) and not (mpmath.isfinite(value.real) and mpmath.isfinite(value.imag)):
+        raise Unreadable("not finite")
+    return value
 
 
 def same_everywhere(a: Node, b: Node) -> bool:
@@ -140,8 +140,7 @@ def _eval(node: Node, point: Point) -> Value:
         assert node.value is not None
         return _bounded(node.value)
     if node.kind == "sym":
-        given = point.given.get(node.name)
-        return sample(node.name, point.index, node.name in point.whole) if given is None else given
+        return sample(node.name, point.index, node.name in point.whole)
     if node.kind == "const":
         return mpmath.mpc({"pi": mp.pi, "e": mp.e, "i": mpmath.mpc(0, 1)}[node.name])
     args = [_eval(a, point) for a in node.args]
@@ -217,10 +216,8 @@ def _call(name: str, args: list[Value]) -> Value:
     if name in ("log", "ln", "lg"):
         if z == 0:
             raise ZeroDivisionError
-        base = _float(args[1]) if len(args) > 1 else None
-        if base is None and name == "lg":
-            base = mpmath.mpc(10)
-        return mpmath.log(z) if base is None else mpmath.log(z) / mpmath.log(base)
+        base = args[1] if len(args) > 1 else Fraction(10) if name == "lg" else None
+        return mpmath.log(z) if base is None else mpmath.log(z) / mpmath.log(_float(base))
     if abs(z) > 10**6:
         raise Unreadable("argument too large")
     result = mpmath.mpc(getattr(mpmath, name)(z))
@@ -228,31 +225,23 @@ def _call(name: str, args: list[Value]) -> Value:
 
 
 def _root(x: Value, exponent: Value) -> Value:
-    if isinstance(x, Fraction) and x >= 0 and isinstance(exponent, Fraction) and exponent.numerator == 1:
-        degree = exponent.denominator
-        exact = _exact_root(x.numerator, degree), _exact_root(x.denominator, degree)
-        if exact[0] is not None and exact[1] is not None:
-            return Fraction(exact[0], exact[1])
-    if isinstance(x, Fraction) and x < 0 and isinstance(exponent, Fraction) and exponent.denominator % 2:
+    if not isinstance(x, Fraction) or not isinstance(exponent, Fraction):
+        return _pow(x, exponent)
+    if x < 0 and exponent.denominator % 2:
         return -_root(-x, exponent)  # the real odd root, as everybody writes it
+    degree = exponent.denominator
+    if x >= 0 and exponent.numerator == 1 and degree <= 64:
+        top, bottom = (int(mpmath.nint(mpmath.root(n, degree))) for n in (x.numerator, x.denominator))
+        if top**degree == x.numerator and bottom**degree == x.denominator:
+            return Fraction(top, bottom)
     return _pow(x, exponent)
 
 
-def _exact_root(n: int, degree: int) -> int | None:
-    if degree > 64:
-        return None
-    guess = int(mpmath.nint(mpmath.root(n, degree)))
-    return guess if guess**degree == n else None
-
-
 def _factorial(x: Value) -> Value:
-    if isinstance(x, Fraction) and x.denominator == 1 and 0 <= x <= 3000:
-        return Fraction(math.factorial(int(x)))
-    if isinstance(x, Fraction):
+    exact = isinstance(x, Fraction)
+    if (exact and (x.denominator != 1 or not 0 <= x <= 3000)) or (not exact and abs(_float(x)) > 1000):
         raise Unreadable("factorial out of range")
-    if abs(_float(x)) > 1000:
-        raise Unreadable("factorial out of range")
-    return mpmath.mpc(mpmath.factorial(_float(x)))
+    return Fraction(math.factorial(int(x))) if isinstance(x, Fraction) else mpmath.mpc(mpmath.factorial(x))
 
 
 def _binomial(n: Value, k: Value) -> Value:
@@ -271,14 +260,6 @@ def _bounded(x: Fraction) -> Fraction:
 
 def _float(x: Value) -> Any:
     return mpmath.mpc(mpmath.mpf(x.numerator) / x.denominator) if isinstance(x, Fraction) else mpmath.mpc(x)
-
-
-def _tidy(x: Value) -> Value:
-    if isinstance(x, Fraction):
-        return x
-    if not (mpmath.isfinite(x.real) and mpmath.isfinite(x.imag)):
-        raise Unreadable("not finite")
-    return x
 
 
 @lru_cache(maxsize=8192)

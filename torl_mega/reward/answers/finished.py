@@ -9,8 +9,7 @@ from torl_mega.reward.answers.expression import evaluate
 from torl_mega.reward.answers.forms import Form, assigned, is_equation, is_name, last_exact, read_form
 from torl_mega.reward.answers.normalize import normalize
 from torl_mega.reward.answers.scalars import letters_as_unit, read_scalar, same_scalar, same_text
-from torl_mega.reward.answers.syntax import Node, parse, symbols
-from torl_mega.reward.answers.tokens import Unreadable
+from torl_mega.reward.answers.syntax import Node, Unreadable, parse, symbols
 
 _MAX_PROBLEM_CHARS = 20_000
 _DRAWING = re.compile(r"\[asy\].*?\[/asy\]", re.DOTALL)
@@ -85,7 +84,7 @@ def _is_work(text: str, rational: list[str]) -> bool:
 def _is_restated(text: str, golds: list[str], problem: str) -> bool:
     """Whether the answer is a formula of the problem and not the gold answer up to the order of terms and factors."""
     node = read_scalar(text).node
-    if not problem or _size(node) < 2 or _is_rational_literal(node):
+    if not problem or not node.args or _is_rational_literal(node):
         return False
     if any(_shape(node) == _shape(read_scalar(gold).node) for gold in golds):
         return False
@@ -114,22 +113,12 @@ def _is_rational_literal(node: Node) -> bool:
 def _is_closed_form(node: Node) -> bool:
     if node.kind in ("num", "mixed"):
         return True
-    if node.kind == "neg":
-        return _is_closed_form(node.args[0])
-    if node.kind == "div":
-        return all(_is_closed_form(a) for a in node.args)
-    if node.kind == "pow":
+    if node.kind == "pow" or node.name in ("factorial", "binom"):
         return all(_is_rational_literal(a) for a in node.args)
-    if node.kind == "fn":
-        return node.name in ("factorial", "binom") and all(_is_rational_literal(a) for a in node.args)
-    if node.kind == "mul":  # 2^3 * 5 and 1.2 * 10^5, but not 37 * 45
-        return all(_is_closed_form(a) for a in node.args) and any(_has_power(a) for a in node.args)
+    if node.kind in ("neg", "div", "mul") and all(_is_closed_form(a) for a in node.args):
+        return node.kind != "mul" or any(_has_power(a) for a in node.args)  # 2^3 * 5 and 1.2 * 10^5, but not 37 * 45
     return False
 
 
 def _has_power(node: Node) -> bool:
     return node.kind in ("pow", "fn") or any(_has_power(a) for a in node.args)
-
-
-def _size(node: Node) -> int:
-    return 1 + sum(_size(a) for a in node.args)

@@ -7,6 +7,7 @@
 | scalar | none; `text` is left to `syntax` | |
 | list | things in a row without brackets, repeats kept; `text` as written | `,`, `or` or `and` |
 | tuple | in brackets, in order; two parts may be an interval; angle brackets are round ones | opening, closing |
+| reals | none: all real numbers | |
 | set, union, ratio | `3:4` and times of day are ratios, equal only part by part | |
 | difference | left, right | |
 | matrix, cases | rows; a row of cases is value and condition (`otherwise`: what the rows before leave) | |
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from torl_mega.reward.answers.brackets import depth_step, ends_word, spans, split_top, strip_outer
-from torl_mega.reward.answers.tokens import PLAIN_FUNCTIONS, WHOLE, Unreadable
+from torl_mega.reward.answers.syntax import PLAIN_FUNCTIONS, WHOLE, Unreadable
 
 MAX_PARTS = 64
 _MAX_DEPTH = 8
@@ -50,6 +51,10 @@ _FOR_WHOLE = re.compile(
     rf"[\s,;(]*(?:(?:\\text\s*\{{[\s,]*{_EACH}\s*\}})?\s*(?P<a>{_NAMES})\s*(?:\\in\s*{_DOMAIN}"
     r"|\\text\s*\{\s*(?:is|are)?\s*(?:an|any)?\s*integers?\s*\})"
     rf"|\\text\s*\{{[\s,]*{_EACH}\s*integers?\s*\}}\s*(?P<b>{_NAMES}))[\s)]*",
+    re.ASCII,
+)
+_GROUPED = re.compile(
+    r"(?!.*(?:,[0-9]{3}[0-9]|,(?![0-9]{3})))\s*[-+]?\s*(?:\\dollar)?\s*[1-9][0-9]{0,2}(,[0-9]{3})+(\.[0-9]+)?\b.*",
     re.ASCII,
 )
 _VARIABLE = r"(?:[A-Za-z]|\\[a-z]+)(?:_\{?\w+\}?)?"
@@ -138,8 +143,10 @@ def _bracketed(text: str, depth: int) -> Form | None:
         return Form("set")
     if text.startswith("\\{") and text.endswith("\\}") and spans(text):
         inside = text[2:-2]
-        bar = next((b for b in ("|", ":") if len(split_top(inside, b)) == 2), None)
-        return _set_builder(*split_top(inside, bar), depth) if bar else Form("set", _forms(split_commas(inside), depth))
+        for bar in ("|", ":"):
+            if len(parts := split_top(inside, bar)) == 2:
+                return _set_builder(parts[0], parts[1], depth)
+        return Form("set", _forms(split_commas(inside), depth))
     if text.startswith("\\langle") and text.endswith("\\rangle"):
         return Form("tuple", _forms(split_commas(text[7:-7]), depth), marks=("(", ")"))
     return _tuple(text, depth) if text[0] in "([" and text[-1] in ")]" and spans(text) else None
@@ -186,6 +193,8 @@ def _combined(text: str, depth: int) -> Form | None:
 def _plain(text: str, depth: int) -> Form | None:
     if relation := _relation(text):
         return relation
+    if text.replace(" ", "") == "\\mathbb{R}":
+        return Form("reals")
     if len(parts := split_top(text, ":")) > 1:
         return Form("ratio", _forms(parts, depth))
     if "\\pm" not in text and "\\mp" not in text:
@@ -241,13 +250,8 @@ def _forms(texts: list[str], depth: int, *, flat: bool = True) -> tuple[Form, ..
 def split_commas(text: str, *, thousands: bool = True) -> list[str]:
     """At top-level commas. A comma inside `1,234` is part of the number where no space follows it and groups are of three."""
     parts = split_top(text, ", ")
-    thousands = thousands or len(parts) > 1
-    return [p for part in parts for p in ([part] if thousands and is_grouped(part) else split_top(part, ","))]
-
-
-def is_grouped(text: str) -> bool:
-    number = r"\s*[-+]?\s*(?:\\dollar)?\s*[1-9][0-9]{0,2}(,[0-9]{3})+(\.[0-9]+)?\b.*"
-    return bool(re.fullmatch(number, text, re.ASCII)) and not re.search(r",[0-9]{3}[0-9]|,(?![0-9]{3})", text)
+    grouped = thousands or len(parts) > 1
+    return [p for part in parts for p in ([part] if grouped and _GROUPED.fullmatch(part) else split_top(part, ","))]
 
 
 # ------------------------------------------------------------------------------------------------ relations

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from torl_mega.reward.answers.brackets import closing, strip_outer
 from torl_mega.reward.answers.printed import from_printed
-from torl_mega.reward.answers.tokens import FUNCTIONS
+from torl_mega.reward.answers.syntax import FUNCTIONS
 
 _CHARACTERS = {
     **dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹", (f"^{{{d}}}" for d in range(10)), strict=True)),
@@ -39,62 +39,52 @@ _CHARACTERS = {
 }
 _TABLE = str.maketrans(_CHARACTERS)
 
+# what each of the commands behind it is written as
+_COMMANDS = {
+    spelling: plain
+    for plain, spellings in {
+        "": "underline boldsymbol bm mathopen mathclose mathord",
+        " ": "tiny scriptsize small normalsize large Large LARGE huge Huge displaystyle textstyle limits nolimits nonumber rm "
+        "bf it mathstrut strut checkmark blacksquare square Box qed quad qquad",
+        "\\frac": "dfrac tfrac cfrac", "\\binom": "dbinom tbinom", "\\le ": "leqslant leq leqq", "\\ge ": "geqslant geq geqq",
+        "\\ne ": "neq", "<": "lt", ">": "gt", "*": "cdot times ast", "/": "div", "\\{": "lbrace", "\\}": "rbrace",
+        "[": "lbrack", "]": "rbrack", "|": "lvert rvert vert mid", "\\emptyset": "varnothing", "\\setminus": "backslash",
+        "\\dots ": "ldots cdots dotsc dotsb dotsm", "\\text{or}": "lor vee", "\\text{and}": "land wedge", "i": "imath",
+        "\\phi": "varphi", "\\epsilon": "varepsilon", " \\degree ": "degree deg",
+    }.items()
+    for spelling in spellings.split()
+}  # fmt: skip
 _LINES = r"(?:aligned|align\*?|cases|equation\*?|gathered)"
+_FONTS = (
+    "textbf textit textrm textsf texttt textnormal textup mbox hbox mathrm mathbf mathit mathsf rm operatorname\\*?"
+)
 _SUBSTITUTIONS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern, re.ASCII), replacement)
     for pattern, replacement in (
         (r"<\|[a-z_]+\|>", ""),
         (r"\\(?:boxed|fbox)\s*\{", "{"),
-        (r"\\(?:textcolor|colorbox)\s*\{[^{}]*\}|\\color\s*\{[^{}]*\}", " "),
-        (r"\\(?:checkmark|blacksquare|square|Box|qed)(?![A-Za-z])", " "),
+        (r"\\(?:textcolor|colorbox|color|hspace\*?|vspace\*?)\s*\{[^{}]*\}|\\,?phantom\{\}", " "),
         (r"\\\\\s*\[[^\]\\]{0,8}(?:pt|em|ex|mm)\]", r"\\\\"),  # row spacing in matrices
         (r"\\\\\s+", r"\\\\"),
         (rf"\\(?:begin|end)\{{{_LINES}\}}", " "),
         (r"\\(?:left|right|middle|bigl|bigr|Bigl|Bigr|biggl|biggr|big|Big|bigg|Bigg)(?![A-Za-z])\s*\.?", ""),
-        (
-            r"\\(?:tiny|scriptsize|small|normalsize|large|Large|LARGE|huge|Huge|displaystyle|textstyle|limits|nolimits|nonumber|rm|bf|it|mathstrut|strut|,?phantom\{\})(?![A-Za-z])",
-            " ",
-        ),
         (r"(?<=[0-9]),\s*\\[!,;: ]\s*(?=[0-9]{3}(?![0-9]))", ""),  # 32,\!349
         (r"(?<=[0-9])\s?\{,\}\s?(?=[0-9]{3}(?![0-9]))", ""),  # 14{,}916
         (r"(?<=[0-9])(?:\\[,;: !]|~)(?=[0-9]{3}(?![0-9]))", ""),  # 12\,345
-        (r"\\(?:quad|qquad|hspace\*?\{[^{}]*\}|vspace\*?\{[^{}]*\})(?![A-Za-z])|\\[,;:!> ]|~", " "),
+        (r"\\[,;:!> ]|~", " "),
         (r"\\\$", r" \\dollar "),
         (r"\$|\\\(|\\\)|\\\[|\\\]", " "),
-        (r"\\(?:dfrac|tfrac|cfrac)(?![A-Za-z])", r"\\frac"),
-        (r"\\(?:dbinom|tbinom)(?![A-Za-z])", r"\\binom"),
-        (
-            r"\\(?:textbf|textit|textrm|textsf|texttt|textnormal|textup|mbox|hbox|mathrm|mathbf|mathit|mathsf|rm|operatorname\*?)\s*\{",
-            r"\\text{",
-        ),
+        (rf"\\(?:{_FONTS.replace(' ', '|')})\s*\{{", r"\\text{"),
         (rf"\\text\s*\{{\s*({'|'.join(sorted(FUNCTIONS, key=len, reverse=True))})\s*\}}", r"\\\1 "),
-        (r"\\(?:leqslant|leq|leqq)(?![A-Za-z])|<=|=<", r"\\le "),
-        (r"\\(?:geqslant|geq|geqq)(?![A-Za-z])|>=", r"\\ge "),
-        (r"\\(?:neq|not\s*=)(?![A-Za-z])|!=|\\not=", r"\\ne "),
-        (r"\\lt(?![A-Za-z])", "<"),
-        (r"\\gt(?![A-Za-z])", ">"),
-        (r"\\(?:cdot|times|ast)(?![A-Za-z])", "*"),
+        (r"<=|=<", r"\\le "),
+        (r">=", r"\\ge "),
+        (r"!=|\\not\s*=", r"\\ne "),
         (r"\*\*", "^"),
-        (r"\\div(?![A-Za-z])", "/"),
-        (r"\\(?:lbrace)(?![A-Za-z])", r"\\{"),
-        (r"\\(?:rbrace)(?![A-Za-z])", r"\\}"),
-        (r"\\(?:lbrack)(?![A-Za-z])", "["),
-        (r"\\(?:rbrack)(?![A-Za-z])", "]"),
-        (r"\\(?:lvert|rvert|vert|mid)(?![A-Za-z])", "|"),
-        (r"\\(?:varnothing)(?![A-Za-z])", r"\\emptyset"),
-        (r"\\(?:setminus|backslash)(?![A-Za-z])", r"\\setminus"),
-        (r"\\(?:ldots|cdots|dotsc|dotsb|dotsm)(?![A-Za-z])|\.\.\.+", r"\\dots "),
-        (r"\\(?:lor|vee)(?![A-Za-z])", r"\\text{or}"),
-        (r"\\(?:land|wedge)(?![A-Za-z])", r"\\text{and}"),
-        (r"\\(?:imath)(?![A-Za-z])", "i"),
+        (r"\.\.\.+", r"\\dots "),
         (r"(?<![A-Za-z\\])infinity(?![A-Za-z])", r"\\infty "),
-        (r"\\(?:varphi)(?![A-Za-z])", r"\\phi"),
-        (r"\\(?:varepsilon)(?![A-Za-z])", r"\\epsilon"),
-        (r"\\mathbb\s*(?:\{\s*([A-Z])\s*\}|([A-Z]))", r"\\mathbb{\1\2}"),
-        (r"\\(?:Bbb)\s*(?:\{\s*([A-Z])\s*\}|([A-Z]))", r"\\mathbb{\1\2}"),
-        (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))|\\(?:degree|deg)(?![A-Za-z])", r" \\degree "),
+        (r"\\(?:mathbb|Bbb)\s*(?:\{\s*([A-Z])\s*\}|([A-Z]))", r"\\mathbb{\1\2}"),
+        (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))", r" \\degree "),
         (r"\\%", "%"),
-        (r"\\(?:underline|boldsymbol|bm|mathopen|mathclose|mathord)(?![A-Za-z])", ""),
     )
 )
 _SYSTEM = re.compile(rf"\\begin\{{({_LINES})\}}((?:[^\\]|\\(?!end))*)\\end\{{\1\}}")
@@ -111,20 +101,22 @@ _ONE_LETTER = re.compile(
     r"|(?<![0-9})\s])\\text\s*\{\s*([A-Za-z])\s*\}",
     re.ASCII,
 )
+_SPACES = re.compile(r"\s+")
 _NUMBER_TEXT = re.compile(r"\\text\s*\{\s*([-+]?[0-9][0-9.,/]*)\s*\}", re.ASCII)
 
 
 @lru_cache(maxsize=512)
 def normalize(text: str) -> str:
     """`text` in the one spelling that the rest of the grader reads: no `$`, no `\\left`, `\\frac`, `\\text{…}`, `*`, `\\le` …"""
-    text = from_printed(_collapse(text.translate(_TABLE)))
+    text = from_printed(_SPACES.sub(" ", text.translate(_TABLE)).strip())
     if text.startswith("**") and text.endswith("**"):
         text = text[2:-2]  # bold in markdown
     text = _infix_to_prefix(_SYSTEM.sub(_join_lines, _single_backslashes(text)))
     for pattern, replacement in _SUBSTITUTIONS:
         text = pattern.sub(replacement, text)
+    text = re.sub(r"\\([A-Za-z]+)", lambda m: _COMMANDS.get(m[1], m[0]), text)
     text = _NUMBER_TEXT.sub(r" \1 ", _ONE_LETTER.sub(r" \1\2\3 ", text))
-    text = strip_outer(_collapse(text))
+    text = strip_outer(_SPACES.sub(" ", text).strip())
     return next((sign for words, sign in _WORDED_SETS if words.fullmatch(text)), text)
 
 
@@ -149,18 +141,13 @@ def _infix_to_prefix(text: str) -> str:
         match = re.search(r"\\(over|choose)(?![A-Za-z])", text)
         if match is None:
             break
-        start = next(
-            (i for i in range(match.start() - 1, -1, -1) if text[i] == "{" and closing(text, i) > match.end()), -1
-        )
+        around = (i for i in range(match.start() - 1, -1, -1) if text[i] == "{" and closing(text, i) > match.end())
+        start = next(around, -1)
         end = closing(text, start) - 1 if start >= 0 else len(text)
         top, bottom = text[start + 1 : match.start()], text[match.end() : end]
         command = {"over": "frac", "choose": "binom"}[match[1]]
         text = f"{text[: max(start, 0)]}\\{command}{{{top.strip()}}}{{{bottom.strip()}}}{text[end + 1 :]}"
     return text
-
-
-def _collapse(text: str) -> str:
-    return re.sub(r"\s+", " ", text).strip()
 
 
 def squeeze(text: str) -> str:

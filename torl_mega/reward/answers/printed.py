@@ -11,49 +11,39 @@ import re
 
 from torl_mega.reward.answers.brackets import closing, split_top
 
-_MODULES = r"(?:sympy|sp|np|numpy|math|fractions|decimal)\."
 _FUNCTIONS = "sin cos tan cot sec csc asin acos atan sinh cosh tanh exp log ln sqrt abs".split()
 _CALLS = {
     **dict.fromkeys("Integer Float Decimal int64 int32 float64 float32 mpf Symbol".split(), "{0}"),
     **dict.fromkeys(("Rational", "Fraction"), "\\frac{{{0}}}{{{1}}}"),
-    **dict.fromkeys(("Abs", "fabs"), "\\abs({0})"),
-    **dict.fromkeys(("binomial", "comb"), "\\binom{{{0}}}{{{1}}}"),
-    **dict.fromkeys(("ceiling", "ceil"), "\\lceil {0} \\rceil"),
-    "floor": "\\lfloor {0} \\rfloor",
-    "factorial": "({0})!",
-    "cbrt": "\\sqrt[3]{{{0}}}",
-    "root": "\\sqrt[{1}]{{{0}}}",
-    "log": "\\log_{{{1}}}({0})",
-    "Pow": "({0})^{{{1}}}",
-    "Eq": "{0} = {1}",
-    "Ne": "{0} \\ne {1}",
-    "Complement": "{0} \\setminus {1}",
-    "Lambda": "{1} \\mid {0} \\in",
-    "ImageSet": "\\{{{0} {1}\\}}",
-}
+    **dict.fromkeys(("Abs", "fabs"), "\\abs({0})"), **dict.fromkeys(("binomial", "comb"), "\\binom{{{0}}}{{{1}}}"),
+    "floor": "\\lfloor {0} \\rfloor", **dict.fromkeys(("ceiling", "ceil"), "\\lceil {0} \\rceil"),
+    "factorial": "({0})!", "cbrt": "\\sqrt[3]{{{0}}}", "root": "\\sqrt[{1}]{{{0}}}", "log": "\\log_{{{1}}}({0})",
+    "Pow": "({0})^{{{1}}}", "Eq": "{0} = {1}", "Ne": "{0} \\ne {1}", "Complement": "{0} \\setminus {1}",
+    "Lambda": "{1} \\mid {0} \\in", "ImageSet": "\\{{{0} {1}\\}}",
+}  # fmt: skip
 _JOINS = {
     "Union": " \\cup ",
     "Or": " \\text{or} ",
     "And": " \\text{and} ",
     "FiniteSet": ", ",
-    **dict.fromkeys(("Tuple", "Point", "Point2D"), ", "),
+    "Tuple": ", ",
+    "Point": ", ",
 }
 _MATRICES = ("Matrix", "ImmutableMatrix", "MutableDenseMatrix", "ImmutableDenseMatrix", "array")
 _INTERVALS = ("Interval", "Interval.open", "Interval.Lopen", "Interval.Ropen")
 _NAMES = sorted({*_CALLS, *_INTERVALS, *_JOINS, *_MATRICES, "Piecewise", *_FUNCTIONS}, key=len, reverse=True)
 _CALL = re.compile(rf"(?<![A-Za-z\\_.])({'|'.join(map(re.escape, _NAMES))})\(", re.ASCII)
-_WORDS = (
-    (re.compile(rf"\b{_MODULES}(?=[A-Za-z])", re.ASCII), ""),
-    (re.compile(r"(?<![A-Za-z\\_])oo(?![A-Za-z_])", re.ASCII), r"\\infty "),
-    (re.compile(r"\bEmptySet\b(?:\(\))?|\bset\(\)", re.ASCII), r"\\emptyset "),
-    (re.compile(r"(?:\bS\.)?\bReals\b", re.ASCII), r"\\mathbb{R}"),
-    (re.compile(r"(?:\bS\.)?\bIntegers\b", re.ASCII), r"\\mathbb{Z}"),
+_WORDS = tuple(
+    (re.compile(pattern, re.ASCII), sign)
+    for pattern, sign in (
+        (r"\b(?:sympy|sp|np|numpy|math|fractions|decimal|S)\.(?=[A-Za-z])", ""),
+        (r"(?<![A-Za-z\\_])oo(?![A-Za-z_])", r"\\infty "),
+        (r"\bEmptySet\b(?:\(\))?|\bset\(\)", r"\\emptyset "),
+        (r"\bReals\b", r"\\mathbb{R}"),
+        (r"\bIntegers\b", r"\\mathbb{Z}"),
+    )
 )
-_CONNECTIVES = (
-    (re.compile(r"\)\s*&\s*\("), r") \\text{and} ("),
-    (re.compile(r"\)\s*\|\s*\("), r") \\text{or} ("),
-)
-_COMPLEX = re.compile(r"\(?(-?[0-9.]+(?:e[-+]?[0-9]+)?[-+][0-9.]+(?:e[-+]?[0-9]+)?)j\)", re.ASCII)
+_COMPLEX = re.compile(r"\((-?[0-9.]+(?:e[-+]?[0-9]+)?[-+][0-9.]+(?:e[-+]?[0-9]+)?)j\)", re.ASCII)
 _PAIR = r"\s*[A-Za-z]\w*\s*:[^:{}]+?"
 _DICTIONARY = re.compile(rf"\{{({_PAIR}(?:,{_PAIR})*)\}}", re.ASCII)
 
@@ -68,8 +58,7 @@ def from_printed(text: str) -> str:
     if ":" in text and plain and (named := _dictionaries(text)):
         return named
     if plain and re.search("[<>=]", text):
-        for pattern, sign in _CONNECTIVES:
-            text = pattern.sub(sign, text)
+        text = re.sub(r"\)\s*&\s*\(", r") \\text{and} (", re.sub(r"\)\s*\|\s*\(", r") \\text{or} (", text))
     end = len(text)
     while "(" in text[:end]:
         match = next(reversed(list(_CALL.finditer(text, 0, end))), None)  # the last one holds no other call

@@ -16,8 +16,7 @@ import mpmath
 from torl_mega.reward.answers.expression import evaluate
 from torl_mega.reward.answers.forms import Form
 from torl_mega.reward.answers.scalars import read_scalar
-from torl_mega.reward.answers.syntax import symbols
-from torl_mega.reward.answers.tokens import Unreadable
+from torl_mega.reward.answers.syntax import Unreadable, symbols
 
 # An endpoint is (number, side): side -1 lies just below the number, +1 just above it, so that [a is (a, -1) and (a is (a, +1).
 Cut = tuple[Fraction | float, int]
@@ -41,8 +40,8 @@ ALL = RealSet(((_LOW, _HIGH),))
 def read(form: Form) -> RealSet | None:
     if form.kind == "tuple":
         return _interval(form)
-    if form.kind == "scalar":
-        return ALL if form.text.replace(" ", "") in ("\\mathbb{R}", "R", "\\Re") else None
+    if form.kind in ("reals", "scalar"):
+        return ALL if form.kind == "reals" or form.text in ("R", "\\Re") else None
     if form.kind == "set":
         values = [_bound(part.text) for part in form.parts if part.kind == "scalar"]
         return RealSet(_merge([((v, -1), (v, 1)) for v in values])) if len(values) == len(form.parts) else None

@@ -12,8 +12,7 @@ import mpmath
 
 from torl_mega.reward.answers.expression import evaluate, same_everywhere
 from torl_mega.reward.answers.normalize import squeeze
-from torl_mega.reward.answers.syntax import Node, has_decimal, parse, symbols
-from torl_mega.reward.answers.tokens import Unreadable
+from torl_mega.reward.answers.syntax import Node, Unreadable, has_decimal, parse, symbols
 from torl_mega.reward.answers.units import Quantity, contradict, split_letters, split_unit
 
 
@@ -36,9 +35,10 @@ def read_scalar(text: str) -> ScalarValue:
         node, quantity = parse(text), Quantity(text, "", False)
     if quantity.scale:
         scale = Fraction(10**quantity.scale)
-        known = node.kind == "num" and node.value is not None  # 1.2 million is a number, exact to the last digit
-        scaled = Node("num", name=str(node.value * scale), value=node.value * scale) if known else None
-        node = scaled or Node("mul", (node, Node("num", name=str(scale), value=scale)))
+        if node.kind == "num" and node.value is not None:  # 1.2 million is a number, exact to the last digit
+            node = Node("num", name=str(node.value * scale), value=node.value * scale)
+        else:
+            node = Node("mul", (node, Node("num", name=str(scale), value=scale)))
     return ScalarValue(node, quantity)
 
 
@@ -70,7 +70,9 @@ def _same_quantity(x: ScalarValue, y: ScalarValue) -> bool:
     unit, gold_unit = x.quantity.unit, y.quantity.unit
     if contradict(x.quantity, y.quantity):
         return False
-    if _equal(x.node, y.node) and not (unit == "percent" and not gold_unit and _at_most_one(y.node)):
+    # for a gold 28, `28%` is meant to be 28; where the gold number is a share, `0.28%` is not 0.28
+    share = unit == "percent" and not gold_unit and not symbols(y.node) and evaluate(y.node, 0).real <= 1
+    if _equal(x.node, y.node) and not share:
         return True
     if (unit == "percent") != (gold_unit == "percent"):
         hundred = Node("num", name="100", value=Fraction(100))
@@ -80,20 +82,11 @@ def _same_quantity(x: ScalarValue, y: ScalarValue) -> bool:
     return False
 
 
-def _at_most_one(node: Node) -> bool:
-    """Whether a gold number is a share, so that `0.28%` is not 0.28; for a gold 28, `28%` is meant to be 28."""
-    if symbols(node):
-        return False
-    value = evaluate(node, 0)
-    return (value if isinstance(value, Fraction) else value.real) <= 1
-
-
 def _equal(a: Node, g: Node) -> bool:
-    if symbols(a) != symbols(g) and not (symbols(a) and symbols(g)):
+    if bool(symbols(a)) != bool(symbols(g)):
         return False
-    if same_everywhere(a, g):
-        return True
-    return (has_decimal(a) or has_decimal(g)) and not symbols(g) and not symbols(a) and _approximately(a, g)
+    decimal = not symbols(g) and (has_decimal(a) or has_decimal(g))
+    return same_everywhere(a, g) or (decimal and _approximately(a, g))
 
 
 def _approximately(a: Node, g: Node) -> bool:
@@ -116,9 +109,8 @@ def _decimals(node: Node) -> int:
     """Digits behind the point of a number written as a decimal; 0 for anything else."""
     if node.kind == "neg":
         return _decimals(node.args[0])
-    return (
-        len(node.name.partition(".")[2]) if node.kind == "num" and has_decimal(node) and node.name[-1].isdigit() else 0
-    )
+    written = node.kind == "num" and has_decimal(node) and node.name[-1].isdigit()
+    return len(node.name.partition(".")[2]) if written else 0
 
 
 def same_text(a: str, g: str) -> bool:

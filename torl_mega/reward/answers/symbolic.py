@@ -12,19 +12,15 @@ from typing import Any
 
 from torl_mega.reward.answers.expression import evaluate, sample
 from torl_mega.reward.answers.normalize import normalize
-from torl_mega.reward.answers.syntax import Node
-from torl_mega.reward.answers.tokens import Unreadable
-
-_TOLERANCE = 1e-9
+from torl_mega.reward.answers.syntax import Node, Unreadable
 
 
 def second_opinion(answer: str, gold: str, reference: Node | None = None) -> bool:
     """For pairs of which one is not read here: sums, set builders, `\\sin(x)^2`.
 
     math-verify drops words and reads parts of what it cannot read whole, so it is asked only where both sides use the same
-    commands and the same words, and a yes counts only when the numbers agree at sample points: those of the two
-    expressions it read, or of `reference`, the gold answer as read here, and the answer. A reference without variables
-    is never asked about: such an answer can be read, or it leaves the work to the reader.
+    commands and the same words, and a yes counts only when the answer's numbers agree at sample points with those of the
+    gold answer, as math-verify read it or as `reference`, the tree that was read here.
     """
     if _vocabulary(answer) != _vocabulary(gold):
         return False
@@ -71,12 +67,12 @@ def _numbers_agree(answer: Any, gold: Any, reference: Node | None) -> bool:
     if answer.free_symbols != gold.free_symbols:
         return False
     for index in range(3):
-        values = {symbol: sample(str(symbol), index) for symbol in answer.free_symbols}
+        values: Any = {symbol: sample(str(symbol), index) for symbol in answer.free_symbols}
         try:
             x = complex(answer.subs(values).evalf(20))
             y = complex(gold.subs(values).evalf(20) if reference is None else evaluate(reference, index))
         except (TypeError, ValueError, OverflowError, Unreadable):
             return reference is None
-        if abs(x - y) > _TOLERANCE * max(1.0, abs(y)):
+        if abs(x - y) > 1e-9 * max(1.0, abs(y)):
             return False
     return True

@@ -1,7 +1,7 @@
 """Reads one scalar expression (normalised LaTeX or plain text) into a tree. Nothing is evaluated here.
 
-Contract: depth and length are bounded; text that is not wholly understood raises `Unreadable`. A number next to a
-number, an open bracket or an unknown word is never read as a product; one behind a bracket or a fraction, or with an
+Contract: depth and length are bounded; text that is not wholly understood raises `Unreadable`. A number next
+to a number, an open bracket or an unknown word is never read as a product; one behind a bracket or a fraction, or with an
 exponent behind a letter, is.
 
 Limits: sums, integrals, limits, modulo and anything else that leaves the work to the reader are not read.
@@ -15,9 +15,82 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
-from torl_mega.reward.answers.tokens import FUNCTIONS, GREEK, UNEVALUATED, Token, Unreadable, tokenize
-
 MAX_DEPTH = 40
+MAX_TOKENS = 400
+
+
+class Unreadable(Exception):
+    """The text is not an expression this module evaluates."""
+
+
+FUNCTIONS = {
+    **{name: name for name in "sin cos tan cot sec csc sinh cosh tanh coth exp ln log lg abs asin acos atan".split()},
+    **{f"arc{name}": f"a{name}" for name in "sin cos tan cot sec csc".split()},
+    **dict(zip("tg ctg arctg arcctg".split(), "tan cot atan acot".split(), strict=True)),
+}
+WHOLE: tuple[str, ...] = (
+    "wholea",
+    "wholeb",
+)  # commands that stand for the whole-number parameters of a family of values
+GREEK = (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi omega "
+    "Gamma Delta Theta Lambda Xi Sigma Upsilon Phi Psi Omega ell hbar"
+).split() + list(WHOLE)
+_TOKEN = re.compile(
+    r"""\s*(?:
+      (?P<repeat>[0-9]*\.[0-9]*\\(?:overline|bar|dot)\s*\{[0-9]+\}) |
+      (?P<num>(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+(?![0-9A-Za-z]))?) |
+      (?P<deco>\\(?:vec|hat|bar|overline|mathbf|mathcal|tilde|widehat|overrightarrow|mathbb|d?dot)
+        \s*(?:\{(?:[A-Za-z0-9]{1,4}|\\[a-z]+)\}|[A-Za-z])) |
+      (?P<text>\\text\s*\{[^{}]*\}) |
+      (?P<cmd>\\(?:[A-Za-z]+|[{}|])) |
+      (?P<caps>[A-Z]{2,}(?![a-z])) |
+      (?P<word>[A-Za-z]) |
+      (?P<op>[-+*/^_!()\[\]{}|'])
+    )""",
+    re.VERBOSE | re.ASCII,
+)
+_WORDS = frozenset(
+    "odd yes no not all any none one two six ten red sun mon tue wed thu fri sat day or and is the for if max min gcd lcm".split()
+)
+_WORD_RUN = re.compile(r"[A-Za-z]+", re.ASCII)
+PLAIN_FUNCTIONS = sorted(
+    ["sqrt", "pi", "infty", *(f for f in FUNCTIONS if len(f) > 2 or f in ("ln", "tg"))], key=len, reverse=True
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    kind: str
+    text: str
+    spaced: bool  # white space before it
+
+
+def tokenize(text: str) -> list[Token]:
+    """The tokens of a normalised expression. Raises Unreadable for a word, an unknown character or too many of them."""
+    tokens, at = [], 0
+    text = text.rstrip()
+    while at < len(text):
+        match = _TOKEN.match(text, at)
+        if match is None or match.lastgroup is None:
+            raise Unreadable(f"unknown character {text[at]!r}")
+        spaced = text[at] == " "
+        kind, word = match.lastgroup, match[match.lastgroup]
+        at = match.end()
+        if kind == "word":
+            run = _WORD_RUN.match(text, at - 1)
+            assert run is not None
+            function = next((f for f in PLAIN_FUNCTIONS if run[0].startswith(f)), None)
+            if function is not None:
+                kind, word, at = "cmd", "\\" + function, at - 1 + len(function)
+            elif len(run[0]) > 3 or run[0].lower() in _WORDS:
+                raise Unreadable(f"word {run[0]!r}")
+        tokens.append(Token(kind, word, spaced))
+        if len(tokens) > MAX_TOKENS:
+            raise Unreadable("too long")
+    return tokens
+
+
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
 _END = Token("", "", False)
 
@@ -40,8 +113,6 @@ class _Parser:
             raise Unreadable(f"unexpected {self._token.text!r}")
         return node
 
-    # ------------------------------------------------------------ tokens
-
     @property
     def _token(self) -> Token:
         return self._tokens[self._at] if self._at < len(self._tokens) else _END
@@ -60,8 +131,6 @@ class _Parser:
     def _expect(self, text: str) -> None:
         if not self._take(text):
             raise Unreadable(f"expected {text!r}, found {self._token.text!r}")
-
-    # ------------------------------------------------------------ grammar
 
     def _sum(self) -> Node:
         self._depth += 1
@@ -207,7 +276,7 @@ class _Parser:
             return Node("fn", (self._until("\\r" + name[1:]),), "floor" if name == "lfloor" else "ceil")
         if name == "pi":
             return Node("const", name="pi")
-        if name in FUNCTIONS and name not in UNEVALUATED:
+        if name in FUNCTIONS:
             return self._function(FUNCTIONS[name])
         if name in GREEK:
             return self._symbol("\\" + name)
@@ -240,7 +309,7 @@ class _Parser:
             else:
                 base = self._argument()
         inside = self._function_argument()
-        if power is not None and _value(power) == -1 and name in ("sin", "cos", "tan", "cot", "sec", "csc"):
+        if power == _MINUS_ONE and name in ("sin", "cos", "tan", "cot", "sec", "csc"):
             return Node("fn", (inside,), f"a{name}")
         node = Node("fn", (inside,) if base is None else (inside, base), name)
         return node if power is None else Node("pow", (node, power))
@@ -282,11 +351,7 @@ def _repeating(text: str) -> Node:
     return Node("num", name=text, value=head + tail)
 
 
-def _value(node: Node) -> Fraction | None:
-    if node.kind == "neg":
-        inner = _value(node.args[0])
-        return None if inner is None else -inner
-    return node.value if node.kind == "num" else None
+_MINUS_ONE = Node("neg", (_number("1"),))
 
 
 def _is_whole(node: Node) -> bool:

@@ -5,43 +5,22 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+# the first word of each is the unit's name
 _UNITS = {
-    "percent": "% percent percentage pct",
-    "degree": "degree degrees deg",
-    "dollar": "dollar dollars usd bucks",
-    "cent": "cent cents",
-    "euro": "euro euros eur €",
-    "pound": "pound pounds lb lbs",
-    "yuan": "yuan rmb",
-    "rupee": "rupee rupees rs",
-    "m": "m meter meters metre metres",
-    "cm": "cm centimeter centimeters centimetre centimetres",
-    "mm": "mm millimeter millimeters",
-    "km": "km kilometer kilometers kilometre kilometres",
-    "in": "in inch inches",
-    "ft": "ft foot feet",
-    "yd": "yd yard yards",
-    "mi": "mi mile miles",
-    "s": "s sec secs second seconds",
-    "min": "min mins minute minutes",
-    "h": "h hr hrs hour hours",
-    "day": "day days",
-    "week": "week weeks",
-    "month": "month months",
-    "year": "year years yr yrs",
-    "g": "g gram grams",
-    "kg": "kg kilogram kilograms",
-    "mg": "mg milligram milligrams",
-    "oz": "oz ounce ounces",
-    "l": "l liter liters litre litres",
-    "ml": "ml milliliter milliliters",
-    "gal": "gal gallon gallons",
-    "radian": "radian radians rad",
+    words.split()[0]: words.split()
+    for words in (
+        "percent % percentage pct; degree degrees deg; dollar dollars usd bucks; cent cents; euro euros eur €; yuan rmb;"
+        "pound pounds lb lbs; rupee rupees rs; m meter meters metre metres; cm centimeter centimeters centimetre centimetres;"
+        "mm millimeter millimeters; km kilometer kilometers kilometre kilometres; in inch inches; ft foot feet; yd yard yards;"
+        "mi mile miles; s sec secs second seconds; min mins minute minutes; h hr hrs hour hours; day days; week weeks;"
+        "month months; year years yr yrs; g gram grams; kg kilogram kilograms; mg milligram milligrams; oz ounce ounces;"
+        "l liter liters litre litres; ml milliliter milliliters; gal gallon gallons; radian radians rad"
+    ).split(";")
 }
-_CANONICAL_UNIT = {word: unit for unit, words in _UNITS.items() for word in words.split()} | {
+_CANONICAL_UNIT = {word: unit for unit, words in _UNITS.items() for word in words} | {
     "mph": "mi h",
-    **dict.fromkeys(("kmh", "kmph", "kph", "km/h"), "km h"),
     "m/s": "m s",
+    **dict.fromkeys(("kmh", "kmph", "kph", "km/h"), "km h"),
 }
 _COUNTED = frozenset(
     (
@@ -54,7 +33,8 @@ _COUNTED = frozenset(
         "path hats pencils pens cookie base total"
     ).split()
 )
-_BARE = sorted((w for w in {*_CANONICAL_UNIT, *_COUNTED} if len(w) > 1), key=len, reverse=True)
+_SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_BARE = sorted((w for w in {*_CANONICAL_UNIT, *_COUNTED, *_SCALES} if len(w) > 1), key=len, reverse=True)
 _ANY_WORD = "|".join(map(re.escape, _BARE))
 _POWER = r"(\^\s*\{?[23]\}?)?"
 _TRAILING_WORDS = re.compile(
@@ -75,10 +55,7 @@ _NO_UNIT = re.compile(  # words that change the number before them, or take it b
     re.ASCII,
 )
 _LONG_WORD = re.compile(r"[a-z]{3}|^sq\b", re.IGNORECASE)  # what is shorter may be a product of variables
-_SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_TRAILING_SCALE = re.compile(
-    r"\s*(?:\\text\s*\{\s*)?(thousand|million|billion|trillion)\s*\}?$", re.IGNORECASE | re.ASCII
-)
+_SUFFIXES = {"\\degree": "degree", "%": "percent", "\\dollar": "dollar", "€": "euro", "£": "pound"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,25 +71,19 @@ class Quantity:
 def split_unit(text: str) -> Quantity:
     """`15 \\text{ cm}^2` -> 15 and cm^2; `\\dollar 18.90` -> 18.90 and dollar. A text that is all words keeps them."""
     body, units, scale = text.strip(), [], 0
-    if body.startswith(("\\dollar", "€", "£")):
-        units.append({"\\": "dollar", "€": "euro", "£": "pound"}[body[0]])
-        body = body.removeprefix("\\dollar").lstrip("€£ ")
-    elif body.startswith(("-\\dollar", "- \\dollar")):
-        units.append("dollar")
-        body = "-" + body.split("\\dollar", 1)[1].strip()
+    if currency := re.match(r"(-?)\s*(\\dollar|€|£)\s*", body):
+        units.append(_SUFFIXES[currency[2]])
+        body = currency[1] + body[currency.end() :]
     for _ in range(6):
         rest, unit = _drop_one_unit(body)
         if rest is None or not rest:
             break
-        body = rest
-        if unit in _SCALES:
-            scale += _SCALES[unit]
-        elif unit:
-            units.insert(0, unit)
+        first, _, others = unit.partition(" ")
+        body, scale = rest, scale + _SCALES.get(first, 0)  # million dollars
+        units.insert(0, others if first in _SCALES else unit)
     unit = _canonical(units)
-    return Quantity(
-        body.strip(), unit, bool(unit) and all(p in _UNITS for p in re.sub(r"\^[23]", "", unit).split()), scale
-    )
+    known = bool(unit) and all(part in _UNITS for part in re.sub(r"\^[23]", "", unit).split())
+    return Quantity(body.strip(), unit, known, scale)
 
 
 def contradict(a: Quantity, g: Quantity) -> bool:
@@ -139,17 +110,9 @@ def split_letters(text: str) -> tuple[Quantity, int] | None:
 
 
 def _drop_one_unit(body: str) -> tuple[str | None, str]:
-    for suffix, unit in (
-        ("\\degree", "degree"),
-        ("%", "percent"),
-        ("\\dollar", "dollar"),
-        ("€", "euro"),
-        ("£", "pound"),
-    ):
+    for suffix, unit in _SUFFIXES.items():
         if body.endswith(suffix):
             return body[: -len(suffix)].strip(), unit
-    if match := _TRAILING_SCALE.search(body):
-        return body[: match.start()].strip(), match[1].lower()
     match = _TRAILING_TEXT.search(body) or _TRAILING_BRACKET.search(body) or _TRAILING_WORDS.search(body)
     if match is None or (match.re is _TRAILING_WORDS and not _LONG_WORD.search(match[1])):
         return None, ""
@@ -157,8 +120,6 @@ def _drop_one_unit(body: str) -> tuple[str | None, str]:
     words = match[1].strip().lower().strip(".()")
     if _NO_UNIT.search(words):
         return None, ""
-    if (scale := words.partition(" "))[0] in _SCALES:  # million dollars
-        return body[: match.start()].strip() + f" {scale[0]}", scale[2]
     return body[: match.start()].strip(), words + (f"^{power}" if power else "")
 
 
