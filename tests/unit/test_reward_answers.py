@@ -1,4 +1,4 @@
-"""The labelled corpus: no false positive, at least 98 % recall, the same verdict everywhere; and what must never be rewarded."""
+"""The labelled corpus: no false positive, at least 99 % recall, the same verdict everywhere; and what must never be rewarded."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def corpus(name: str) -> list[dict]:
     return rows
 
 
-def test_the_corpus_has_no_false_positive_and_98_percent_recall() -> None:
+def test_the_corpus_has_no_false_positive_and_99_percent_recall() -> None:
     rows = corpus("grader_corpus.jsonl")
     verdicts = [check(row["answer"], row["gold"]) for row in rows]
     wrong = [r for r, v in zip(rows, verdicts, strict=True) if v and not r["expected"]]
@@ -39,7 +39,7 @@ def test_the_corpus_has_no_false_positive_and_98_percent_recall() -> None:
     print(f"{len(rows)} cases, precision {precision:.4f}, recall {1 - len(missed) / positives:.4f}")
     assert len(rows) >= 600
     assert not wrong, wrong
-    assert len(missed) <= 0.02 * positives, missed
+    assert len(missed) <= 0.01 * positives, missed
 
 
 def test_no_hostile_answer_is_right_or_takes_long() -> None:
@@ -101,9 +101,10 @@ def test_a_box_that_leaves_the_work_to_the_grader_is_no_answer(answer, gold, pro
     assert grade(answer, gold, problem) is expected
 
 
-def test_lists_and_intervals_are_finished_whatever_stands_in_them() -> None:
+def test_lists_and_intervals_are_finished_where_no_rational_part_is_left_to_be_worked_out() -> None:
     assert is_finished("1+\\sqrt{19}, 1-\\sqrt{19}", "1 \\pm \\sqrt{19}")
     assert is_finished("(-\\infty, 2)", "x<2", "Solve x<2+0.")
+    assert not is_finished("(-\\infty, 1+1)", "x<2")
 
 
 # ------------------------------------------------------------------------------------------------ extraction
@@ -138,6 +139,21 @@ def test_lists_and_intervals_are_finished_whatever_stands_in_them() -> None:
         (["\\[\\boxed{1}\\] then \\[\\boxed{2}\\]"], "2"),
         (["$\\boxed{(2, 2)} \\quad \\text{and} \\quad \\boxed{(6, 2)}$"], "(2, 2), (6, 2)"),
         (["first \\boxed{20}. Then \\boxed{143}"], "143"),
+        (["$x=\\boxed{3}$ or $x=\\boxed{8}$."], "x=3 or x=8"),
+        (["$\\boxed{3}$; $\\boxed{8}$"], "3, 8"),
+        (["$\\boxed{1}\\boxed{2}$"], "1, 2"),
+        (["so $y=\\boxed{5}$ and $x=\\boxed{3}$"], "y=5, x=3"),
+        (["\\boxed{1}, \\boxed{2}, and \\boxed{3}"], "1, 2, 3"),
+        (["The answer is \\boxed{4} or \\boxed{9}."], "4 or 9"),
+        (["\\boxed{4} or equivalently \\boxed{8/2}"], "8/2"),
+        (["\\boxed{4}, so \\boxed{5}"], "5"),
+        (["\\boxed{4}. \\boxed{5}"], "5"),
+        (["\\boxed{4}\n\n\\boxed{5}"], "5"),  # another paragraph is another sentence
+        (["\\boxed{5} \\boxed{5}"], "5"),  # said twice
+        (["The answer:\n```\n\\boxed{12}\n```"], "12"),
+        (["```latex\n\\boxed{12}\n```"], "12"),
+        (["\\boxed{4}\n```py\nprint('\\boxed{3}')\n```\n"], "4"),
+        (["\\boxed{4}\n```sh\necho '\\boxed{3}'\n```\n"], "4"),
     ],
 )
 def test_the_last_box_the_policy_wrote_is_its_answer(segments: list[str], expected: str | None) -> None:
@@ -151,6 +167,8 @@ def test_extraction_is_linear_in_hostile_text() -> None:
         "\\boxed a " * 100_000,
         "{" * 10**6 + "\\boxed{1}",
         "```\n" * 100_000,
+        "\\boxed{1}" + " " * 10**6 + "\\boxed{2}",
+        "\\boxed{1} and " * 50_000 + "\\boxed{2}",
         "```python" * 50_000,
     ):
         extract_answer([text])

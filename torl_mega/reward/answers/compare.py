@@ -69,9 +69,6 @@ def _each_somewhere(a: Form, g: Form) -> bool:
     return len(a.parts) == len(g.parts) and all(any(_holds(x, y) for x in a.parts) for y in g.parts)
 
 
-# ------------------------------------------------------------------------------------------------ lists, tuples, matrices
-
-
 def _rows(form: Form) -> tuple[Form, ...]:
     """The rows of a matrix, also of one printed as a list of lists; empty for anything else."""
     if form.kind == "matrix":
@@ -158,15 +155,16 @@ def _same_cases(a: Form, g: Form) -> bool:
 
 def _regions(form: Form) -> list[tuple[realset.RealSet, Form]]:
     """Where each row holds, without the rows before it, and its value."""
-    regions, before, variables = [], realset.RealSet(()), set()
+    regions, rest, variables = [], realset.ALL, set()
     for row in form.parts:
         value, condition = row.parts
         where = realset.ALL if condition.text == "otherwise" else realset.read(read_form(condition.text))
         variables |= {where.variable} - {""} if where is not None else {"", condition.text}
         if where is None or len(variables) > 1:
             raise Unreadable("a case that is no set of numbers in one variable")
-        regions.append((realset.without(where, before), value))
-        before = realset.either(before, where)
+        remaining = realset.without(rest, where)
+        regions.append((realset.without(rest, remaining), value))
+        rest = remaining
     return regions
 
 

@@ -254,8 +254,6 @@ def split_commas(text: str, *, thousands: bool = True) -> list[str]:
     return [p for part in parts for p in ([part] if grouped and _GROUPED.fullmatch(part) else split_top(part, ","))]
 
 
-# ------------------------------------------------------------------------------------------------ relations
-
 _NAME = re.compile(
     r"\(?\s*(?:\\(?:angle|triangle|overline|vec|mathbf|text|measuredangle|Delta)?\s*\{?)?[A-Za-z\\|][A-Za-z0-9_{}'|:\\ ]{0,16}"
     r"(?:\([A-Za-z0-9_+\-, ]{0,12}\))?(?:\s*,\s*[A-Za-z]){0,3}\s*\)?",

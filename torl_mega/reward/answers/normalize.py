@@ -29,11 +29,8 @@ _CHARACTERS = {
             "βbeta γgamma λlambda φphi ωomega"
         ).split()
     },
-    "∛": "\\sqrt[3] ",
-    "∜": "\\sqrt[4] ",
+    **dict(zip("∛∜ℝℤ", ("\\sqrt[3] ", "\\sqrt[4] ", "\\mathbb{R}", "\\mathbb{Z}"), strict=True)),
     **dict.fromkeys("°º", "^\\circ "),
-    "ℝ": "\\mathbb{R}",
-    "ℤ": "\\mathbb{Z}",
     **dict(zip("０１２３４５６７８９", "0123456789", strict=True)),
     **{chr(0x1D7CE + i): str(i % 10) for i in range(50)},  # the digits of mathematical alphabets
 }

@@ -54,10 +54,6 @@ def read(form: Form) -> RealSet | None:
     return without(*known) if form.kind == "difference" else _listed(form, known)
 
 
-def either(a: RealSet, b: RealSet) -> RealSet:
-    return RealSet(_merge([*a.pieces, *b.pieces]))
-
-
 def without(a: RealSet, b: RealSet) -> RealSet:
     return RealSet(_intersect(a.pieces, _complement(b.pieces)))
 
@@ -93,9 +89,8 @@ def _half_line(operator: str, value: Fraction | float, forward: bool) -> tuple[P
         point = (((value, -1), (value, 1)),)
         return point if operator == "=" else _complement(point)
     closed = operator in ("\\le", "\\ge")
-    if (operator in ("<", "\\le")) == forward:
-        return ((_LOW, (value, 1 if closed else -1)),)
-    return (((value, -1 if closed else 1), _HIGH),)
+    below = (operator in ("<", "\\le")) == forward
+    return ((_LOW, (value, 1 if closed else -1)),) if below else (((value, -1 if closed else 1), _HIGH),)
 
 
 def _bound(text: str) -> Fraction | float:

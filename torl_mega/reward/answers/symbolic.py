@@ -14,6 +14,8 @@ from torl_mega.reward.answers.expression import evaluate, sample
 from torl_mega.reward.answers.normalize import normalize
 from torl_mega.reward.answers.syntax import Node, Unreadable
 
+_COMMAND_OR_WORD = re.compile(r"\\text\s*\{[^{}]*\}|\\[A-Za-z]+|[A-Za-z]{2,}|[:;]|[^\x00-\x7f]")
+
 
 def second_opinion(answer: str, gold: str, reference: Node | None = None) -> bool:
     """For pairs of which one is not read here: sums, set builders, `\\sin(x)^2`.
@@ -30,15 +32,13 @@ def second_opinion(answer: str, gold: str, reference: Node | None = None) -> boo
     return _numbers_agree(parsed[0], parsed_gold[0], reference)
 
 
-def math_verify_grade(answer: str, gold: str, problem: str = "") -> bool:
+def math_verify_grade(answer: str, gold: str, _problem: str = "") -> bool:
     """The paper's grader: math-verify on the boxed answer and the gold answer, with its own defaults."""
-    del problem
     return _verify(_parse(gold, plain=True), _parse(answer, plain=True))
 
 
 def _vocabulary(text: str) -> frozenset[str]:
-    words = r"\\text\s*\{[^{}]*\}|\\[A-Za-z]+|[A-Za-z]{2,}|[:;]|[^\x00-\x7f]"
-    return frozenset(re.findall(words, normalize(text))) - {"\\frac"}
+    return frozenset(_COMMAND_OR_WORD.findall(normalize(text))) - {"\\frac"}
 
 
 @lru_cache(maxsize=1024)

@@ -78,13 +78,12 @@ def tokenize(text: str) -> list[Token]:
         kind, word = match.lastgroup, match[match.lastgroup]
         at = match.end()
         if kind == "word":
-            run = _WORD_RUN.match(text, at - 1)
-            assert run is not None
-            function = next((f for f in PLAIN_FUNCTIONS if run[0].startswith(f)), None)
+            run = _WORD_RUN.match(text, at - 1)[0]  # type: ignore[index]
+            function = next((f for f in PLAIN_FUNCTIONS if run.startswith(f)), None)
             if function is not None:
                 kind, word, at = "cmd", "\\" + function, at - 1 + len(function)
-            elif len(run[0]) > 3 or run[0].lower() in _WORDS:
-                raise Unreadable(f"word {run[0]!r}")
+            elif len(run) > 3 or run.lower() in _WORDS:
+                raise Unreadable(f"word {run!r}")
         tokens.append(Token(kind, word, spaced))
         if len(tokens) > MAX_TOKENS:
             raise Unreadable("too long")
