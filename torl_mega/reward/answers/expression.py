@@ -3,10 +3,10 @@
     Node ─evaluate─► exact Fraction where possible, else 60-digit complex number
 
 Two expressions are equal when they agree at every sample point (Schwartz-Zippel). The points fit the expression: real
-numbers of all sizes and signs; whole numbers for what stands under a factorial, in a binomial or above -1; and where `i`
-does not occur, only points at which everything stays real, as lengths and counts do (roots and logarithms of what is
-negative say nothing). That is deterministic, needs no simplification and cannot hang: sizes and exponents are bounded,
-and what goes over a bound or is not defined raises `Unreadable`.
+numbers of all sizes and signs; whole numbers for what stands in the gold answer under a factorial, in a binomial or as
+exponent of -1; and where `i` does not occur, only points at which everything stays real, as lengths and counts do (roots
+and logarithms of what is negative say nothing). That is deterministic, needs no simplification and cannot hang: sizes and
+exponents are bounded, and what goes over a bound or is not defined raises `Unreadable`.
 
 Limits: powers of negative numbers are principal values, except where an odd root is real. Integer powers above 40,000
 bits are not evaluated.
@@ -81,9 +81,9 @@ def same_everywhere(a: Node, b: Node) -> bool:
 def _agree(a: Node, b: Node, *, real: bool) -> bool | None:
     """Whether both have one value at all points where both are defined; None where these are too few.
 
-    Under `|x|` signs are what the answer is about: there a point at which only one is defined counts as a difference.
+    What stands for whole numbers is up to the gold answer `b`. Under `|x|` signs are what the answer is about: there a point at which only one is defined counts as a difference.
     """
-    whole = whole_names(a) | whole_names(b)
+    whole = whole_names(b)
     signs_matter = real and (_holds(a, "fn", "abs") or _holds(b, "fn", "abs"))
     points = [Point(index, whole, real) for index in range(_NUM_WHOLE_POINTS if whole else NUM_POINTS)]
     if any(_holds(node, "fn", name) for node in (a, b) for name in ("floor", "ceil")):  # they jump at whole numbers
@@ -238,10 +238,10 @@ def _root(x: Value, exponent: Value) -> Value:
 
 
 def _factorial(x: Value) -> Value:
-    exact = isinstance(x, Fraction)
-    if (exact and (x.denominator != 1 or not 0 <= x <= 3000)) or (not exact and abs(_float(x)) > 1000):
+    whole = isinstance(x, Fraction) and x.denominator == 1
+    if (whole and not 0 <= x <= 3000) or abs(_float(x)) > 3000:
         raise Unreadable("factorial out of range")
-    return Fraction(math.factorial(int(x))) if isinstance(x, Fraction) else mpmath.mpc(mpmath.factorial(x))
+    return Fraction(math.factorial(int(x))) if whole else mpmath.mpc(mpmath.factorial(_float(x)))
 
 
 def _binomial(n: Value, k: Value) -> Value:

@@ -66,7 +66,7 @@ _SUBSTITUTIONS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (rf"\\(?:begin|end)\{{{_LINES}\}}", " "),
         (r"\\(?:left|right|middle|bigl|bigr|Bigl|Bigr|biggl|biggr|big|Big|bigg|Bigg)(?![A-Za-z])\s*\.?", ""),
         (r"(?<=[0-9]),\s*\\[!,;: ]\s*(?=[0-9]{3}(?![0-9]))", ""),  # 32,\!349
-        (r"(?<=[0-9])\s?\{,\}\s?(?=[0-9]{3}(?![0-9]))", ""),  # 14{,}916
+        (r"(?<=[0-9])\s?\{\s?,\s?\}\s?(?=[0-9]{3}(?![0-9]))", ""),  # 14{,}916
         (r"(?<=[0-9])(?:\\[,;: !]|~)(?=[0-9]{3}(?![0-9]))", ""),  # 12\,345
         (r"\\[,;:!> ]|~", " "),
         (r"\\\$", r" \\dollar "),
@@ -151,5 +151,5 @@ def squeeze(text: str) -> str:
     """Normalised text without spaces, except between digits and between words, for comparing as text."""
     text = re.sub(r"(?<=[0-9]) (?=[0-9])", "\x00", text)
     text = re.sub(r"(?<=[A-Za-z]) (?=[A-Za-z])", "\x00", text)
-    text = re.sub(r"([_^])\{([A-Za-z0-9])\}", r"\1\2", text.replace(" ", ""))
+    text = re.sub(r"([_^])\{([A-Za-z0-9])\}(?![A-Za-z0-9])", r"\1\2", text.replace(" ", ""))
     return text.replace("\x00", " ")

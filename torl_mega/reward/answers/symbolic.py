@@ -14,14 +14,14 @@ from torl_mega.reward.answers.expression import evaluate, sample
 from torl_mega.reward.answers.normalize import normalize
 from torl_mega.reward.answers.syntax import Node, Unreadable
 
-_COMMAND_OR_WORD = re.compile(r"\\text\s*\{[^{}]*\}|\\[A-Za-z]+|[A-Za-z]{2,}|[:;]|[^\x00-\x7f]")
+_VOCABULARY = re.compile(r"\\text\s*\{[^{}]*\}|\\[A-Za-z]+|[A-Za-z]{2,}|[0-9.]+|[:;]|[^\x00-\x7f]")
 
 
 def second_opinion(answer: str, gold: str, reference: Node | None = None) -> bool:
     """For pairs of which one is not read here: sums, set builders, `\\sin(x)^2`.
 
     math-verify drops words and reads parts of what it cannot read whole, so it is asked only where both sides use the same
-    commands and the same words, and a yes counts only when the answer's numbers agree at sample points with those of the
+    commands, words and numbers, and a yes counts only when the answer's numbers agree at sample points with those of the
     gold answer, as math-verify read it or as `reference`, the tree that was read here.
     """
     if _vocabulary(answer) != _vocabulary(gold):
@@ -37,8 +37,9 @@ def math_verify_grade(answer: str, gold: str, _problem: str = "") -> bool:
     return _verify(_parse(gold, plain=True), _parse(answer, plain=True))
 
 
-def _vocabulary(text: str) -> frozenset[str]:
-    return frozenset(_COMMAND_OR_WORD.findall(normalize(text))) - {"\\frac"}
+def _vocabulary(text: str) -> tuple[frozenset[str], list[str]]:
+    found = _VOCABULARY.findall(normalize(text))
+    return frozenset(w for w in found if not w[0].isdigit()) - {"\\frac"}, sorted(w for w in found if w[0].isdigit())
 
 
 @lru_cache(maxsize=1024)
