@@ -81,7 +81,8 @@ def same_everywhere(a: Node, b: Node) -> bool:
 def _agree(a: Node, b: Node, *, real: bool) -> bool | None:
     """Whether both have one value at all points where both are defined; None where these are too few.
 
-    What stands for whole numbers is up to the gold answer `b`. Under `|x|` signs are what the answer is about: there a point at which only one is defined counts as a difference.
+    What stands for whole numbers is up to the gold answer `b`. Under `|x|` signs are what the answer is about: there a point
+    at which only one is defined counts as a difference.
     """
     whole = whole_names(b)
     signs_matter = real and (_holds(a, "fn", "abs") or _holds(b, "fn", "abs"))

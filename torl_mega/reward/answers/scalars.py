@@ -130,10 +130,10 @@ def text_words(text: str) -> str:
     return " ".join(re.sub(r"[,.\-]", " ", plain).lower().split()).removeprefix("the ")
 
 
-_LABEL = r"(?:\(\s*[A-Z]\s*\)|\b[A-Z]\s*\)|\b[A-Z][.:])"
+_LABEL = re.compile(r"\(\s*[A-Z]\s*\)|\b[A-Z]\s*\)|\b[A-Z][.:]")
 _CHOICE = re.compile(r"(?:\(\s*([A-Z])\s*\)|([A-Z])\s*\)|([A-Z])(?:[.:]|$))(?:\s+(?!\W*[A-Z]\W*$)|$)")
 _TAKEN_BACK = re.compile(
-    rf"{_LABEL}|(?i:\b(?:or|and|not|nor|neither|wrong|incorrect|false|except|but|unless|maybe|either|both)\b|n't)"
+    rf"{_LABEL.pattern}|(?i:\b(?:or|and|not|nor|neither|wrong|incorrect|false|except|but|unless|maybe|either|both)\b|n't)"
 )
 
 
@@ -145,7 +145,7 @@ def same_choice(a: str, g: str) -> bool:
     for letter, labelled in ((g, a), (a, g)):
         alone, found = re.fullmatch(r"\(?\s*([A-H])\s*\)?", letter), _CHOICE.match(labelled)
         if alone is not None and found is not None and alone[1] in found.groups():
-            return letter is a or not _TAKEN_BACK.search(labelled, found.end())
+            return not (_TAKEN_BACK if labelled is a else _LABEL).search(labelled, found.end())
     return False
 
 
