@@ -31,6 +31,35 @@ def test_every_kind_of_fault_is_mended_with_its_neighbours() -> None:
     assert [r for r, v in zip(cases, verdicts, strict=True) if v is not r["expected"]] == []
 
 
+# by rule: an answer, the gold answer that it states, one that it must not be taken for
+RULES = {
+    "fraction": ("\\dfrac12", "0.5", "0.6"), "unit": ("5\\text{ cm}", "5", "5.1"), "other unit": ("5", "5\\text{ cm}", "4"),
+    "thousands": ("12{,}345", "12345", "12346"), "scale": ("1.2\\text{ million}", "1200000", "1200001"),
+    "degrees": ("90^\\circ", "90", "91"), "infix": ("{1 \\over 2}", "\\frac12", "{2\\over 1}"),
+    "factorial": ("n(n-1)!", "n!", "(n-1)!"), "number on the right": ("(n-1)2^n", "2^n(n-1)", "(n+1)2^n"),
+    "root": ("\\sqrt{1/m}", "\\frac{1}{\\sqrt m}", "\\frac1m"), "sympy": ("Rational(5, 6)", "\\frac56", "Rational(6, 5)"),
+    "complex": ("3 - 5*I", "3-5i", "3+5*I"), "function in words": ("\\operatorname{ln}(2)", "\\ln 2", "\\ln 3"),
+    "colour": ("\\textcolor{red}{7}", "7", "\\textcolor{red}{8}"), "mixed": ("7 3/4", "\\frac{31}{4}", "7 1/4"),
+    "letters": ("2gm", "2mg", "2gmx"), "cycle": ("0.\\overline{3}", "\\frac13", "0.3"), "work": ("1665", "1665", "37*45"),
+    "power": ("2^{10}", "1024", "2^{11}"), "exponent": ("1e3", "1000", "1e4"), "money": ("\\$18.90", "18.9", "18.8"),
+}  # fmt: skip
+FORMS = (
+    "%s", "x=%s", "f(2)=%s", "%s, 99", "99; %s", "%s \\text{ or } 99", "(%s, 99)", "(1, %s, 99)", "(%s; 99)", "\\{%s, 99\\}",
+    "\\begin{pmatrix}%s & 99\\\\ 1 & 2\\end{pmatrix}", "A=\\begin{pmatrix}%s & 99\\\\ 1 & 2\\end{pmatrix}", "(%s, 1), (2, 99)",
+    "x=%s, y=99", "(x,y)=(%s,99)", "\\boxed{%s}", "(%s)",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_holds_on_every_form(rule: str) -> None:
+    right, gold, wrong = RULES[rule]
+    forms = FORMS
+    if not re.search(r"[nmgi]|text|circ", gold + right):
+        forms += ("[%s, 1999999)", "(-\\infty, %s]", "x<%s", "(-9,-5)\\cup(%s,\\infty)", "x>%s, x<1999999")
+    assert [form for form in forms if not grade(form % right, form % gold)] == []
+    assert [form for form in forms if grade(form % wrong, form % gold)] == []
+
+
 def test_pairs_from_public_threads() -> None:
     """Math-Verify's own test-suite and reports, with the prose around the boxes left out. Left out are five labels of that
     suite about which two people would disagree: `1,22` for 1.22, `0,111` for 0.111 and false chains such as `3+3 = 2`."""

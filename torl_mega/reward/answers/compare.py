@@ -306,8 +306,10 @@ def _proportional(a: Form, g: Form, *, positive: bool) -> bool:
 
 
 def _difference(relation: Form) -> Node:
-    left, right = (read_scalar(side.text).node for side in relation.parts)
-    return Node("add", (left, Node("neg", (right,))))
+    left, right = (read_scalar(side.text) for side in relation.parts)
+    if left.quantity.unit or right.quantity.unit:
+        raise Unreadable("a relation between quantities with units")
+    return Node("add", (left.node, Node("neg", (right.node,))))
 
 
 def _same_real_set(a: Form, g: Form) -> bool:

@@ -59,7 +59,7 @@ _GROUPED = re.compile(
 )
 _VARIABLE = r"(?:[A-Za-z]|\\[a-z]+)(?:_\{?\w+\}?)?"
 _MEMBER = re.compile(rf"^\(?{_VARIABLE}(?:\s*,\s*{_VARIABLE})*\)?\s*\\in(?![A-Za-z])\s*", re.ASCII)
-_LETTER = re.compile(rf"\\text\s*\{{[^{{}}]*\}}|\\[A-Za-z]+|{'|'.join(PLAIN_FUNCTIONS)}|[A-Za-z]")
+_LETTER = re.compile(rf"\\(?:text|begin|end)\s*\{{[^{{}}]*\}}|\\[A-Za-z]+|{'|'.join(PLAIN_FUNCTIONS)}|[A-Za-z]")
 
 
 @lru_cache(maxsize=4096)

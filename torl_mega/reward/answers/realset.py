@@ -98,11 +98,11 @@ def _bound(text: str) -> Fraction | float:
     plain = text.replace(" ", "").removeprefix("+")
     if plain.lstrip("-") in ("\\infty", "infty", "inf", "oo"):
         return -_INFINITY if plain[0] == "-" else _INFINITY
-    node = read_scalar(text).node
-    value = None if symbols(node) else evaluate(node, 0)
-    if value is None or isinstance(value, Fraction):
-        if value is None:
-            raise Unreadable("an endpoint with a variable in it")
+    scalar = read_scalar(text)
+    if symbols(scalar.node) or scalar.quantity.unit not in ("", "degree", "dollar"):
+        raise Unreadable("an endpoint with a variable in it, or of another kind than numbers")
+    value = evaluate(scalar.node, 0)
+    if isinstance(value, Fraction):
         return value
     with mpmath.workdps(45):
         if abs(value.imag) > mpmath.mpf(10) ** -40 or abs(value) >= 10**20:
