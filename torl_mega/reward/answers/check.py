@@ -21,7 +21,7 @@ from torl_mega.reward.answers.compare import same
 from torl_mega.reward.answers.finished import is_finished
 from torl_mega.reward.answers.forms import Form, is_name, letters, read_form, renamed
 from torl_mega.reward.answers.normalize import normalize
-from torl_mega.reward.answers.scalars import is_labelled, read_scalar, same_choice, same_text, text_words
+from torl_mega.reward.answers.scalars import CHOICE, read_scalar, same_choice, same_text, text_words
 from torl_mega.reward.answers.symbolic import math_verify_grade, second_opinion
 from torl_mega.reward.answers.syntax import Unreadable, symbols
 
@@ -64,7 +64,7 @@ def _constants_as_in(text: str, other: str) -> str:
 def _without_reading(answer: str, gold: str, gold_form: Form | None) -> bool:
     """One of both is not read. A gold answer that is read must be an expression with variables to be asked about."""
     if gold_form is None:
-        return not is_labelled(normalize(gold)) and second_opinion(answer, gold)
+        return not CHOICE.match(normalize(gold)) and second_opinion(answer, gold)
     scalar = gold_form.kind == "scalar" and not _INFINITE.fullmatch(gold_form.text)
     node = read_scalar(gold_form.text).node if scalar else None
     return node is not None and bool(symbols(node)) and second_opinion(answer, gold, node)

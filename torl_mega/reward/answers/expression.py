@@ -39,7 +39,6 @@ _SCALES = (1, 7, Fraction(1, 5), 40, 1, 9, Fraction(1, 3), 60, Fraction(1, 20), 
 _WHOLE_SCALES = (5, 12, 9, 40, 3, 25)
 NUM_POINTS = len(_SCALES)
 _NUM_WHOLE_POINTS = 24  # several names must come in every order, as for d!/(d-k)!
-_ENOUGH = 3
 _COUNTED_NAMES = frozenset("\\" + name for name in WHOLE) | frozenset("k l m n p N M K".split())
 
 
@@ -99,7 +98,7 @@ def _agree(a: Node, b: Node, *, real: bool) -> bool | None:
         if not close(x, y):
             return False
         agreed += 1
-    return True if agreed >= _ENOUGH else None
+    return True if agreed >= 3 else None
 
 
 def _defined(node: Node, point: Point) -> Value | None:

@@ -131,7 +131,8 @@ def text_words(text: str) -> str:
 
 
 _LABEL = re.compile(r"\(\s*[A-Z]\s*\)|\b[A-Z]\s*\)|\b[A-Z][.:]")
-_CHOICE = re.compile(r"(?:\(\s*([A-Z])\s*\)|([A-Z])\s*\)|([A-Z])(?:[.:]|$))(?:\s+(?!\W*[A-Z]\W*$)|$)")
+# a choice letter with what it stands for behind it, `(C) 12`
+CHOICE = re.compile(r"(?:\(\s*([A-Z])\s*\)|([A-Z])\s*\)|([A-Z])(?:[.:]|$))(?:\s+(?!\W*[A-Z]\W*$)|$)")
 _TAKEN_BACK = re.compile(
     rf"{_LABEL.pattern}|(?i:\b(?:or|and|not|nor|neither|wrong|incorrect|false|except|but|unless|maybe|either|both)\b|n't)"
 )
@@ -143,15 +144,10 @@ def same_choice(a: str, g: str) -> bool:
     A second letter or a denial behind it takes it back.
     """
     for letter, labelled in ((g, a), (a, g)):
-        alone, found = re.fullmatch(r"\(?\s*([A-H])\s*\)?", letter), _CHOICE.match(labelled)
+        alone, found = re.fullmatch(r"\(?\s*([A-H])\s*\)?", letter), CHOICE.match(labelled)
         if alone is not None and found is not None and alone[1] in found.groups():
             return not (_TAKEN_BACK if labelled is a else _LABEL).search(labelled, found.end())
     return False
-
-
-def is_labelled(g: str) -> bool:
-    """A choice letter with what it stands for behind it, `(C) 12`: only its letter or its very text is right."""
-    return _CHOICE.match(g) is not None
 
 
 _DECIMAL_COMMA = re.compile(r"(?:[A-Za-z]\w*\s*=\s*)?[-+]?[0-9]+,[0-9]+(?![0-9]*[,;])", re.ASCII)
