@@ -20,7 +20,6 @@ _JOINED = re.compile(
 )
 _NAME = re.compile(r"(?<![\w\\}])[A-Za-z](?:_\w|_\{\w+\})?\s*=\s*$")
 _MAX_NESTED_BOXES = 8
-_MAX_GAP = 60  # characters between boxes of one sentence
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z]) *")
 
 
@@ -94,7 +93,7 @@ def _with_joined(text: str, boxes: list[tuple[int, int, int]]) -> str:
     _, start, end = boxes[-1]
     alone = answer = text[start + 1 : end]
     for before, after in zip(reversed(boxes[:-1]), reversed(boxes), strict=False):
-        gap = _JOINED.fullmatch(text[before[2] + 1 : after[0]]) if after[0] - before[2] <= _MAX_GAP else None
+        gap = _JOINED.fullmatch(text[before[2] + 1 : after[0]]) if after[0] - before[2] <= 60 else None
         content = text[before[1] + 1 : before[2]]
         if before[2] == before[1] or gap is None or (not gap["joint"] and content == alone):
             break

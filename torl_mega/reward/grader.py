@@ -32,8 +32,7 @@ class Verdict(StrEnum):
 
 
 class Grader:
-    """`workers` checks run at once, each at most `timeout_s` seconds and `memory_mb` above the interpreter's own, by `checker`
-    (a key of `check.CHECKERS`)."""
+    """`workers` checks run at once, each at most `timeout_s` s and `memory_mb` above the interpreter's own, by `checker`."""
 
     def __init__(self, workers: int, timeout_s: float, *, memory_mb: int = 1024, checker: str = "own") -> None:
         self._workers, self._timeout_s, self._memory_mb, self._checker = workers, timeout_s, memory_mb, checker

@@ -107,7 +107,7 @@ def _same_printed_list(a: Form, g: Form) -> bool:
     """`[3, -1]` and `[(1, 2), (2, 1)]` of a solver for the same values in a row; two rising ends may be an interval."""
     if a.marks != ("[", "]") or (g.kind != "list" and len(a.parts) != 1):
         return False
-    return realset.read(a) is None and _same_members(Form("list", a.parts, marks=(",",)), g)
+    return not _holds(a, a, _same_real_set) and _same_members(Form("list", a.parts, marks=(",",)), g)
 
 
 def _same_members(a: Form, g: Form) -> bool:

@@ -11,7 +11,6 @@ from torl_mega.reward.answers.normalize import normalize
 from torl_mega.reward.answers.scalars import letters_as_unit, read_scalar, same_scalar, same_text
 from torl_mega.reward.answers.syntax import Node, Unreadable, parse, symbols
 
-_MAX_PROBLEM_CHARS = 20_000
 _DRAWING = re.compile(r"\[asy\].*?\[/asy\]", re.DOTALL)
 _FORMULA_ENDS = re.compile(r"\$+|\\[()\[\]]|\n")
 _BEFORE = r"(?:^|(?<![\\A-Za-z])[A-Za-z]{2,}[:,]?\s+|[:=]\s*)"
@@ -90,7 +89,7 @@ def _is_restated(text: str, golds: list[str], problem: str) -> bool:
         return False
     pieces = re.findall(r"\\[A-Za-z]+|\S", text)
     formula = re.compile(_BEFORE + r"\s*".join(map(re.escape, pieces)) + _AFTER)
-    parts = _FORMULA_ENDS.split(_DRAWING.sub(" ", problem[:_MAX_PROBLEM_CHARS]))
+    parts = _FORMULA_ENDS.split(_DRAWING.sub(" ", problem[:20_000]))
     return any(formula.search(normalize(part)) for part in parts if part)
 
 
@@ -116,9 +115,5 @@ def _is_closed_form(node: Node) -> bool:
     if node.kind == "pow" or node.name in ("factorial", "binom"):
         return all(_is_rational_literal(a) for a in node.args)
     if node.kind in ("neg", "div", "mul") and all(_is_closed_form(a) for a in node.args):
-        return node.kind != "mul" or any(_has_power(a) for a in node.args)  # 2^3 * 5 and 1.2 * 10^5, but not 37 * 45
+        return node.kind != "mul" or "pow " in _shape(node) or "fn " in _shape(node)  # 2^3 * 5, 3 * 5!, but not 37 * 45
     return False
-
-
-def _has_power(node: Node) -> bool:
-    return node.kind in ("pow", "fn") or any(_has_power(a) for a in node.args)

@@ -255,7 +255,8 @@ def split_commas(text: str, *, thousands: bool = True) -> list[str]:
 
 
 _NAME = re.compile(
-    r"\(?\s*(?:\\(?:angle|triangle|overline|vec|mathbf|text|measuredangle|Delta)?\s*\{?)?[A-Za-z\\|][A-Za-z0-9_{}'|:\\ ]{0,16}"
+    r"\(?\s*(?:\\(?:(?:measured)?angle|triangle|over(?:line|rightarrow)|vec|text|Delta)?\s*\{?)?"
+    r"[A-Za-z\\|][A-Za-z0-9_{}'|:\\ ]{0,16}"
     r"(?:\([A-Za-z0-9_+\-, ]{0,12}\))?(?:\s*,\s*[A-Za-z]){0,3}\s*\)?",
     re.ASCII,
 )

@@ -59,7 +59,7 @@ _SUBSTITUTIONS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern, re.ASCII), replacement)
     for pattern, replacement in (
         (r"<\|[a-z_]+\|>", ""),
-        (r"\\(?:boxed|fbox)\s*\{", "{"),
+        (r"\\(?:boxed|fbox)\s*\{|\\mathbf\s*\{(?=[^{}]*[\\0-9+=(])", "{"),
         (r"\\(?:textcolor|colorbox|color|hspace\*?|vspace\*?)\s*\{[^{}]*\}|\\,?phantom\{\}", " "),
         (r"\\\\\s*\[[^\]\\]{0,8}(?:pt|em|ex|mm)\]", r"\\\\"),  # row spacing in matrices
         (r"\\\\\s+", r"\\\\"),
@@ -98,6 +98,7 @@ _ONE_LETTER = re.compile(
     r"|(?<![0-9})\s])\\text\s*\{\s*([A-Za-z])\s*\}",
     re.ASCII,
 )
+_MARKDOWN = re.compile(r"^(?:\*\*(.+)\*\*|(__|[*_`])([^*_`]+)\2)$")
 _SPACES = re.compile(r"\s+")
 _NUMBER_TEXT = re.compile(r"\\text\s*\{\s*([-+]?[0-9][0-9.,/]*)\s*\}", re.ASCII)
 
@@ -105,9 +106,7 @@ _NUMBER_TEXT = re.compile(r"\\text\s*\{\s*([-+]?[0-9][0-9.,/]*)\s*\}", re.ASCII)
 @lru_cache(maxsize=512)
 def normalize(text: str) -> str:
     """`text` in the one spelling that the rest of the grader reads: no `$`, no `\\left`, `\\frac`, `\\text{…}`, `*`, `\\le` …"""
-    text = from_printed(_SPACES.sub(" ", text.translate(_TABLE)).strip())
-    if text.startswith("**") and text.endswith("**"):
-        text = text[2:-2]  # bold in markdown
+    text = from_printed(_MARKDOWN.sub(r"\1\3", _SPACES.sub(" ", text.translate(_TABLE)).strip()))
     text = _infix_to_prefix(_SYSTEM.sub(_join_lines, _single_backslashes(text)))
     for pattern, replacement in _SUBSTITUTIONS:
         text = pattern.sub(replacement, text)

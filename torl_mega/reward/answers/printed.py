@@ -19,7 +19,6 @@ _CALLS = {
     "floor": "\\lfloor {0} \\rfloor", **dict.fromkeys(("ceiling", "ceil"), "\\lceil {0} \\rceil"),
     "factorial": "({0})!", "cbrt": "\\sqrt[3]{{{0}}}", "root": "\\sqrt[{1}]{{{0}}}", "log": "\\log_{{{1}}}({0})",
     "Pow": "({0})^{{{1}}}", "Eq": "{0} = {1}", "Ne": "{0} \\ne {1}", "Complement": "{0} \\setminus {1}",
-    "Lambda": "{1} \\mid {0} \\in", "ImageSet": "\\{{{0} {1}\\}}",
 }  # fmt: skip
 _JOINS = {
     "Union": " \\cup ",
@@ -40,7 +39,6 @@ _WORDS = tuple(
         (r"(?<![A-Za-z\\_])oo(?![A-Za-z_])", r"\\infty "),
         (r"\bEmptySet\b(?:\(\))?|\bset\(\)", r"\\emptyset "),
         (r"\bReals\b", r"\\mathbb{R}"),
-        (r"\bIntegers\b", r"\\mathbb{Z}"),
     )
 )
 _COMPLEX = re.compile(r"\((-?[0-9.]+(?:e[-+]?[0-9]+)?[-+][0-9.]+(?:e[-+]?[0-9]+)?)j\)", re.ASCII)
@@ -86,8 +84,6 @@ def _rewritten(name: str, inside: str, whole: str, after: str) -> str:
     args = [a.strip().strip("'\"") for a in split_top(inside, ",")]
     if name in ("Union", "Complement"):
         args = [f"\\{{{a[1:-1]}\\}}" if a.startswith("{") else a for a in args]
-    if name == "Lambda":
-        args = [a.replace("_", "") for a in args]
     if name == "Piecewise":
         rows = [split_top(a[1:-1], ",") for a in args]
         return "\\begin{cases}" + "\\\\".join("&".join(r) for r in rows) + "\\end{cases}"

@@ -14,7 +14,7 @@ from functools import reduce
 import mpmath
 
 from torl_mega.reward.answers.expression import evaluate
-from torl_mega.reward.answers.forms import Form
+from torl_mega.reward.answers.forms import Form, read_form
 from torl_mega.reward.answers.scalars import read_scalar
 from torl_mega.reward.answers.syntax import Unreadable, symbols
 
@@ -47,6 +47,12 @@ def read(form: Form) -> RealSet | None:
         return RealSet(_merge([((v, -1), (v, 1)) for v in values])) if len(values) == len(form.parts) else None
     if form.kind == "relation":
         return _inequality(form)
+    if form.kind == "list" and form.parts[0].marks == ("\\ne",):  # x \\ne 1, 2
+        first = form.parts[0]
+        parts = (
+            Form("relation", (first.parts[0], p), marks=first.marks) if p.kind == "scalar" else p for p in form.parts
+        )
+        form = Form("list", tuple(parts), marks=form.marks)
     sets = [read(part) for part in form.parts] if form.kind in ("union", "list", "difference") else [None]
     known = [s for s in sets if s is not None]
     if len(known) != len(sets):
@@ -80,7 +86,9 @@ def _inequality(form: Form) -> RealSet | None:
         if i not in (at, at - 1):
             return None
         forward = i == at  # the variable stands on the left
-        pieces = _intersect(pieces, _half_line(operator, _bound(sides[i + 1] if forward else sides[i]), forward))
+        other = read_form(sides[i + 1] if forward else sides[i])  # a list in x \\ne \\pm 2
+        for bound in other.parts if other.kind == "list" and operator == "\\ne" else (other,):
+            pieces = _intersect(pieces, _half_line(operator, _bound(bound.text), forward))
     return RealSet(pieces, sides[at])
 
 

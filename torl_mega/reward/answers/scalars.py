@@ -131,8 +131,8 @@ def text_words(text: str) -> str:
 
 
 _LABEL = re.compile(r"\(\s*[A-Z]\s*\)|\b[A-Z]\s*\)|\b[A-Z][.:]")
-# a choice letter with what it stands for behind it, `(C) 12`
 CHOICE = re.compile(r"(?:\(\s*([A-Z])\s*\)|([A-Z])\s*\)|([A-Z])(?:[.:]|$))(?:\s+(?!\W*[A-Z]\W*$)|$)")
+_CALLED = re.compile(r"^(?:\\text\s*\{)?\s*(?:option|choice|answer)\s*:?\s*\}?\s*(?=\(?[A-H]\b)", re.IGNORECASE)
 _TAKEN_BACK = re.compile(
     rf"{_LABEL.pattern}|(?i:\b(?:or|and|not|nor|neither|wrong|incorrect|false|except|but|unless|maybe|either|both)\b|n't)"
 )
@@ -143,6 +143,7 @@ def same_choice(a: str, g: str) -> bool:
 
     A second letter or a denial behind it takes it back.
     """
+    a = _CALLED.sub("", a)
     for letter, labelled in ((g, a), (a, g)):
         alone, found = re.fullmatch(r"\(?\s*([A-H])\s*\)?", letter), CHOICE.match(labelled)
         if alone is not None and found is not None and alone[1] in found.groups():

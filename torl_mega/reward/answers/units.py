@@ -41,7 +41,7 @@ _TRAILING_WORDS = re.compile(
     rf"(?<=[0-9}})\s])\s*((?:{_ANY_WORD})(?:\s+(?:{_ANY_WORD}))*)\s*{_POWER}$", re.IGNORECASE | re.ASCII
 )
 _TRAILING_TEXT = re.compile(rf"\s*\\text\s*\{{([^{{}}]*)\}}\s*(?:\(s\))?\s*{_POWER}$", re.ASCII)
-_TRAILING_BRACKET = re.compile(r"(?<=[0-9}])\s*\(\s*(?:\\text\s*\{)?\s*([^\W\d_]{4,}|[^\x00-\u2fff]+)\s*\}?\s*\)()$")
+_TRAILING_BRACKET = re.compile(r"(?<=[0-9}])\s*\(\s*(?:\\text\s*\{)?\s*([^\W\d_]+(?:\s[^\W\d_]+)*)\s*\}?\s*\)()$")
 _LETTERS = "m g s h L cm mm km in ft yd mi hr yr kg mg oz ml lb rs m/s km/h"
 _BARE_LETTERS = re.compile(
     rf"(.*?(?:[0-9}})\]]|\\pi))(\s*)({'|'.join(sorted(_LETTERS.split(), key=len, reverse=True))})\s*{_POWER}", re.ASCII
@@ -114,12 +114,14 @@ def _drop_one_unit(body: str) -> tuple[str | None, str]:
         if body.endswith(suffix):
             return body[: -len(suffix)].strip(), unit
     match = _TRAILING_TEXT.search(body) or _TRAILING_BRACKET.search(body) or _TRAILING_WORDS.search(body)
-    if match is None or (match.re is _TRAILING_WORDS and not _LONG_WORD.search(match[1])):
+    if match is None:
+        return None, ""
+    words = match[1].strip().lower().strip(".()")
+    bare = match.re is _TRAILING_WORDS and not _LONG_WORD.search(words)
+    product = match.re is _TRAILING_BRACKET and words.isascii() and len(words) < (2 if words in _CANONICAL_UNIT else 4)
+    if bare or product or _NO_UNIT.search(words):  # 9 (x) is a product
         return None, ""
     power = re.sub(r"[^0-9]", "", match[2] or "")
-    words = match[1].strip().lower().strip(".()")
-    if _NO_UNIT.search(words):
-        return None, ""
     return body[: match.start()].strip(), words + (f"^{power}" if power else "")
 
 
