@@ -19,7 +19,8 @@ import time
 
 from torl_mega.reward.grader import Grader, Verdict
 
-_HANGING = "\\int \\sqrt{\\sin(x^3+%dx)+\\cos(x^2)}\\ln(x+\\sqrt{x^5+1})e^{x^2} dx"  # sympy tries for long
+# the same commands and numbers put together otherwise: sympy tries for long
+_HANGING = "\\int \\sqrt{\\sin(x^%d+%dx)+\\cos(x^%d)}\\ln(x+\\sqrt{x^5+1})e^{x^2} dx"
 
 
 def ordinary(n: int) -> list[tuple[str, str]]:
@@ -75,7 +76,7 @@ def main() -> None:
     num_hanging = round(args.answers * args.hanging)
     mixed = list(pairs)
     for k in range(num_hanging):
-        mixed[k * args.answers // num_hanging] = (_HANGING % (k + 2), _HANGING % (k + 100))
+        mixed[k * args.answers // num_hanging] = (_HANGING % (3, k + 7, 2), _HANGING % (2, k + 7, 3))
     mixed_s, mixed_verdicts = asyncio.run(run(mixed, args))
     count = {v.value: mixed_verdicts.count(v) for v in Verdict}
     report = {

@@ -219,6 +219,8 @@ class RewardConfig(Section):
     """What `tool_cost` comes to at most, however many programs ran."""
     format_error: float = Field(default=0.0, le=0)
     """Added to a response without a final box; 0 = off."""
+    checker: Literal["own", "math_verify"] = "own"
+    """Who compares answers: this project's grader, or math-verify with its defaults as the paper's reward does."""
     grader_timeout_s: PositiveFloat = 5.0
     """Limit of one answer check; past it the answer is wrong and counted as `grader_timeout`."""
     grader_workers: PositiveInt = 2

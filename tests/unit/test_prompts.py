@@ -80,6 +80,11 @@ def test_a_row_that_carries_the_prompt_already_gives_the_bare_problem_back(tmp_p
     assert [p.problem for p in load_problems(str(tmp_path / "x.parquet"))] == [bare.problem] * 2
 
 
+def verl(ground_truth: str) -> dict:
+    prompt = [{"role": "user", "content": "p"}]
+    return {"data_source": "m", "prompt": prompt, "reward_model": {"ground_truth": ground_truth}}
+
+
 @pytest.mark.parametrize(
     ("row", "answer", "source"),
     [
@@ -88,6 +93,22 @@ def test_a_row_that_carries_the_prompt_already_gives_the_bare_problem_back(tmp_p
         ({"question": "p", "final_answer": ["$2$"], "subfield": "Algebra"}, "$2$", "amc23"),
         ({"problem": "p", "solution": "so \\boxed{\\frac{1}{2}}.", "level": "Level 1"}, "\\frac{1}{2}", "amc23"),
         ({"problem": "p", "answer": "5", "source": "cn_k12", "solution": "s"}, "5", "cn_k12"),
+        ({"problem": "p", "answer": "$\\boxed{35}$"}, "35", "amc23"),
+        ({"question": "p", "answer": "So 5*7 = \\boxed{35}.", "gt_answer": "35"}, "35", "amc23"),  # simpleRL
+        ({"question": "p", "answer": "Half of 1,446 is 723.\n#### 723"}, "723", "amc23"),  # GSM8K
+        ({"prompt": "p", "answer": "[1,2]"}, "[1,2]", "amc23"),  # an interval, not a list of one
+        (
+            {"prompt": "p", "solution": "s", "data_source": "m", "reward_model": {"ground_truth": "35"}},
+            "35",
+            "m",
+        ),  # DAPO
+        (verl('["1,234"]'), "1,234", "m"),  # Skywork-OR1 writes a JSON list of one
+        (verl('["35\\\\%"]'), "35\\%", "m"),
+        (verl('["\\\\frac{1}{2}"]'), "\\frac{1}{2}", "m"),
+        (verl('["\\frac{1}{2}"]'), "\\frac{1}{2}", "m"),  # without escaping: `\\f` is no form feed
+        (verl('["\\sqrt{2}"]'), "\\sqrt{2}", "m"),
+        (verl('["a", "b"]'), '["a", "b"]', "m"),
+        (verl("\\boxed{(1,2)}"), "(1,2)", "m"),
     ],
 )
 def test_public_formats(tmp_path: Path, row: dict, answer: str, source: str) -> None:
@@ -185,6 +206,9 @@ def test_overlong_prompts_stop_or_are_dropped_and_counted(tmp_path: Path) -> Non
             "role user",
         ),
         ("a.jsonl", ['{"prompt": [{"role": "user", "content": "x"}], "reward_model": {}}'], "ground_truth is missing"),
+        ("a.jsonl", ['{"problem": "p", "answer": NaN}'], r"a\.jsonl:1: no answer"),  # how pandas writes a missing one
+        ("a.jsonl", ['{"problem": NaN, "answer": "1"}'], r"a\.jsonl:1: no problem text"),
+        ("a.jsonl", ['{"problem": "p", "answer": "\\\\boxed{}"}'], r"a\.jsonl:1: no answer"),
         ("a.jsonl", [], "no problems in it"),
         ("a.parquet", ["not parquet"], "not readable as parquet"),
         ("a.csv", ["p,1"], "'.csv' is not a known data format"),

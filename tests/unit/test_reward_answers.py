@@ -1,4 +1,4 @@
-"""The labelled corpus: no false positive, at least 98 % recall, the same verdict everywhere; and what must never be rewarded."""
+"""The labelled corpus: no false positive, at least 99 % recall, the same verdict everywhere; and what must never be rewarded."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from torl_mega.reward.answers.check import check, grade, is_finished
 from torl_mega.reward.answers.expression import NUM_POINTS, evaluate, same_everywhere
 from torl_mega.reward.answers.forms import read_form
 from torl_mega.reward.answers.normalize import normalize
-from torl_mega.reward.answers.syntax import parse
-from torl_mega.reward.answers.tokens import Unreadable
+from torl_mega.reward.answers.syntax import Unreadable, parse
 from torl_mega.reward.answers.units import split_unit
 from torl_mega.reward.extract import extract_answer, last_boxed
 
@@ -30,7 +29,7 @@ def corpus(name: str) -> list[dict]:
     return rows
 
 
-def test_the_corpus_has_no_false_positive_and_98_percent_recall() -> None:
+def test_the_corpus_has_no_false_positive_and_99_percent_recall() -> None:
     rows = corpus("grader_corpus.jsonl")
     verdicts = [check(row["answer"], row["gold"]) for row in rows]
     wrong = [r for r, v in zip(rows, verdicts, strict=True) if v and not r["expected"]]
@@ -40,7 +39,7 @@ def test_the_corpus_has_no_false_positive_and_98_percent_recall() -> None:
     print(f"{len(rows)} cases, precision {precision:.4f}, recall {1 - len(missed) / positives:.4f}")
     assert len(rows) >= 600
     assert not wrong, wrong
-    assert len(missed) <= 0.02 * positives, missed
+    assert len(missed) <= 0.01 * positives, missed
 
 
 def test_no_hostile_answer_is_right_or_takes_long() -> None:
@@ -102,9 +101,10 @@ def test_a_box_that_leaves_the_work_to_the_grader_is_no_answer(answer, gold, pro
     assert grade(answer, gold, problem) is expected
 
 
-def test_lists_and_intervals_are_finished_whatever_stands_in_them() -> None:
+def test_lists_and_intervals_are_finished_where_no_rational_part_is_left_to_be_worked_out() -> None:
     assert is_finished("1+\\sqrt{19}, 1-\\sqrt{19}", "1 \\pm \\sqrt{19}")
     assert is_finished("(-\\infty, 2)", "x<2", "Solve x<2+0.")
+    assert not is_finished("(-\\infty, 1+1)", "x<2")
 
 
 # ------------------------------------------------------------------------------------------------ extraction
@@ -139,6 +139,21 @@ def test_lists_and_intervals_are_finished_whatever_stands_in_them() -> None:
         (["\\[\\boxed{1}\\] then \\[\\boxed{2}\\]"], "2"),
         (["$\\boxed{(2, 2)} \\quad \\text{and} \\quad \\boxed{(6, 2)}$"], "(2, 2), (6, 2)"),
         (["first \\boxed{20}. Then \\boxed{143}"], "143"),
+        (["$x=\\boxed{3}$ or $x=\\boxed{8}$."], "x=3 or x=8"),
+        (["$\\boxed{3}$; $\\boxed{8}$"], "3, 8"),
+        (["$\\boxed{1}\\boxed{2}$"], "1, 2"),
+        (["so $y=\\boxed{5}$ and $x=\\boxed{3}$"], "y=5, x=3"),
+        (["\\boxed{1}, \\boxed{2}, and \\boxed{3}"], "1, 2, 3"),
+        (["The answer is \\boxed{4} or \\boxed{9}."], "4 or 9"),
+        (["\\boxed{4} or equivalently \\boxed{8/2}"], "8/2"),
+        (["\\boxed{4}, so \\boxed{5}"], "5"),
+        (["\\boxed{4}. \\boxed{5}"], "5"),
+        (["\\boxed{4}\n\n\\boxed{5}"], "5"),  # another paragraph is another sentence
+        (["\\boxed{5} \\boxed{5}"], "5"),  # said twice
+        (["The answer:\n```\n\\boxed{12}\n```"], "12"),
+        (["```latex\n\\boxed{12}\n```"], "12"),
+        (["\\boxed{4}\n```py\nprint('\\boxed{3}')\n```\n"], "4"),
+        (["\\boxed{4}\n```sh\necho '\\boxed{3}'\n```\n"], "4"),
     ],
 )
 def test_the_last_box_the_policy_wrote_is_its_answer(segments: list[str], expected: str | None) -> None:
@@ -152,6 +167,8 @@ def test_extraction_is_linear_in_hostile_text() -> None:
         "\\boxed a " * 100_000,
         "{" * 10**6 + "\\boxed{1}",
         "```\n" * 100_000,
+        "\\boxed{1}" + " " * 10**6 + "\\boxed{2}",
+        "\\boxed{1} and " * 50_000 + "\\boxed{2}",
         "```python" * 50_000,
     ):
         extract_answer([text])
@@ -203,14 +220,14 @@ def test_values_agree_with_sympy() -> None:
     from latex2sympy2_extended import latex2sympy
     from sympy import N, Symbol
 
-    from torl_mega.reward.answers.expression import _sample
+    from torl_mega.reward.answers.expression import sample
 
     for text in (
         "\\frac{x+2}{7}", "\\sqrt{x^2+1}", "\\sin x \\cos y", "x^{y+1}", "\\frac{\\sqrt{\\sqrt{11}+\\sqrt{194}}}{15+2\\sqrt{33}}",
         "2\\pi x^2", "\\ln x", "e^{x}", "(x-2)(x+2)", "\\frac{1}{3x^{2}}", "\\tan^2 x + 1", "x y - 3 y^2", "-x^2", "\\log_2 x",
     ):  # fmt: skip
         for point in range(NUM_POINTS // 2):
-            there = N(latex2sympy(text).subs({Symbol(n): _sample(n, point) for n in "xy"}), 30)
+            there = N(latex2sympy(text).subs({Symbol(n): sample(n, point) for n in "xy"}), 30)
             here = evaluate(parse(normalize(text)), point)
             assert abs(complex(here) - complex(there)) <= 1e-12 * max(1.0, abs(complex(there))), (text, point)
 

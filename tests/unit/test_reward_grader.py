@@ -16,7 +16,7 @@ from torl_mega.reward.answers.check import grade
 from torl_mega.reward.grader import Grader, Verdict
 
 ROOT = Path(__file__).resolve().parents[2]
-BOMB = ("\\int 10^{10^{9}} dx", "1+\\int 10^{10^{9}} dx")  # math-verify computes the power
+BOMB = ("\\int 9^{10^{10}} dx", "\\int 10^{10^{9}} dx")  # math-verify computes the powers
 
 
 def rows() -> list[tuple[str, str]]:

@@ -2,19 +2,21 @@
 
 Formats, recognised by the file's ending and by the columns of its rows:
 
-    ToRL / verl     data_source, prompt: [{role, content}], reward_model: {ground_truth}, extra_info: {id}
-    plain           problem | question, answer | final_answer | ground_truth; optional id, source
+    ToRL / verl     data_source, prompt: [{role, content}] or text, reward_model: {ground_truth}, extra_info: {id | index}
+    plain           problem | question | prompt, gt_answer | answer | final_answer | ground_truth; optional id, source
     MATH            problem, solution (the answer is the last \\boxed{} of the solution)
     NuminaMath      problem, solution, answer, problem_type, question_type, source
     DeepScaleR      problem, answer, solution
 
 `read_rows` yields raw rows, `to_problem` makes one `Problem` of a row. Neither holds more than one batch of a file in
-memory. Nothing here drops or mends a row: `tools/prepare_data.py` does that and reports it.
+memory. A gold answer is taken out of its dress: a `\\boxed{}` (in a solution the last one), GSM8K's `#### 72`, a JSON list of
+one string. Nothing else here drops or mends a row: `tools/prepare_data.py` does that and reports it.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,9 +28,10 @@ from torl_mega.types import Problem
 Row = Mapping[str, Any]
 
 _LINE_ENDINGS = (".jsonl", ".ndjson")
-_PROBLEM_KEYS = ("problem", "question")
-_ANSWER_KEYS = ("answer", "final_answer", "ground_truth", "expected_answer")
-_ID_KEYS = ("id", "unique_id", "uuid", "problem_id")
+_PROBLEM_KEYS = ("problem", "question", "prompt")
+_ANSWER_KEYS = ("gt_answer", "answer", "final_answer", "ground_truth", "expected_answer")
+_ID_KEYS = ("id", "unique_id", "uuid", "problem_id", "index")
+_LISTED = re.compile(r'\[\s*"((?:[^"\\]|\\.)*)"\s*\]')
 _TEMPLATE_HEAD = "A conversation between User and Assistant."
 _TEMPLATE_ASK = "put your final answer within \\boxed{}.\n"
 
@@ -126,7 +129,7 @@ def to_problem(row: Row, *, path: Path, number: int) -> Problem:
         raise DataError(
             f"{where}: no problem text; expected a column {' or '.join(_PROBLEM_KEYS)}, found {', '.join(map(str, row)) or 'none'}"
         )
-    answer = _first_text(row, _ANSWER_KEYS)
+    answer = _gold(_first_text(row, _ANSWER_KEYS))
     if answer is None and isinstance(row.get("solution"), str):
         answer = last_boxed(row["solution"])
     if answer is None:
@@ -144,6 +147,8 @@ def _default_source(path: Path) -> str:
 
 def _verl_problem(row: Row, *, where: str, default_source: str, number: int) -> Problem:
     messages, reward_model = row.get("prompt"), row.get("reward_model")
+    if isinstance(messages, str):  # the processed DAPO set
+        messages = [{"role": "user", "content": messages}]
     if not isinstance(messages, list) or not messages:
         raise DataError(f"{where}: prompt = {messages!r} is not a list of chat messages, as in the verl format")
     user = [
@@ -151,8 +156,7 @@ def _verl_problem(row: Row, *, where: str, default_source: str, number: int) -> 
     ]
     if not user or not user[-1]["content"].strip():
         raise DataError(f"{where}: prompt holds no message of role user with text")
-    answer = reward_model.get("ground_truth") if isinstance(reward_model, Mapping) else None
-    answer = _as_text(answer)
+    answer = _gold(_as_text(reward_model.get("ground_truth") if isinstance(reward_model, Mapping) else None))
     if answer is None:
         raise DataError(f"{where}: reward_model.ground_truth is missing or empty; expected the gold answer as text")
     source = str(row.get("data_source") or default_source)
@@ -181,11 +185,29 @@ def _first_text(row: Row, keys: tuple[str, ...]) -> str | None:
     return next((text for key in keys if (text := _as_text(row.get(key))) is not None), None)
 
 
+def _gold(text: str | None) -> str | None:
+    """A gold answer out of its dress: the last box of a solution, what stands behind GSM8K's `####`, `["35"]` of Skywork-OR1."""
+    if text is None:
+        return None
+    if listed := _LISTED.fullmatch(text):
+        try:
+            inside = str(json.loads(text)[0])
+        except ValueError:  # `\s` of a command that was not escaped is no JSON
+            inside = "\f"
+        # where JSON reads a control character, `\f` of `\frac`, the list was written without escaping
+        text = str(listed[1]) if re.search(r"[\x00-\x1f]", inside) else inside
+    if "\\boxed" in text:
+        text = last_boxed(text) or ""
+    elif "#### " in text:
+        text = text.rpartition("#### ")[2]
+    return text.strip() or None
+
+
 def _as_text(value: Any) -> str | None:
-    """Text of an answer column: strings and numbers, and lists that hold exactly one of them (OlympiadBench)."""
+    """Text of an answer column: strings and numbers, and lists that hold exactly one of them (OlympiadBench). NaN is none."""
     if isinstance(value, (list, tuple)) and len(value) == 1:
         value = value[0]
-    if isinstance(value, bool) or value is None:
+    if isinstance(value, bool) or value is None or value != value:
         return None
     if isinstance(value, float) and value.is_integer():
         value = int(value)

@@ -1,8 +1,8 @@
 """Finds the policy's final answer in what the policy wrote. Pure text, linear time, no LaTeX is understood here.
 
 What counts is the last `\\boxed{}` (or `\\fbox{}`) outside of code and tool output. A box that never closes means that
-the answer was cut off: then there is no answer, even when an earlier box is complete. Boxes joined by `and` or a comma
-are one answer of several values.
+the answer was cut off: then there is no answer, even when an earlier box is complete. Boxes of one sentence, joined by
+`and`, `or`, a comma, a semicolon or nothing but space, are one answer of several values.
 """
 
 from __future__ import annotations
@@ -12,11 +12,15 @@ from collections.abc import Sequence
 
 _FENCE = re.compile(r"^[ \t]*```[ \t]*(?P<language>[\w+-]*)[^\n]*$", re.MULTILINE)
 _INLINE_OPEN = re.compile(r"```(?P<language>python|output)[ \t]*$", re.MULTILINE)
+_PROSE = frozenset(["", "text", "txt", "plaintext", "latex", "tex", "math", "markdown", "md"])
+_SPACE = r"(?:[\s$]|\\quad|\\[,; ()\[\]])*"
 _JOINED = re.compile(
-    r"[\s$]*(?:\\quad|\\[,; )\]])*[\s$]*(?:,|,?\s*and|,?\s*\\text\{\s*and\s*\})[\s$]*(?:\\quad|\\[,; (\[])*[\s$]*"
+    rf"(?:{_SPACE}(?P<joint>,?\s*(?:and|or|\\text\{{\s*(?:and|or)\s*\}})(?![A-Za-z])|[,;]){_SPACE}|[ $]*(?:\\quad)?[ $]*)"
+    rf"(?P<name>[A-Za-z](?:_\w|_\{{\w+\}})?\s*=\s*)?"
 )
+_NAME = re.compile(r"(?<![\w\\}])[A-Za-z](?:_\w|_\{\w+\})?\s*=\s*$")
 _MAX_NESTED_BOXES = 8
-_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z]) *")
 
 
 def extract_answer(segments: Sequence[str]) -> str | None:
@@ -33,20 +37,17 @@ def extract_answer(segments: Sequence[str]) -> str | None:
 
 
 def without_code(text: str) -> str:
-    """`text` without its fenced blocks. A ```python or ```output block that stays open reaches to the end; a lone bare
-    fence (the policy closing a block that the observation closed already) is just left out."""
-    kept, at, opened_at, opener = [], 0, None, ""
+    """`text` without its fenced programs and outputs; one that stays open reaches to the end.
+
+    A fence without a language, or with one of prose, is just left out with what the policy wrote in it kept: it may close
+    a block that the observation closed already, or frame the answer.
+    """
+    kept, at, in_code = [], 0, False
     for match in _fences(text):
-        if opened_at is None:
+        if not in_code:
             kept.append(text[at : match.start()])
-            opened_at, opener, at = match.end(), match["language"], match.end()
-        elif match["language"] in ("python", "output"):  # a new block inside an open one: that one had no end
-            if not opener:
-                kept.append(text[at : match.start()])
-            opener, at = match["language"], match.end()
-        else:
-            opened_at, at = None, match.end()
-    if opened_at is None or not opener:
+        at, in_code = match.end(), match["language"].lower() not in _PROSE
+    if not in_code:
         kept.append(text[at:])
     return "".join(kept)
 
@@ -70,12 +71,12 @@ def last_boxed(text: str) -> str | None:
 
 
 def _last_outer_box(text: str) -> str | None:
-    """The last box; the last ones together, as a list, where only `and` or a comma stands between them."""
+    """The last box; the last ones of one sentence together, as a list."""
     closing = _closing_braces(text)
     boxes: list[tuple[int, int, int]] = []  # start of the command, start of what follows, end
     at = 0
     while match := _BOX.search(text, at):
-        start = _skip_spaces(text, match.end())
+        start = match.end()
         end = closing.get(start, start) if text[start : start + 1] == "{" else start
         boxes.append((match.start(), start, end))
         at = end + 1 if text[start : start + 1] == "{" else start
@@ -84,20 +85,23 @@ def _last_outer_box(text: str) -> str | None:
     _, start, end = boxes[-1]
     if text[start : start + 1] != "{":
         return re.split(r"[$\n]", text[start:], maxsplit=1)[0].strip().rstrip(".") or None
-    if end == start:
-        return None
-    contents = [text[start + 1 : end]]
+    return None if end == start else _with_joined(text, boxes)
+
+
+def _with_joined(text: str, boxes: list[tuple[int, int, int]]) -> str:
+    """The last box with those before it that belong to its sentence, each with the name before it: `x=3 or x=8`."""
+    _, start, end = boxes[-1]
+    alone = answer = text[start + 1 : end]
     for before, after in zip(reversed(boxes[:-1]), reversed(boxes), strict=False):
-        if before[2] == before[1] or not _JOINED.fullmatch(text, before[2] + 1, after[0]):
+        gap = _JOINED.fullmatch(text[before[2] + 1 : after[0]]) if after[0] - before[2] <= 60 else None
+        content = text[before[1] + 1 : before[2]]
+        if before[2] == before[1] or gap is None or (not gap["joint"] and content == alone):
             break
-        contents.insert(0, text[before[1] + 1 : before[2]])
-    return ", ".join(contents)
-
-
-def _skip_spaces(text: str, at: int) -> int:
-    while text[at : at + 1] == " ":
-        at += 1
-    return at
+        answer = content + (" or " if "or" in (gap["joint"] or "") else ", ") + (gap["name"] or "") + answer
+        start, first = before[1], before[0]
+    if answer is not alone and (name := _NAME.search(text, max(0, first - 20), first)):
+        answer = name[0] + answer
+    return answer
 
 
 def _closing_braces(text: str) -> dict[int, int]:

@@ -33,7 +33,9 @@ class AnswerReward:
     def __init__(self, config: RewardConfig, *, max_response_tokens: int | None = None) -> None:
         self._config = config
         self._max_response_tokens = max_response_tokens
-        self._grader = Grader(config.grader_workers, config.grader_timeout_s, memory_mb=config.grader_memory_mb)
+        self._grader = Grader(
+            config.grader_workers, config.grader_timeout_s, memory_mb=config.grader_memory_mb, checker=config.checker
+        )
 
     @property
     def counters(self) -> Counter[str]:

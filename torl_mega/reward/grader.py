@@ -35,10 +35,10 @@ class Verdict(StrEnum):
 
 
 class Grader:
-    """`workers` checks run at once, each for at most `timeout_s` seconds and with `memory_mb` above the interpreter's own."""
+    """`workers` checks run at once, each at most `timeout_s` s and `memory_mb` above the interpreter's own, by `checker`."""
 
-    def __init__(self, workers: int, timeout_s: float, *, memory_mb: int = 1024) -> None:
-        self._workers, self._timeout_s, self._memory_mb = workers, timeout_s, memory_mb
+    def __init__(self, workers: int, timeout_s: float, *, memory_mb: int = 1024, checker: str = "own") -> None:
+        self._workers, self._timeout_s, self._memory_mb, self._checker = workers, timeout_s, memory_mb, checker
         self._process: asyncio.subprocess.Process | None = None
         self._reader: asyncio.Task[None] | None = None
         self._lock = asyncio.Lock()
@@ -116,7 +116,8 @@ class Grader:
         root = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
         command = [sys.executable, "-m", "torl_mega.reward.grader_process", "--workers", str(self._workers)]
-        command += ["--timeout-s", str(self._timeout_s), "--memory-mb", str(self._memory_mb)]
+        options = {"timeout-s": self._timeout_s, "memory-mb": self._memory_mb, "checker": self._checker}
+        command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
         process = await asyncio.create_subprocess_exec(
             *command,
             stdin=asyncio.subprocess.PIPE,

@@ -71,6 +71,7 @@ class _Pool:
     workers: int
     timeout_s: float
     memory_mb: int
+    checker: str  # a key of check.CHECKERS
     selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
     waiting: list[tuple[int, int, _Job]] = field(
         default_factory=list
@@ -206,7 +207,7 @@ class _Pool:
             inherited = [fd for c in self.children for fd in (c.to_child, c.from_child)]
             for fd in (*inherited, request_write, outcome_read):
                 os.close(fd)
-            _child_main(request_read, outcome_write, self.memory_mb)
+            _child_main(request_read, outcome_write, self.memory_mb, self.checker)
         os.close(request_read)
         os.close(outcome_write)
         child = _Child(pid, request_write, outcome_read)
@@ -230,10 +231,11 @@ class _Pool:
         self.dying = [pid for pid in self.dying if os.waitpid(pid, os.WNOHANG)[0] == 0]
 
 
-def _child_main(request_fd: int, outcome_fd: int, memory_mb: int) -> NoReturn:
+def _child_main(request_fd: int, outcome_fd: int, memory_mb: int, checker: str) -> NoReturn:
     """Answers requests until the pipe closes. Whatever a check raises means that the answer could not be shown right."""
-    from torl_mega.reward.answers.check import grade
+    from torl_mega.reward.answers.check import CHECKERS
 
+    grade = CHECKERS[checker]
     if memory_mb:
         with open("/proc/self/statm") as file:
             used = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
@@ -279,6 +281,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, required=True)
     parser.add_argument("--timeout-s", type=float, required=True)
     parser.add_argument("--memory-mb", type=int, required=True)
+    parser.add_argument("--checker", default="own")
     args = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the trainer, which closes this process in order
     from torl_mega.reward.answers.check import warm_up
@@ -286,7 +289,7 @@ def main() -> None:
     warm_up()
     gc.collect()
     gc.freeze()  # children share these pages
-    pool = _Pool(workers=args.workers, timeout_s=args.timeout_s, memory_mb=args.memory_mb)
+    pool = _Pool(workers=args.workers, timeout_s=args.timeout_s, memory_mb=args.memory_mb, checker=args.checker)
     try:
         _write_all(1, b'"ready"\n')
         pool.serve()

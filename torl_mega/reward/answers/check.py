@@ -1,11 +1,10 @@
 """Is this answer the gold answer? Pure, deterministic, the same in a main process, a thread and a worker.
 
     answer, gold ─► normalize ─► same text? ─► same form (list, interval, matrix, relation …) ─► same scalars, by value
-                                                    └─ gold of a form not read here ─► math-verify
+                                                    └─ one of them is not read ─► math-verify, with its numbers checked
 
 False positives are worse than false negatives: the policy finds and farms them. So an answer is wrong unless it was
-shown right: a prediction that is not understood is wrong whenever the gold one is understood, and only a gold answer
-that is not understood is left to math-verify.
+shown right; math-verify is never asked about two forms that are read and differ.
 
 `check` asks for mathematical equality. `grade` asks besides that the answer is one: that no arithmetic is left to do
 where the gold answer is a number, and that it is not the problem's own expression copied into the box.
@@ -17,47 +16,17 @@ MAX_ANSWER_CHARS are wrong unread. Order does not matter in a bare list of value
 from __future__ import annotations
 
 import re
-from fractions import Fraction
-from typing import Any
 
-import mpmath
-
-from torl_mega.reward.answers import realset
-from torl_mega.reward.answers.expression import NUM_POINTS, close, evaluate, same_everywhere
+from torl_mega.reward.answers.compare import same
 from torl_mega.reward.answers.finished import is_finished
-from torl_mega.reward.answers.forms import (
-    Difference,
-    Form,
-    Items,
-    Matrix,
-    Ratio,
-    Relation,
-    Scalar,
-    Set,
-    Tuple,
-    Union,
-    assigned,
-    is_equation,
-    is_name,
-    last_exact,
-    read_form,
-)
-from torl_mega.reward.answers.normalize import normalize, squeeze
-from torl_mega.reward.answers.scalars import (
-    as_mpf,
-    decimal_comma,
-    is_labelled,
-    read_scalar,
-    same_choice,
-    same_scalar,
-    same_text,
-    text_words,
-)
-from torl_mega.reward.answers.symbolic import ask_math_verify
-from torl_mega.reward.answers.syntax import Node, symbols
-from torl_mega.reward.answers.tokens import Unreadable
+from torl_mega.reward.answers.forms import Form, is_name, letters, read_form, renamed
+from torl_mega.reward.answers.normalize import normalize
+from torl_mega.reward.answers.scalars import CHOICE, read_scalar, same_choice, same_text, text_words
+from torl_mega.reward.answers.symbolic import math_verify_grade, second_opinion
+from torl_mega.reward.answers.syntax import Unreadable, symbols
 
 MAX_ANSWER_CHARS = 1000
+_INFINITE = re.compile(r"\s*[-+]?\s*\\infty\s*")
 
 
 def check(answer: str, gold: str) -> bool:
@@ -67,17 +36,38 @@ def check(answer: str, gold: str) -> bool:
     a, g = normalize(answer), normalize(gold)
     if not a or not g:
         return False
-    if same_text(a, g) or same_choice(a, g) or decimal_comma(a, g):
+    if same_text(a, g) or same_choice(a, g):
         return True
+    form, gold_form = _readable(_constants_as_in(a, g)), _readable(_constants_as_in(g, a))
+    if form is None or gold_form is None:
+        return _without_reading(answer, gold, gold_form)
     try:
-        gold_form = read_form(g)
-        _check_readable(gold_form)
-    except Unreadable:
-        return not is_labelled(g) and ask_math_verify(answer, gold)
-    try:
-        return _same(read_form(a), gold_form) or _list_of_grouped(a, g)
+        if same(form, gold_form):
+            return True
+        # gold `100,200` may be a list after all when the prediction is one
+        listed = form.kind == "list" and gold_form.kind != "list" and "," in g
+        return listed and same(form, read_form(g.replace(",", ", ")))
     except Unreadable:
         return False
+
+
+def _constants_as_in(text: str, other: str) -> str:
+    """sympy's `I` and `E` as i and e where the other side writes these; E alone is a letter to choose."""
+    for printed, constant in (("I", "i"), ("E", "e")):
+        if printed in text and constant in other and text.strip("() ") != "E":
+            own, others = letters(text), letters(other)
+            if printed in own and constant not in own and constant in others and printed not in others:
+                text = renamed(text, printed, constant)
+    return text
+
+
+def _without_reading(answer: str, gold: str, gold_form: Form | None) -> bool:
+    """One of both is not read. A gold answer that is read must be an expression with variables to be asked about."""
+    if gold_form is None:
+        return not CHOICE.match(normalize(gold)) and second_opinion(answer, gold)
+    scalar = gold_form.kind == "scalar" and not _INFINITE.fullmatch(gold_form.text)
+    node = read_scalar(gold_form.text).node if scalar else None
+    return node is not None and bool(symbols(node)) and second_opinion(answer, gold, node)
 
 
 def grade(answer: str, gold: str, problem: str = "") -> bool:
@@ -85,331 +75,46 @@ def grade(answer: str, gold: str, problem: str = "") -> bool:
     return len(answer) <= MAX_ANSWER_CHARS and is_finished(answer, gold, problem) and check(answer, gold)
 
 
+CHECKERS = {"own": grade, "math_verify": math_verify_grade}  # for `reward.checker`
+
+
 def is_understood(gold: str) -> bool:
     """Whether a gold answer is read here: a value, list, interval, matrix or relation, a few words, or a choice letter."""
     text = normalize(gold)
     if not text or len(gold) > MAX_ANSWER_CHARS:
         return False
-    try:
-        _check_readable(read_form(text))
-    except Unreadable:
-        return 1 <= len(text_words(text).split()) <= 4
-    return True
+    return _readable(text) is not None or 1 <= len(text_words(text).split()) <= 4
 
 
 def warm_up() -> None:
     """Pays for imports and parser tables once, before workers are forked."""
     for text in ("5", "\\frac{3}{4}", "(-\\infty,2)\\cup(3,\\infty)", "\\begin{pmatrix}1\\\\2\\end{pmatrix}", "y=2x+3"):
         check(text, "1+x")
-        ask_math_verify(text, "\\sum_{k=1}^{n} k")
+        math_verify_grade(text, text)
+    second_opinion("\\sum_{k=1}^{n} k", "\\sum_{k=1}^{n} k")
 
 
-# ------------------------------------------------------------------------------------------------ forms
-
-
-def _check_readable(form: Form) -> None:
-    """Raises Unreadable when a scalar of the gold answer cannot be evaluated."""
-    if isinstance(form, Scalar):
-        if form.text.replace(" ", "").lstrip("+-") != "\\infty" and not _is_all_reals(form):
-            read_scalar(form.text)
-    elif isinstance(form, Relation):
-        for side in form.sides:
-            if not is_name(side):
-                side_form = read_form(side)
-                if side_form != form:
-                    _check_readable(side_form)
-    elif isinstance(form, Matrix):
-        for cell in (c for row in form.rows for c in row):
-            _check_readable(cell)
-    else:
-        for part in _parts(form):
-            _check_readable(part)
-
-
-def _is_all_reals(form: Form) -> bool:
-    return isinstance(form, Scalar) and form.text.replace(" ", "") == "\\mathbb{R}"
-
-
-def _parts(form: Form) -> tuple[Form, ...]:
-    if isinstance(form, Union):
-        return form.parts
-    if isinstance(form, Difference):
-        return (form.left, form.right)
-    if isinstance(form, Ratio):
-        return form.parts
-    assert isinstance(form, Items | Tuple | Set)
-    return form.items
-
-
-def _same(a: Form, g: Form) -> bool:
-    """Whether the prediction's form `a` states the same as the gold form `g`."""
-    if isinstance(a, Scalar) and isinstance(g, Scalar):
-        return same_scalar(a.text, g.text)
-    if isinstance(a, Matrix) or isinstance(g, Matrix):
-        return isinstance(a, Matrix) and isinstance(g, Matrix) and _same_matrix(a, g)
-    if isinstance(a, Relation) or isinstance(g, Relation):
-        return _same_relation(a, g)
-    if isinstance(a, Tuple) and isinstance(g, Tuple):
-        return _same_tuple(a, g)
-    if isinstance(a, Ratio) or isinstance(g, Ratio):
-        return isinstance(a, Ratio) and isinstance(g, Ratio) and _same_in_order(a.parts, g.parts)
-    if isinstance(a, Union | Difference) or isinstance(g, Union | Difference) or _is_all_reals(a) or _is_all_reals(g):
-        return _same_real_set(a, g)
-    if isinstance(a, Tuple) or isinstance(g, Tuple):
-        return _bare_for_tuple(a, g)
-    return _same_items(a, g)
-
-
-def _same_matrix(a: Matrix, g: Matrix) -> bool:
-    return len(a.rows) == len(g.rows) and all(
-        len(r) == len(s) and all(_same(x, y) for x, y in zip(r, s, strict=True))
-        for r, s in zip(a.rows, g.rows, strict=True)
-    )
-
-
-def _same_tuple(a: Tuple, g: Tuple) -> bool:
-    if len(a.items) != len(g.items):
-        return False
-    if len(g.items) == 2 and (a.opening, a.closing) != (g.opening, g.closing):
-        return False
-    if all(isinstance(item, Relation) for item in (*a.items, *g.items)):
-        return _same_relation_lists(Items(a.items), Items(g.items))
-    return _same_in_order(tuple(_rhs(x) for x in a.items), g.items)
-
-
-def _same_in_order(a: tuple[Form, ...], g: tuple[Form, ...]) -> bool:
-    return len(a) == len(g) and all(_same(x, y) for x, y in zip(a, g, strict=True))
-
-
-def _rhs(form: Form) -> Form:
-    """`x = 3` inside a tuple is 3."""
-    if isinstance(form, Relation) and set(form.operators) == {"="} and is_name(form.sides[0]):
-        return read_form(form.sides[-1])
+def _readable(text: str) -> Form | None:
+    """The form of a normalised answer; None where it or a scalar in it is not read."""
+    try:
+        form = read_form(text)
+        check_readable(form)
+    except Unreadable:
+        return None
     return form
 
 
-def _bare_for_tuple(a: Form, g: Form) -> bool:
-    """`1, 2` for `(1, 2)` and the other way, in order; braces are a set and never a tuple."""
-    items = [form for form in (a, g) if isinstance(form, Items)]
-    pair = [form for form in (a, g) if isinstance(form, Tuple)]
-    if not items or (pair[0].opening, pair[0].closing) not in (("(", ")"), ("[", "]")) or items[0].joint == "or":
-        return False
-    if pair[0].opening == "[" and len(pair[0].items) == 2:
-        return False
-    return len(items[0].items) == len(pair[0].items) and all(
-        _same(_rhs(x), _rhs(y)) for x, y in zip(_parts(a), _parts(g), strict=True)
-    )
-
-
-def _same_items(a: Form, g: Form) -> bool:
-    """Without order and repeats. One thing alone is a list or set of one."""
-    if isinstance(a, Items) and isinstance(g, Items) and (_relations(a) or _relations(g)):
-        return _same_relation_lists(a, g)
-    left, right = (
-        _distinct(_parts(a) if isinstance(a, Items | Set) else (a,)),
-        _distinct(_parts(g) if isinstance(g, Items | Set) else (g,)),
-    )
-    if len(left) != len(right):
-        return False
-    rest = list(left)
-    for gold in right:
-        match = next((x for x in rest if _try_same(x, gold)), None)
-        if match is None:
-            return False
-        rest.remove(match)
-    return True
-
-
-def _distinct(forms: tuple[Form, ...]) -> list[Form]:
-    kept: list[Form] = []
-    for form in forms:
-        if not any(_try_same(form, other) for other in kept):
-            kept.append(form)
-    return kept
-
-
-def _try_same(a: Form, g: Form) -> bool:
-    try:
-        return _same(a, g)
-    except Unreadable:
-        return False
-
-
-def _relations(form: Items) -> bool:
-    return any(isinstance(item, Relation) for item in form.items)
-
-
-def _list_of_grouped(a: str, g: str) -> bool:
-    """Gold `100,200` may be a list after all when the prediction is one."""
-    if "," not in g or not isinstance(read_form(a), Items) or isinstance(read_form(g), Items):
-        return False
-    return _same(read_form(a), read_form(g.replace(",", ", ")))
-
-
-# ------------------------------------------------------------------------------------------------ relations
-
-
-def _same_relation(a: Form, g: Form) -> bool:
-    if isinstance(a, Items) and isinstance(g, Items):
-        return _same_relation_lists(a, g)
-    if isinstance(a, Relation) and isinstance(g, Relation):
-        return _both_relations(a, g)
-    if isinstance(a, Relation) and is_equation(a):
-        value = _stated_value(a)
-        return value is not None and _approximations_agree(a, g, value)
-    if isinstance(g, Relation) and is_equation(g):
-        value = _stated_value(g)
-        return value is not None and _same(a, value)
-    return _same_real_set(a, g)
-
-
-def _both_relations(a: Relation, g: Relation) -> bool:
-    if is_equation(a) != is_equation(g):
-        return False
-    if not is_equation(g):
-        return _same_sides(a, g) or _try_real_set(a, g) or _same_inequality(a, g)
-    if is_name(a.sides[0]) and is_name(g.sides[0]):
-        same_name = squeeze(a.sides[0]) == squeeze(g.sides[0])
-        if same_name:
-            return _same(last_exact(a), last_exact(g))
-    return len(a.sides) == len(g.sides) == 2 and _proportional(a, g, positive=False)
-
-
-def _same_sides(a: Relation, g: Relation) -> bool:
-    return a.operators == g.operators and all(
-        squeeze(x) == squeeze(y) or _try_same(Scalar(x), Scalar(y)) for x, y in zip(a.sides, g.sides, strict=True)
-    )
-
-
-def _stated_value(relation: Relation) -> Form | None:
-    """What a chain comes to: what a name is given, or the one value of all its exact sides. Else None."""
-    return assigned(relation) or _common_value(relation)
-
-
-def _common_value(relation: Relation) -> Form | None:
-    """The last exact side when all of them have one value: 7 of `14/2 = 7`, 22/7 of `22/7 \\approx 3.14`."""
-    exact = relation.sides
-    if "\\approx" in relation.operators:
-        first = relation.operators.index("\\approx")
-        if set(relation.operators[first:]) != {"\\approx"}:
-            return None
-        exact = exact[: first + 1]
-    nodes = [read_scalar(side).node for side in exact]
-    consistent = all(same_everywhere(nodes[0], node) for node in nodes[1:])
-    return read_form(exact[-1]) if consistent else None
-
-
-def _approximations_agree(a: Relation, g: Form, value: Form) -> bool:
-    if _same(value, g):
-        return True
-    if a.operators[-1] != "\\approx" or not isinstance(value, Scalar) or not isinstance(g, Scalar):
-        return False
-    shown = read_form(a.sides[-1])  # 70/9 \approx 7.78 for a gold 7.78: right when it rounds so
-    return isinstance(shown, Scalar) and same_scalar(shown.text, g.text) and _rounds_to(value.text, shown.text)
-
-
-def _rounds_to(exact: str, shown: str) -> bool:
-    x, y = evaluate(read_scalar(exact).node, 0), read_scalar(shown).node
-    if y.kind != "num" or y.value is None:
-        return False
-    with mpmath.workdps(60):
-        half_unit = mpmath.mpf(0.5000001) * mpmath.mpf(10) ** -len(y.name.partition(".")[2])
-        return bool(abs(as_mpf(x) - as_mpf(y.value)) <= half_unit)
-
-
-def _same_relation_lists(a: Items, g: Items) -> bool:
-    """Lists in which names are given values: x = 1, y = 2."""
-    if any(isinstance(i, Relation) and not is_equation(i) for i in (*a.items, *g.items)):
-        return _same_real_set(a, g)
-    if len(a.items) != len(g.items):
-        return False
-    named = [[i.sides[0] if isinstance(i, Relation) else "" for i in form.items] for form in (a, g)]
-    if all(named[0]) and all(named[1]) and len({squeeze(n) for n in named[1]}) == len(named[1]):
-        return all(any(_try_same(x, y) for x in a.items) for y in g.items)
-    values = [[_value_of(i) for i in form.items] for form in (a, g)]
-    if any(v is None for side in values for v in side):
-        return False
-    names = {squeeze(re.sub(r"_.*", "", n)) for side in named for n in side if n}
-    plain = [[v for v in side if v is not None] for side in values]
-    if len(names) > 1:  # x = 1, y = 2 against 1, 2
-        return all(_try_same(x, y) for x, y in zip(*plain, strict=True))
-    return _same_items(Items(tuple(plain[0])), Items(tuple(plain[1])))
-
-
-def _value_of(form: Form) -> Form | None:
-    return assigned(form) if isinstance(form, Relation) else form
-
-
-def _proportional(a: Relation, g: Relation, *, positive: bool) -> bool:
-    """Both equations say f = 0 with the same f up to a factor (a positive one for inequalities)."""
-    f, h = (_difference(relation) for relation in (a, g))
-    if symbols(f) != symbols(h) or not symbols(f):
-        return False
-    ratio: Any = None
-    agreed = 0
-    for point in range(NUM_POINTS):
-        try:
-            x, y = evaluate(f, point), evaluate(h, point)
-        except Unreadable:
-            continue
-        if x == 0 or y == 0:
-            return False
-        quotient = x / y if isinstance(x, Fraction) and isinstance(y, Fraction) else _div(x, y)
-        if ratio is not None and not close(quotient, ratio):
-            return False
-        ratio, agreed = quotient, agreed + 1
-    return agreed >= 3 and (not positive or as_mpf(ratio).real > 0)
-
-
-def _div(x: Any, y: Any) -> Any:
-    with mpmath.workdps(60):
-        return mpmath.mpc(as_mpf(x)) / as_mpf(y)
-
-
-def _difference(relation: Relation) -> Node:
-    left, right = (read_scalar(side).node for side in relation.sides)
-    return Node("add", (left, Node("neg", (right,))))
-
-
-def _same_inequality(a: Relation, g: Relation) -> bool:
-    if len(a.operators) != 1 or len(g.operators) != 1:
-        return False
-    flipped = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
-    if a.operators[0] == g.operators[0]:
-        return _proportional(a, g, positive=a.operators[0] in flipped)
-    if flipped.get(a.operators[0]) == g.operators[0]:
-        return _proportional(Relation((a.sides[1], a.sides[0]), g.operators), g, positive=True)
-    return False
-
-
-def _same_real_set(a: Form, g: Form) -> bool:
-    """Unions, intervals and inequalities in one variable, as sets of real numbers."""
-    x, y = realset.read(a, _endpoint), realset.read(g, _endpoint)
-    if x is None or y is None:
-        return isinstance(a, Union) and isinstance(g, Union) and _same_items(Items(a.parts), Items(g.parts))
-    if x.variable and y.variable and x.variable != y.variable:
-        return False
-    return x.pieces == y.pieces
-
-
-def _try_real_set(a: Form, g: Form) -> bool:
-    try:
-        return _same_real_set(a, g)
-    except Unreadable:
-        return False
-
-
-def _endpoint(text: str) -> Any:
-    """A real endpoint as a number rounded to 40 digits, so that equal ones compare equal."""
-    node = read_scalar(text).node
-    if symbols(node):
-        raise Unreadable("an endpoint with a variable in it")
-    value = evaluate(node, 0)
-    if isinstance(value, Fraction):
-        return value
-    with mpmath.workdps(45):
-        if abs(value.imag) > mpmath.mpf(10) ** -40:
-            raise Unreadable("an endpoint that is not real")
-        if abs(value) >= 10**20:
-            raise Unreadable("an endpoint too large to round")
-        return Fraction(str(mpmath.nstr(value.real, 40, strip_zeros=False)))
+def check_readable(form: Form) -> None:
+    """Raises Unreadable when a scalar of the form is not an expression."""
+    if form.kind == "scalar":
+        if not _INFINITE.fullmatch(form.text):
+            read_scalar(form.text)
+        return
+    parts = form.parts
+    if form.kind == "relation":
+        sides = (read_form(side.text) for side in parts if not is_name(side.text))
+        parts = tuple(side for side in sides if side != form)
+    if form.kind == "cases":
+        parts = tuple(row.parts[0] for row in parts)
+    for part in parts:
+        check_readable(part)

@@ -2,9 +2,11 @@
 
     Node ─evaluate─► exact Fraction where possible, else 60-digit complex number
 
-Two expressions are equal when they agree at every sample point (Schwartz-Zippel, with real points of all sizes and
-signs). That is deterministic, needs no simplification and cannot hang: sizes and exponents are bounded, and what goes
-over a bound or is not defined raises `Unreadable`.
+Two expressions are equal when they agree at every sample point (Schwartz-Zippel). The points fit the expression: real
+numbers of all sizes and signs; whole numbers for what stands in the gold answer under a factorial, in a binomial or as
+exponent of -1; and where `i` does not occur, only points at which everything stays real, as lengths and counts do (roots
+and logarithms of what is negative say nothing). That is deterministic, needs no simplification and cannot hang: sizes and
+exponents are bounded, and what goes over a bound or is not defined raises `Unreadable`.
 
 Limits: powers of negative numbers are principal values, except where an odd root is real. Integer powers above 40,000
 bits are not evaluated.
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
@@ -22,8 +25,7 @@ import mpmath
 from mpmath import mp
 from mpmath.libmp.libhyper import NoConvergence
 
-from torl_mega.reward.answers.syntax import Node, symbols
-from torl_mega.reward.answers.tokens import Unreadable
+from torl_mega.reward.answers.syntax import WHOLE, Node, Unreadable, symbols
 
 _MAX_BITS = 40_000
 _MAX_EXPONENT = 10**7
@@ -32,45 +34,78 @@ _CLOSE = mpmath.mpf(10) ** -45
 
 Value = Fraction | mpmath.mpc
 
-_SCALES = (
-    1,
-    7,
-    Fraction(1, 5),
-    40,
-    1,
-    9,
-    Fraction(1, 3),
-    60,
-)  # samples of all sizes; positive ones, then of mixed sign
+# samples of all sizes; positive ones, then of mixed sign
+_SCALES = (1, 7, Fraction(1, 5), 40, 1, 9, Fraction(1, 3), 60, Fraction(1, 20), 2)
+_WHOLE_SCALES = (5, 12, 9, 40, 3, 25)
 NUM_POINTS = len(_SCALES)
+_NUM_WHOLE_POINTS = 24  # several names must come in every order, as for d!/(d-k)!
+_COUNTED_NAMES = frozenset("\\" + name for name in WHOLE) | frozenset("k l m n p N M K".split())
 
 
-def evaluate(node: Node, point: int) -> Value:
+@dataclass(frozen=True, slots=True)
+class Point:
+    """Where an expression is evaluated: at sample number `index`, with whole numbers for the names in `whole`."""
+
+    index: int
+    whole: frozenset[str] = frozenset()
+    real: bool = False  # whether a step that leaves the real numbers is not defined
+
+
+def evaluate(node: Node, point: int | Point) -> Value:
     """The value with each symbol at its number for `point` in range(NUM_POINTS). Raises Unreadable where undefined."""
     with mp.workdps(_DIGITS):
         try:
-            return _tidy(_eval(node, point))
+            value = _eval(node, Point(point) if isinstance(point, int) else point)
         except (ZeroDivisionError, ValueError, OverflowError, TypeError, NoConvergence):
             raise Unreadable("not defined") from None
+    if not isinstance(value, Fraction) and not (mpmath.isfinite(value.real) and mpmath.isfinite(value.imag)):
+        raise Unreadable("not finite")
+    return value
 
 
 def same_everywhere(a: Node, b: Node) -> bool:
     """Equal at every point where both are defined, at three of them at least. Raises Unreadable when there are fewer."""
-    names = symbols(a) | symbols(b)
-    if not names:
+    if not (symbols(a) | symbols(b)):
         return close(evaluate(a, 0), evaluate(b, 0))
+    if not (_holds(a, "const", "i") or _holds(b, "const", "i")):
+        verdict = _agree(a, b, real=True)
+        if verdict is not None:
+            return verdict
+    verdict = _agree(a, b, real=False)
+    if verdict is None:
+        raise Unreadable("defined at too few points")
+    return verdict
+
+
+def _agree(a: Node, b: Node, *, real: bool) -> bool | None:
+    """Whether both have one value at all points where both are defined; None where these are too few.
+
+    What stands for whole numbers is up to the gold answer `b`. Under `|x|` signs are what the answer is about: there a point
+    at which only one is defined counts as a difference.
+    """
+    whole = whole_names(b)
+    signs_matter = real and (_holds(a, "fn", "abs") or _holds(b, "fn", "abs"))
+    points = [Point(index, whole, real) for index in range(_NUM_WHOLE_POINTS if whole else NUM_POINTS)]
+    if any(_holds(node, "fn", name) for node in (a, b) for name in ("floor", "ceil")):  # they jump at whole numbers
+        points += [Point(index, symbols(a) | symbols(b), real) for index in range(NUM_POINTS)]
     agreed = 0
-    for point in range(NUM_POINTS):
-        try:
-            x, y = evaluate(a, point), evaluate(b, point)
-        except Unreadable:
+    for point in points:
+        x, y = _defined(a, point), _defined(b, point)
+        if x is None or y is None:
+            if signs_matter and (x is None) != (y is None):
+                return False
             continue
         if not close(x, y):
             return False
         agreed += 1
-    if agreed < 3:
-        raise Unreadable("defined at too few points")
-    return True
+    return True if agreed >= 3 else None
+
+
+def _defined(node: Node, point: Point) -> Value | None:
+    try:
+        return evaluate(node, point)
+    except Unreadable:
+        return None
 
 
 def close(a: Value, b: Value) -> bool:
@@ -82,31 +117,48 @@ def close(a: Value, b: Value) -> bool:
         return abs(x - y) <= _CLOSE * max(abs(x), abs(y))
 
 
-def _eval(node: Node, point: int) -> Value:
+def whole_names(node: Node) -> frozenset[str]:
+    """The names that stand for whole numbers: under `!`, in binomials, in a power of -1, and n, k, m under a floor."""
+    if node.kind == "sym":
+        return frozenset({node.name} & {"\\" + name for name in WHOLE})
+    own: frozenset[str] = frozenset()
+    if node.kind == "fn" and node.name in ("factorial", "binom"):
+        own = symbols(node)
+    elif node.kind == "fn" and node.name in ("floor", "ceil"):
+        own = symbols(node) & _COUNTED_NAMES
+    elif node.kind == "pow" and node.args[0].kind == "neg" and not symbols(node.args[0]):
+        own = symbols(node.args[1])
+    return own.union(*(whole_names(a) for a in node.args))
+
+
+def _holds(node: Node, kind: str, name: str) -> bool:
+    return (node.kind == kind and node.name == name) or any(_holds(a, kind, name) for a in node.args)
+
+
+def _eval(node: Node, point: Point) -> Value:
     if node.kind == "num":
         assert node.value is not None
         return _bounded(node.value)
     if node.kind == "sym":
-        return _sample(node.name, point)
+        return sample(node.name, point.index, node.name in point.whole)
     if node.kind == "const":
         return mpmath.mpc({"pi": mp.pi, "e": mp.e, "i": mpmath.mpc(0, 1)}[node.name])
-    if node.kind == "fn":
-        return _call(node.name, [_eval(a, point) for a in node.args])
     args = [_eval(a, point) for a in node.args]
+    if node.kind in ("fn", "pow"):
+        value = _call(node.name, args) if node.kind == "fn" else _pow(args[0], args[1])
+        if point.real and isinstance(value, mpmath.mpc) and value.imag != 0:
+            raise Unreadable("not a real number")
+        return value
     if node.kind == "neg":
         return -args[0]
-    if node.kind == "add":
-        return _sum(args)
-    if node.kind == "mixed":
+    if node.kind in ("add", "mixed"):
         return _sum(args)
     if node.kind == "mul":
         return _mul(args[0], args[1])
-    if node.kind == "div":
-        if args[1] == 0:
-            raise ZeroDivisionError
-        return _mul(args[0], 1 / args[1])
-    assert node.kind == "pow"
-    return _pow(args[0], args[1])
+    assert node.kind == "div"
+    if args[1] == 0:
+        raise ZeroDivisionError
+    return _mul(args[0], 1 / args[1])
 
 
 def _sum(args: list[Value]) -> Value:
@@ -164,10 +216,8 @@ def _call(name: str, args: list[Value]) -> Value:
     if name in ("log", "ln", "lg"):
         if z == 0:
             raise ZeroDivisionError
-        base = _float(args[1]) if len(args) > 1 else None
-        if base is None and name == "lg":
-            base = mpmath.mpc(10)
-        return mpmath.log(z) if base is None else mpmath.log(z) / mpmath.log(base)
+        base = args[1] if len(args) > 1 else Fraction(10) if name == "lg" else None
+        return mpmath.log(z) if base is None else mpmath.log(z) / mpmath.log(_float(base))
     if abs(z) > 10**6:
         raise Unreadable("argument too large")
     result = mpmath.mpc(getattr(mpmath, name)(z))
@@ -175,31 +225,23 @@ def _call(name: str, args: list[Value]) -> Value:
 
 
 def _root(x: Value, exponent: Value) -> Value:
-    if isinstance(x, Fraction) and x >= 0 and isinstance(exponent, Fraction) and exponent.numerator == 1:
-        degree = exponent.denominator
-        exact = _exact_root(x.numerator, degree), _exact_root(x.denominator, degree)
-        if exact[0] is not None and exact[1] is not None:
-            return Fraction(exact[0], exact[1])
-    if isinstance(x, Fraction) and x < 0 and isinstance(exponent, Fraction) and exponent.denominator % 2:
+    if not isinstance(x, Fraction) or not isinstance(exponent, Fraction):
+        return _pow(x, exponent)
+    if x < 0 and exponent.denominator % 2:
         return -_root(-x, exponent)  # the real odd root, as everybody writes it
+    degree = exponent.denominator
+    if x >= 0 and exponent.numerator == 1 and degree <= 64:
+        top, bottom = (int(mpmath.nint(mpmath.root(n, degree))) for n in (x.numerator, x.denominator))
+        if top**degree == x.numerator and bottom**degree == x.denominator:
+            return Fraction(top, bottom)
     return _pow(x, exponent)
 
 
-def _exact_root(n: int, degree: int) -> int | None:
-    if degree > 64:
-        return None
-    guess = int(mpmath.nint(mpmath.root(n, degree)))
-    return guess if guess**degree == n else None
-
-
 def _factorial(x: Value) -> Value:
-    if isinstance(x, Fraction) and x.denominator == 1 and 0 <= x <= 3000:
-        return Fraction(math.factorial(int(x)))
-    if isinstance(x, Fraction):
+    whole = isinstance(x, Fraction) and x.denominator == 1
+    if (whole and not 0 <= x <= 3000) or abs(_float(x)) > 3000:
         raise Unreadable("factorial out of range")
-    if abs(_float(x)) > 1000:
-        raise Unreadable("factorial out of range")
-    return mpmath.mpc(mpmath.factorial(_float(x)))
+    return Fraction(math.factorial(int(x))) if whole else mpmath.mpc(mpmath.factorial(_float(x)))
 
 
 def _binomial(n: Value, k: Value) -> Value:
@@ -220,18 +262,15 @@ def _float(x: Value) -> Any:
     return mpmath.mpc(mpmath.mpf(x.numerator) / x.denominator) if isinstance(x, Fraction) else mpmath.mpc(x)
 
 
-def _tidy(x: Value) -> Value:
-    if isinstance(x, Fraction):
-        return x
-    if not (mpmath.isfinite(x.real) and mpmath.isfinite(x.imag)):
-        raise Unreadable("not finite")
-    return x
-
-
-@lru_cache(maxsize=4096)
-def _sample(name: str, point: int) -> Fraction:
-    """A fixed fraction for a symbol, of the point's size; positive at the first points, of either sign at the others."""
-    digest = hashlib.blake2b(f"{name}:{point}".encode(), digest_size=8).digest()
+@lru_cache(maxsize=8192)
+def sample(name: str, index: int, whole: bool = False) -> Fraction:
+    """A fixed number for a symbol, of the point's size; positive at the first points, of either sign at the others."""
+    digest = hashlib.blake2b(f"{name}:{index}".encode(), digest_size=8).digest()
     share = int.from_bytes(digest[:4], "big") / 2**32
-    value = Fraction(501 + int(share * 2497), 997) * _SCALES[point]
-    return -value if point >= NUM_POINTS // 2 and digest[7] % 2 else value
+    if whole:
+        value = Fraction(1 + int(share * _WHOLE_SCALES[index % len(_WHOLE_SCALES)]))
+        negative = name.startswith("\\whole") and index >= _NUM_WHOLE_POINTS // 2
+    else:
+        value = Fraction(501 + int(share * 2497), 997) * _SCALES[index % NUM_POINTS]
+        negative = index % NUM_POINTS >= NUM_POINTS // 2
+    return -value if negative and digest[7] % 2 else value

@@ -12,9 +12,8 @@ import mpmath
 
 from torl_mega.reward.answers.expression import evaluate, same_everywhere
 from torl_mega.reward.answers.normalize import squeeze
-from torl_mega.reward.answers.syntax import Node, has_decimal, parse, symbols
-from torl_mega.reward.answers.tokens import Unreadable
-from torl_mega.reward.answers.units import Quantity, contradict, split_letter_unit, split_unit
+from torl_mega.reward.answers.syntax import Node, Unreadable, has_decimal, parse, symbols
+from torl_mega.reward.answers.units import Quantity, contradict, split_letters, split_unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,21 +34,45 @@ def read_scalar(text: str) -> ScalarValue:
     except Unreadable:
         node, quantity = parse(text), Quantity(text, "", False)
     if quantity.scale:
-        scale = 10**quantity.scale
-        node = Node("mul", (node, Node("num", name=str(scale), value=Fraction(scale))))
+        scale = Fraction(10**quantity.scale)
+        if node.kind == "num" and node.value is not None:  # 1.2 million is a number, exact to the last digit
+            node = Node("num", name=str(node.value * scale), value=node.value * scale)
+        else:
+            node = Node("mul", (node, Node("num", name=str(scale), value=scale)))
     return ScalarValue(node, quantity)
 
 
 def same_scalar(a: str, g: str) -> bool:
+    """Whether two scalars state the same: as text, or by value with units that do not contradict each other."""
     if same_text(a, g) or squeeze(a).removeprefix("+") == squeeze(g).removeprefix("+"):
         return True
     x, y = read_scalar(a), read_scalar(g)
-    if symbols(x.node) and not symbols(y.node) and (quantity := split_letter_unit(a)) is not None:
-        x = ScalarValue(parse(quantity.body), quantity)
+    if _same_quantity(x, y):
+        return True
+    unit, gold_unit = letters_as_unit(a), letters_as_unit(g)
+    if gold_unit is not None and (gold_unit[1] == 2 or x.quantity.unit == gold_unit[0].quantity.unit):
+        y = gold_unit[0]
+    if unit is not None and not symbols(y.node) and (unit[1] or y.quantity.unit == unit[0].quantity.unit):
+        x = unit[0]
+    return (unit is not None or gold_unit is not None) and _same_quantity(x, y)
+
+
+def letters_as_unit(text: str) -> tuple[ScalarValue, int] | None:
+    """The scalar with its last bare letters read as a unit, and how likely they are one; None where they cannot be."""
+    split = split_letters(text)
+    if split is None:
+        return None
+    node = parse(split[0].body)
+    return None if symbols(node) else (ScalarValue(node, split[0]), split[1])
+
+
+def _same_quantity(x: ScalarValue, y: ScalarValue) -> bool:
     unit, gold_unit = x.quantity.unit, y.quantity.unit
     if contradict(x.quantity, y.quantity):
         return False
-    if _equal(x.node, y.node) and not (unit == "percent" and not gold_unit and _at_most_one(y.node)):
+    # for a gold 28, `28%` is meant to be 28; where the gold number is a share, `0.28%` is not 0.28
+    share = unit == "percent" and not gold_unit and not symbols(y.node) and evaluate(y.node, 0).real <= 1
+    if _equal(x.node, y.node) and not share:
         return True
     if (unit == "percent") != (gold_unit == "percent"):
         hundred = Node("num", name="100", value=Fraction(100))
@@ -59,20 +82,11 @@ def same_scalar(a: str, g: str) -> bool:
     return False
 
 
-def _at_most_one(node: Node) -> bool:
-    """Whether a gold number is a share, so that `0.28%` is not 0.28; for a gold 28, `28%` is meant to be 28."""
-    if symbols(node):
-        return False
-    value = evaluate(node, 0)
-    return (value if isinstance(value, Fraction) else value.real) <= 1
-
-
 def _equal(a: Node, g: Node) -> bool:
-    if symbols(a) != symbols(g) and not (symbols(a) and symbols(g)):
+    if bool(symbols(a)) != bool(symbols(g)):
         return False
-    if same_everywhere(a, g):
-        return True
-    return (has_decimal(a) or has_decimal(g)) and not symbols(g) and not symbols(a) and _approximately(a, g)
+    decimal = not symbols(g) and (has_decimal(a) or has_decimal(g))
+    return same_everywhere(a, g) or (decimal and _approximately(a, g))
 
 
 def _approximately(a: Node, g: Node) -> bool:
@@ -95,9 +109,8 @@ def _decimals(node: Node) -> int:
     """Digits behind the point of a number written as a decimal; 0 for anything else."""
     if node.kind == "neg":
         return _decimals(node.args[0])
-    return (
-        len(node.name.partition(".")[2]) if node.kind == "num" and has_decimal(node) and node.name[-1].isdigit() else 0
-    )
+    written = node.kind == "num" and has_decimal(node) and node.name[-1].isdigit()
+    return len(node.name.partition(".")[2]) if written else 0
 
 
 def same_text(a: str, g: str) -> bool:
@@ -117,32 +130,35 @@ def text_words(text: str) -> str:
     return " ".join(re.sub(r"[,.\-]", " ", plain).lower().split()).removeprefix("the ")
 
 
-_CHOICE = re.compile(r"(?:\(\s*([A-Z])\s*\)|([A-Z])\s*\)|([A-Z])(?:[.:]|$))(?:\s+(?!\W*[A-Z]\W*$)|$)")
+_LABEL = re.compile(r"\(\s*[A-Z]\s*\)|\b[A-Z]\s*\)|\b[A-Z][.:]")
+CHOICE = re.compile(r"(?:\(\s*([A-Z])\s*\)|([A-Z])\s*\)|([A-Z])(?:[.:]|$))(?:\s+(?!\W*[A-Z]\W*$)|$)")
+_CALLED = re.compile(r"^(?:\\text\s*\{)?\s*(?:option|choice|answer)\s*:?\s*\}?\s*(?=\(?[A-H]\b)", re.IGNORECASE)
+_TAKEN_BACK = re.compile(
+    rf"{_LABEL.pattern}|(?i:\b(?:or|and|not|nor|neither|wrong|incorrect|false|except|but|unless|maybe|either|both)\b|n't)"
+)
 
 
 def same_choice(a: str, g: str) -> bool:
-    """(C) or C, the letter alone, on one side; on the other it too, or with what it stands for behind it, `(C) 12`."""
+    """(C) or C, the letter alone, on one side; on the other it too, or with what it stands for behind it, `(C) 12`.
+
+    A second letter or a denial behind it takes it back.
+    """
+    a = _CALLED.sub("", a)
     for letter, labelled in ((g, a), (a, g)):
-        alone, found = re.fullmatch(r"\(?\s*([A-H])\s*\)?", letter), _CHOICE.match(labelled)
+        alone, found = re.fullmatch(r"\(?\s*([A-H])\s*\)?", letter), CHOICE.match(labelled)
         if alone is not None and found is not None and alone[1] in found.groups():
-            return True
+            return not (_TAKEN_BACK if labelled is a else _LABEL).search(labelled, found.end())
     return False
 
 
-def is_labelled(g: str) -> bool:
-    """A choice letter with what it stands for behind it, `(C) 12`: only its letter or its very text is right."""
-    return _CHOICE.match(g) is not None
+_DECIMAL_COMMA = re.compile(r"(?:[A-Za-z]\w*\s*=\s*)?[-+]?[0-9]+,[0-9]+(?![0-9]*[,;])", re.ASCII)
 
 
-def decimal_comma(a: str, g: str) -> bool:
-    """`2,74` for 2.74: only when the other side is written as that very decimal. `1,234` is never 1.234."""
-    pairs = ((a, g), (g, a))
-    return any(
-        re.fullmatch(r"-?[0-9]+,[0-9]+", comma) is not None
-        and re.fullmatch(r"-?[1-9][0-9]{0,2},[0-9]{3}", comma) is None
-        and comma.replace(",", ".") == point
-        for comma, point in pairs
-    )
+def with_point(a: str, g: str) -> str | None:
+    """`2,74` as 2.74 for a gold answer written with a point; `1,234` is never 1.234, and `3,4` are two values for any other."""
+    if "." not in g or "," in g or re.fullmatch(r"-?[1-9][0-9]{0,2},[0-9]{3}", a) or not _DECIMAL_COMMA.match(a):
+        return None
+    return a.replace(",", ".")
 
 
 def as_mpf(x: Any) -> Any:

@@ -5,172 +5,57 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+# the first word of each is the unit's name
 _UNITS = {
-    "percent": "% percent percentage pct",
-    "degree": "degree degrees deg",
-    "dollar": "dollar dollars usd bucks",
-    "cent": "cent cents",
-    "euro": "euro euros eur €",
-    "pound": "pound pounds lb lbs",
-    "yuan": "yuan rmb",
-    "rupee": "rupee rupees rs",
-    "m": "m meter meters metre metres",
-    "cm": "cm centimeter centimeters centimetre centimetres",
-    "mm": "mm millimeter millimeters",
-    "km": "km kilometer kilometers kilometre kilometres",
-    "in": "in inch inches",
-    "ft": "ft foot feet",
-    "yd": "yd yard yards",
-    "mi": "mi mile miles",
-    "s": "s sec secs second seconds",
-    "min": "min mins minute minutes",
-    "h": "h hr hrs hour hours",
-    "day": "day days",
-    "week": "week weeks",
-    "month": "month months",
-    "year": "year years yr yrs",
-    "g": "g gram grams",
-    "kg": "kg kilogram kilograms",
-    "mg": "mg milligram milligrams",
-    "oz": "oz ounce ounces",
-    "l": "l liter liters litre litres",
-    "ml": "ml milliliter milliliters",
-    "gal": "gal gallon gallons",
-    "radian": "radian radians rad",
+    words.split()[0]: words.split()
+    for words in (
+        "percent % percentage pct; degree degrees deg; dollar dollars usd bucks; cent cents; euro euros eur €; yuan rmb;"
+        "pound pounds lb lbs; rupee rupees rs; m meter meters metre metres; cm centimeter centimeters centimetre centimetres;"
+        "mm millimeter millimeters; km kilometer kilometers kilometre kilometres; in inch inches; ft foot feet; yd yard yards;"
+        "mi mile miles; s sec secs second seconds; min mins minute minutes; h hr hrs hour hours; day days; week weeks;"
+        "month months; year years yr yrs; g gram grams; kg kilogram kilograms; mg milligram milligrams; oz ounce ounces;"
+        "l liter liters litre litres; ml milliliter milliliters; gal gallon gallons; radian radians rad"
+    ).split(";")
 }
-_CANONICAL_UNIT = {word: unit for unit, words in _UNITS.items() for word in words.split()} | {
+_CANONICAL_UNIT = {word: unit for unit, words in _UNITS.items() for word in words} | {
     "mph": "mi h",
-    **dict.fromkeys(("kmh", "kmph", "kph", "km/h"), "km h"),
     "m/s": "m s",
+    **dict.fromkeys(("kmh", "kmph", "kph", "km/h"), "km h"),
 }
-_COUNTED = [
-    "unit",
-    "units",
-    "people",
-    "person",
-    "persons",
-    "student",
-    "students",
-    "way",
-    "ways",
-    "apple",
-    "apples",
-    "ball",
-    "balls",
-    "point",
-    "points",
-    "square",
-    "squares",
-    "sq",
-    "cubic",
-    "integer",
-    "integers",
-    "solution",
-    "solutions",
-    "digit",
-    "digits",
-    "side",
-    "sides",
-    "edge",
-    "edges",
-    "vertex",
-    "vertices",
-    "marble",
-    "marbles",
-    "coin",
-    "coins",
-    "book",
-    "books",
-    "page",
-    "pages",
-    "time",
-    "times",
-    "game",
-    "games",
-    "car",
-    "cars",
-    "triangle",
-    "triangles",
-    "term",
-    "terms",
-    "number",
-    "numbers",
-    "pair",
-    "pairs",
-    "child",
-    "children",
-    "boy",
-    "boys",
-    "girl",
-    "girls",
-    "men",
-    "women",
-    "ticket",
-    "tickets",
-    "step",
-    "steps",
-    "block",
-    "blocks",
-    "tile",
-    "tiles",
-    "arrangement",
-    "arrangements",
-    "value",
-    "values",
-    "per",
-    "a",
-    "an",
-    "the",
-    "of",
-    "each",
-    "outcomes",
-    "possibilities",
-    "combinations",
-    "sets",
-    "set",
-    "sequences",
-    "sequence",
-    "subsets",
-    "subset",
-    "factor",
-    "factors",
-    "divisor",
-    "divisors",
-    "zeros",
-    "zeroes",
-    "cookies",
-    "candies",
-    "pieces",
-    "cards",
-    "card",
-    "handshakes",
-    "paths",
-    "path",
-    "hats",
-    "pencils",
-    "pens",
-    "cookie",
-    "base",
-    "total",
-]
-_BARE = sorted((w for w in {*_CANONICAL_UNIT, *_COUNTED} if len(w) > 1), key=len, reverse=True)
-_ANY_WORD = "|".join(map(re.escape, _BARE))
-_TRAILING_WORDS = re.compile(
-    rf"(?<=[0-9}})\s])\s*((?:{_ANY_WORD})(?:\s+(?:{_ANY_WORD}))*)\s*(\^\s*\{{?[23]\}}?)?$", re.IGNORECASE | re.ASCII
+_COUNTED = frozenset(
+    (
+        "unit units people person persons student students way ways apple apples ball balls point points square squares "
+        "sq cubic integer integers solution solutions digit digits side sides edge edges vertex vertices marble marbles "
+        "coin coins book books page pages time times game games car cars triangle triangles term terms number numbers pair "
+        "pairs child children boy boys girl girls men women ticket tickets step steps block blocks tile tiles arrangement "
+        "arrangements value values per a an the of each outcomes possibilities combinations sets set sequences sequence "
+        "subsets subset factor factors divisor divisors zeros zeroes cookies candies pieces cards card handshakes paths "
+        "path hats pencils pens cookie base total"
+    ).split()
 )
-_TRAILING_TEXT = re.compile(r"\s*\\text\s*\{([^{}]*)\}\s*(?:\(s\))?\s*(\^\s*\{?[23]\}?)?$", re.ASCII)
+_SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_BARE = sorted((w for w in {*_CANONICAL_UNIT, *_COUNTED, *_SCALES} if len(w) > 1), key=len, reverse=True)
+_ANY_WORD = "|".join(map(re.escape, _BARE))
+_POWER = r"(\^\s*\{?[23]\}?)?"
+_TRAILING_WORDS = re.compile(
+    rf"(?<=[0-9}})\s])\s*((?:{_ANY_WORD})(?:\s+(?:{_ANY_WORD}))*)\s*{_POWER}$", re.IGNORECASE | re.ASCII
+)
+_TRAILING_TEXT = re.compile(rf"\s*\\text\s*\{{([^{{}}]*)\}}\s*(?:\(s\))?\s*{_POWER}$", re.ASCII)
+_TRAILING_BRACKET = re.compile(r"(?<=[0-9}])\s*\(\s*(?:\\text\s*\{)?\s*([^\W\d_]+(?:\s[^\W\d_]+)*)\s*\}?\s*\)()$")
+_LETTERS = "m g s h L cm mm km in ft yd mi hr yr kg mg oz ml lb rs m/s km/h"
+_BARE_LETTERS = re.compile(
+    rf"(.*?(?:[0-9}})\]]|\\pi))(\s*)({'|'.join(sorted(_LETTERS.split(), key=len, reverse=True))})\s*{_POWER}", re.ASCII
+)
+_PLAIN_NUMBER = re.compile(r"-?(?:[0-9][0-9.,]*|\\frac\s*\{[0-9]+\}\s*\{[0-9]+\}|[0-9]+\s*/\s*[0-9]+)", re.ASCII)
 _NO_UNIT = re.compile(  # words that change the number before them, or take it back
     r"\b(?:or|and|not|no|nor|but|wrong|incorrect|false|maybe|except|more|less|most|least|than|over|divided|plus|minus"
     r"|negative|point|pi|squared|cubed|root|factorial|base|hal(?:f|ves)|thirds?|fourths?|fifths?|tenths?|quarters?"
     r"|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|dozens?|score|hundreds?|hundredths?)\b"
-    r"|(?<![a-z^])[0-9]|[04-9]",
+    r"|n't|(?<![a-z^])[0-9]|[04-9]",
     re.ASCII,
 )
-_LETTER_UNIT = re.compile(r"(-?[0-9][0-9.,]*) ([mgshL])(\^\s*\{?[23]\}?)?", re.ASCII)
-_SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_TRAILING_SCALE = re.compile(
-    r"\s*(?:\\text\s*\{\s*)?(thousand|million|billion|trillion)\s*\}?$", re.IGNORECASE | re.ASCII
-)
+_LONG_WORD = re.compile(r"[a-z]{3}|^sq\b", re.IGNORECASE)  # what is shorter may be a product of variables
+_SUFFIXES = {"\\degree": "degree", "%": "percent", "\\dollar": "dollar", "€": "euro", "£": "pound"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,25 +71,19 @@ class Quantity:
 def split_unit(text: str) -> Quantity:
     """`15 \\text{ cm}^2` -> 15 and cm^2; `\\dollar 18.90` -> 18.90 and dollar. A text that is all words keeps them."""
     body, units, scale = text.strip(), [], 0
-    if body.startswith(("\\dollar", "€", "£")):
-        units.append({"\\": "dollar", "€": "euro", "£": "pound"}[body[0]])
-        body = body.removeprefix("\\dollar").lstrip("€£ ")
-    elif body.startswith(("-\\dollar", "- \\dollar")):
-        units.append("dollar")
-        body = "-" + body.split("\\dollar", 1)[1].strip()
+    if currency := re.match(r"(-?)\s*(\\dollar|€|£)\s*", body):
+        units.append(_SUFFIXES[currency[2]])
+        body = currency[1] + body[currency.end() :]
     for _ in range(6):
         rest, unit = _drop_one_unit(body)
         if rest is None or not rest:
             break
-        body = rest
-        if unit in _SCALES:
-            scale += _SCALES[unit]
-        elif unit:
-            units.insert(0, unit)
+        first, _, others = unit.partition(" ")
+        body, scale = rest, scale + _SCALES.get(first, 0)  # million dollars
+        units.insert(0, others if first in _SCALES else unit)
     unit = _canonical(units)
-    return Quantity(
-        body.strip(), unit, bool(unit) and all(p in _UNITS for p in re.sub(r"\^[23]", "", unit).split()), scale
-    )
+    known = bool(unit) and all(part in _UNITS for part in re.sub(r"\^[23]", "", unit).split())
+    return Quantity(body.strip(), unit, known, scale)
 
 
 def contradict(a: Quantity, g: Quantity) -> bool:
@@ -214,37 +93,35 @@ def contradict(a: Quantity, g: Quantity) -> bool:
     return (a.known and g.known) or not set(a.unit.split()) & set(g.unit.split())
 
 
-def split_letter_unit(text: str) -> Quantity | None:
-    """`5 m` and `5 m^2`, for where the answer is a number and m no variable; None for `5m` and anything else."""
-    match = _LETTER_UNIT.fullmatch(text.strip())
+def split_letters(text: str) -> tuple[Quantity, int] | None:
+    """The quantity when the bare letters at the end are a unit, and how likely they are one.
+
+    Letters without \\text are a unit or a product of variables. 0: a letter joined to what is before it, `5m`; 1: `5 m`,
+    `5cm`; 2: two letters set apart from a plain number, `35 cm`.
+    """
+    match = _BARE_LETTERS.fullmatch(text.strip())
     if match is None:
         return None
-    power = re.sub(r"[^0-9]", "", match[3] or "")
-    unit = _CANONICAL_UNIT[match[2].lower()] + (f"^{power}" if power else "")
-    return Quantity(match[1], unit, known=True)
+    body, space, letters, power = match[1].strip(), match[2], match[3], re.sub(r"[^0-9]", "", match[4] or "")
+    likely = int(len(letters) > 1) + bool(space)
+    if likely == 2 and not _PLAIN_NUMBER.fullmatch(body):
+        likely = 1
+    return Quantity(body, _canonical([letters.lower() + (f"^{power}" if power else "")]), known=True), likely
 
 
 def _drop_one_unit(body: str) -> tuple[str | None, str]:
-    for suffix, unit in (
-        ("\\degree", "degree"),
-        ("%", "percent"),
-        ("\\dollar", "dollar"),
-        ("€", "euro"),
-        ("£", "pound"),
-    ):
+    for suffix, unit in _SUFFIXES.items():
         if body.endswith(suffix):
             return body[: -len(suffix)].strip(), unit
-    if match := _TRAILING_SCALE.search(body):
-        return body[: match.start()].strip(), match[1].lower()
-    match = _TRAILING_TEXT.search(body) or _TRAILING_WORDS.search(body)
+    match = _TRAILING_TEXT.search(body) or _TRAILING_BRACKET.search(body) or _TRAILING_WORDS.search(body)
     if match is None:
         return None, ""
-    power = re.sub(r"[^0-9]", "", match[2] or "")
     words = match[1].strip().lower().strip(".()")
-    if _NO_UNIT.search(words):
+    bare = match.re is _TRAILING_WORDS and not _LONG_WORD.search(words)
+    product = match.re is _TRAILING_BRACKET and words.isascii() and len(words) < (2 if words in _CANONICAL_UNIT else 4)
+    if bare or product or _NO_UNIT.search(words):  # 9 (x) is a product
         return None, ""
-    if words in _SCALES:
-        return body[: match.start()].strip(), words
+    power = re.sub(r"[^0-9]", "", match[2] or "")
     return body[: match.start()].strip(), words + (f"^{power}" if power else "")
 
 
