@@ -72,9 +72,8 @@ def launch_env(config: Config, *, gpu_ids: Sequence[int], base: dict[str, str] |
     env.setdefault(
         "TORCHDYNAMO_DISABLE", "1"
     )  # the seeded sampler is decorated with torch.compile; eager is the CPU's way
-    env.setdefault(
-        "SGLANG_SCHEDULER_RECV_SKIPPER_WEIGHT_NONE", "1000"
-    )  # an idle scheduler looks at its sockets at once
+    # --scheduler-recv-interval is for busy schedulers; an idle one looks at its sockets at once
+    env.setdefault("SGLANG_SCHEDULER_RECV_SKIPPER_WEIGHT_NONE", "1000")
     # glibc maps and unmaps every large block anew, which costs more than copying a weight bucket; keep them instead.
     env.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 32))
     env.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 32))
