@@ -77,7 +77,7 @@ def launch_env(config: Config, *, gpu_ids: Sequence[int], base: dict[str, str] |
     env.setdefault("OMP_NUM_THREADS", "1")
     # the seeded sampler is decorated with torch.compile; on a CPU it runs eagerly
     env.setdefault("TORCHDYNAMO_DISABLE", "1")
-    # an idle scheduler looks at its sockets at once
+    # --scheduler-recv-interval is for busy schedulers; an idle one looks at its sockets at once
     env.setdefault("SGLANG_SCHEDULER_RECV_SKIPPER_WEIGHT_NONE", "1000")
     # by default glibc maps and unmaps every large block anew, which costs more than copying a weight bucket
     env.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 32))
