@@ -1,8 +1,12 @@
 """The one strict config tree. Loading, overrides and error texts live in `config_file.py`.
 
 Every section is frozen and refuses unknown keys. A default lives in exactly one place: what belongs to the training
-recipe (paper, arXiv 2503.23383 §3.1) has no default here and stands in `conf/base.yaml`; what is mechanics (time limits,
-buffer sizes) has its default here, with its unit and its reason in the field's docstring.
+recipe of ToRL has no default here and stands in `conf/base.yaml`; what is mechanics (time limits, buffer sizes) or an
+option that ToRL does not have is given its default here, with its unit and its reason in the field's docstring.
+
+A recipe field's docstring ends in `Source:`, where ToRL's value was found, and `Differs:` where ours is another on purpose;
+`tools/make_recipe_doc.py` makes docs/recipe.md of them. "paper" is arXiv 2503.23383; "script" its scripts/torl_1.5b.sh, and
+file names are those of GAIR-NLP/ToRL at cb78cf1, whose verl is a copy of its own ("verl" in the path).
 """
 
 from __future__ import annotations
@@ -11,6 +15,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
+AdvantageKind = Literal["grpo", "dr_grpo", "rloo", "batch_std", "reinforce_pp"]
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
@@ -18,41 +24,60 @@ class Section(BaseModel):
 
 class ModelConfig(Section):
     path: str
-    """Folder with the HF checkpoint (config.json, tokenizer, safetensors) the policy starts from."""
+    """Folder with the HF checkpoint (config.json, tokenizer, safetensors) the policy starts from. Source: paper §3.1,
+    script:1, Qwen2.5-Math-1.5B and 7B."""
     dtype: Literal["float32", "bfloat16"]
-    """Type of the weights in forward and backward; the optimizer keeps fp32 masters either way."""
+    """Type of the weights in forward and backward; the optimizer keeps fp32 masters either way. Source:
+    verl/workers/fsdp_workers.py:170,236, bf16 compute with fp32 masters and reduction."""
+    fp32_head: bool = False
+    """Compute logits in fp32 on trainer and servers: most of their mismatch in bf16 is rounding there (MiniMax-M1 2506.13585,
+    ScaleRL 2510.13786). Costs an fp32 copy of the head on either side."""
 
 
 class DataConfig(Section):
     train: str
-    """Training problems: a .parquet file in ToRL/verl format, a .jsonl file, or `arithmetic:SEED` (generated)."""
+    """Training problems: a .parquet file in ToRL/verl format, a .jsonl file, or `arithmetic:SEED` (generated). Source:
+    paper §2.1, 28,740 problems; script:13,22."""
     template: str
-    """`torl` (the released code's bytes), `torl_paper` (without the line feed after `Assistant:`), or any text with `{problem}`."""
+    """`torl` (the released code's bytes), `torl_paper` (without the line feed after `Assistant:`), or any text with `{problem}`.
+    Source: verl/utils/dataset/rl_dataset.py:33-34."""
     max_prompt_tokens: PositiveInt
-    """Longest templated prompt, in tokens (paper: 400)."""
+    """Longest templated prompt of training, in tokens. Source: script:24. Differs: the release keeps 10 tokens back
+    (rl_dataset.py:149), which drops prompts of 391 to 400."""
     overlong_prompts: Literal["error", "drop"] = "error"
-    """What a longer prompt does: stop before step 0 and name it, or leave it out and count it."""
+    """What a longer prompt does: stop before step 0 and name it, or leave it out and count it. Source: rl_dataset.py:149,
+    left out."""
+    retire_above: float | None = Field(default=None, gt=0, le=1)
+    """Problems of which at least this share of a step's attempts is right are not drawn again (ScaleRL's no-positive-resampling,
+    2510.13786: 0.9). Generated data never repeats a problem."""
     shuffle: bool = True
     """Draw a new order each epoch from `seed`; False keeps the file's order."""
 
 
 class RolloutConfig(Section):
     prompts_per_step: PositiveInt
-    """Prompts per RL step (paper: 128)."""
+    """Prompts per RL step. Source: paper §3.1, script:2."""
     group_size: PositiveInt
-    """Trajectories per prompt (paper: 16)."""
+    """Trajectories per prompt. Source: paper §3.1, script:3."""
     max_response_tokens: PositiveInt
-    """Budget for one response: sampled plus inserted tokens (paper: 3072)."""
+    """Budget for one response: sampled plus inserted tokens. Source: script:25. Differs: exact at every turn; the release
+    lets each call write 3,072 tokens and cuts the whole afterwards (vllm_rollout_spmd.py:162,360)."""
     max_tool_calls: int = Field(ge=0)
-    """C of the paper: calls that run per answer; after them the policy goes on in text, without the stop string."""
+    """C of the paper: calls that run per answer; after them the policy goes on in text, without the stop string. Source:
+    paper §3.1, C = 1."""
     temperature: float = Field(gt=0)
-    """Sampling temperature of training rollouts (paper: 1)."""
+    """Sampling temperature of training rollouts. Source: paper §3.1, script:42."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Nucleus; below 1 the sampled distribution is not the trained one."""
+    """Nucleus; below 1 the sampled distribution is not the trained one. Source: script:43."""
     oversample: float = Field(default=1.0, ge=1)
     """Prompts started per prompt that a step needs. Above 1 the step ends with its first `prompts_per_step` complete groups;
     the slower ones are cut off and their prompts come first in the next step. Which ones those are depends on timing, so
     exact repetition needs 1."""
+    refill_rounds: PositiveInt = 4
+    """Further collections of a step, at most, with algo.zero_signal = refill."""
+    attempts_per_prompt: PositiveInt | None = None
+    """Attempts at each prompt, of which `group_size` are kept by GRPO-RoC: correct ones with the fewest failed calls first.
+    None = group_size, all kept. rStar2 takes twice the group size."""
     max_concurrency: PositiveInt = 4096
     """Trajectories in flight at once; the rest wait without cost."""
     trajectory_deadline_s: PositiveFloat = 1800.0
@@ -71,11 +96,14 @@ class SandboxConfig(Section):
     address: str | None = None
     """`unix:/path` or `http://host:port[,http://…]` (SandboxFusion) of a running sandbox; None starts one beside the trainer."""
     wall_s: PositiveFloat = 5.0
-    """Wall-clock limit of one snippet, counted from its own start."""
+    """Wall-clock limit of one snippet, counted from its own start. Source: SandboxFusion's own default (sandbox_api.py:41),
+    which vllm_rollout_spmd.py:110 relies on."""
     cpu_s: PositiveFloat = 5.0
-    """CPU limit of one snippet."""
+    """CPU limit of one snippet. Source: SandboxFusion has the wall-clock limit alone. Differs: a limit below it would end
+    programs that ran there, so the recipe sets the same."""
     memory_mb: PositiveInt = 512
-    """Address space a snippet may add to the interpreter's own; over HTTP the default of `memory_limit_MB`."""
+    """Address space a snippet may add to the interpreter's own; over HTTP the default of `memory_limit_MB`. Source:
+    SandboxFusion has no limit by default (sandbox_api.py:43). Differs: one program must not take a node's memory."""
     output_bytes: PositiveInt = 65536
     """Kept per stream, head and tail; far above it (`flood_bytes`) the snippet is stopped."""
     tier: Literal["auto", "A", "B", "C"] = "auto"
@@ -174,11 +202,13 @@ class ServingConfig(Section):
 
 class RewardConfig(Section):
     correct: float
-    """Reward of a correct answer (paper: +1)."""
+    """Reward of a correct answer. Source: paper §2.3, math_verifier.py:60."""
     wrong: float
-    """Reward of a wrong or missing answer (paper: -1)."""
+    """Reward of a wrong or missing answer. Source: paper §2.3, math_verifier.py:66. Differs: the box must stand in prose
+    that the policy wrote; the release also reads boxes in observations and programs."""
     code_error: float = Field(default=0.0, le=0)
-    """Added when a program of the trajectory did not run (paper tried -0.5: no gain, off)."""
+    """Added when a program of the trajectory did not run. Source: paper §2.3 has -0.5 as an option, §3.1 leaves it off.
+    Differs: the release also fines answers without a call (naive.py:72)."""
     overlong: float = Field(default=0.0, le=0)
     """Added to a response that uses up its token budget, growing from 0 over the buffer before it (DAPO, 2503.14476); 0 = off."""
     overlong_buffer_tokens: PositiveInt = 512
@@ -212,43 +242,86 @@ class RewardConfig(Section):
 
 
 class AlgoConfig(Section):
-    advantage: Literal["grpo", "dr_grpo"]
-    """`grpo`: (r - mean) / std over the group; `dr_grpo`: r - mean (arXiv 2503.20783)."""
-    clip_low: float = Field(gt=0, lt=1)
-    """Lower side of the ratio clip: 1 - clip_low."""
+    advantage: AdvantageKind
+    """(reward - baseline) / scale; docs/algorithms.md has the kinds. Source: paper §3.1, script:19,
+    core_algos.py:146-151. Differs: a group of one has advantage 0, not its reward."""
+    loss: Literal["ppo", "gspo", "cispo"] = "ppo"
+    """PPO's clip per token, GSPO's per sequence, or CISPO's clipped weight that keeps every token's gradient. Source: paper
+    §3.1, core_algos.py:299."""
+    clip_low: float = Field(gt=0, le=1)
+    """Lower side of the ratio clip: 1 - clip_low. Source: ppo_trainer.yaml:35."""
     clip_high: float = Field(gt=0)
-    """Upper side: 1 + clip_high (0.28 is DAPO's clip-higher)."""
-    loss_agg: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"]
-    """Tokens of the mini-batch alike; every sequence alike; or sums over a constant length (Dr. GRPO)."""
+    """Upper side: 1 + clip_high (0.28 is DAPO's clip-higher). Source: ppo_trainer.yaml:35."""
+    dual_clip: float | None = Field(default=None, gt=1)
+    """Where the advantage is negative, most that a token counts, in advantages: bounds ratios far above 1 (1912.09729; verl
+    takes 3). Source: none in core_algos.py:299."""
+    loss_agg: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm", "prompt_mean"]
+    """Tokens of the mini-batch alike; every sequence alike; sums over a constant length (Dr. GRPO); every prompt alike.
+    Source: dp_actor.py:283-312, the token mean of every micro-batch, weighed by sequences. Differs: that depends on packing
+    and on the number of GPUs; ours is the token mean of the whole mini-batch."""
     kl_coef: float = Field(ge=0)
-    """Weight of the k3 KL to the starting policy (paper: 0; then no reference pass is made)."""
+    """Weight of the KL to the starting policy. Source: paper §3.1, script:7-8. Differs: at 0 no reference pass is made."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Per-token estimator of the KL; k3 is clamped at 10. Source: script:33, core_algos.py (low-var k3)."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """A term of the loss, or its sum over the response taken off the reward. Source: script:9,50."""
+    ref_every_steps: int = Field(default=0, ge=0)
+    """RL steps after which the reference becomes the current policy; 0 = the starting weights for ever."""
     entropy_coef: float = Field(ge=0)
-    """Weight of the entropy bonus (paper: 0)."""
-    correction: Literal["none", "tis", "mis", "geo"] = "none"
-    """Off-policy correction between server and trainer: truncated or masked importance sampling per token, or
-    geometric-mean masking per sequence. Left out, it is `tis` where rollout.max_staleness > 0."""
+    """Weight of the entropy bonus. Source: script:10."""
+    correction: Literal["none", "tis", "seq_tis", "mis", "geo", "geo_tis"] = "none"
+    """Correction between server and trainer, off- or on-policy: importance sampling truncated per token or sequence, masked
+    per token, geometric-mean rejection of sequences, or that with `tis`. Left out, it is `tis` where rollout.max_staleness >
+    0."""
     correction_low: float = Field(default=0.5, ge=0)
     """Ratios below it are masked (mis, geo)."""
     correction_high: float = Field(default=2.0, gt=0)
-    """Ratios above it are truncated (tis) or masked (mis, geo)."""
+    """Ratios above it are truncated (tis, seq_tis) or masked (mis, geo)."""
+    correction_geo: tuple[float, float] | None = None
+    """Bounds of the geometric-mean ratio, for geo and geo_tis; None = correction_low and correction_high. verl's preset for
+    long answers: [0.999, 1.001]."""
+    correction_veto: float | None = Field(default=None, gt=0, lt=1)
+    """A token with a ratio below it drops its whole sequence (verl: 1e-4)."""
+    zero_signal: Literal["keep", "drop", "refill"] = "keep"
+    """Groups whose advantages are all zero: counted in the mean, left out of it, or replaced by sampling further prompts
+    (DAPO's dynamic sampling), at most rollout.refill_rounds times. Source: core_algos.py:146, kept."""
+    penalties: Literal["reward", "advantage"] = "reward"
+    """Where the reward's penalties act: in the reward, where a group's std may blow them up, or on the advantage, at most
+    `penalty_bound` of its size."""
+    penalty_bound: float = Field(default=0.5, ge=0, lt=1)
+    """Share of an advantage that penalties take at most (ASPO 2508.19201); below 1 no sign flips."""
+    old_logprobs: Literal["always", "when_needed"] = "always"
+    """`when_needed` leaves the pass out where the ratio is 1 by construction: one update per step on the newest weights,
+    without correction and without KL in the reward. Mismatch quantiles are then not logged. Source: ray_trainer.py:990,
+    always."""
     void_turns: Literal["keep", "mask"] = "keep"
     """Mask trajectories with a turn that holds neither a complete code block nor an answer (SimpleTIR, 2509.02479)."""
     mask_truncated: bool = False
     """Leave responses that ran out of budget out of the loss (DAPO's overlong filter)."""
 
+    @property
+    def geo_bounds(self) -> tuple[float, float]:
+        return self.correction_geo or (self.correction_low, self.correction_high)
+
 
 class OptimConfig(Section):
     lr: PositiveFloat
-    """Peak learning rate (paper: 1e-6)."""
+    """Peak learning rate. Source: script:7,28."""
     weight_decay: float = Field(ge=0)
-    """On matrices only, as in Megatron."""
+    """On matrices only, as in Megatron. Source: fsdp_workers.py:278. Differs: the release decays biases and norms too, by
+    1e-8 of their size an update."""
     betas: tuple[float, float]
+    """Adam's decay rates. Source: fsdp_workers.py:277."""
     eps: PositiveFloat
+    """Adam's epsilon. Source: torch.optim.AdamW's default, which fsdp_workers.py:277 leaves."""
     clip_grad: PositiveFloat
-    """Global gradient norm."""
+    """Global gradient norm. Source: ppo_trainer.yaml:34. Differs: the release's loss is an eighth of the mean on 8 GPUs
+    (dp_actor.py:312), so the same number there acts at a norm of 8; Adam cancels the factor."""
     schedule: Literal["constant", "linear", "cosine"]
+    """What the learning rate does after the warm-up, over num_steps. Source: ppo_trainer.yaml:45-47, constant."""
     warmup_steps: int = Field(ge=0)
-    """Optimizer steps of linear warm-up."""
+    """Optimizer steps of linear warm-up: update n (from 0) has (n + 1) / (warmup_steps + 1) of `lr`. Source:
+    ppo_trainer.yaml:45-47, none."""
 
 
 class ParallelConfig(Section):
@@ -275,7 +348,8 @@ class ParallelConfig(Section):
 
 class TrainerConfig(Section):
     mini_batch_samples: PositiveInt
-    """Trajectories per optimizer step (paper: 1024 of 2048)."""
+    """Trajectories per optimizer step. Source: script:6,30; ppo_mini_batch_size = 1024 counts prompts, which
+    fsdp_workers.py:119 multiplies by the 16 samples and divides by the 8 GPUs, so one mini-batch takes the whole step."""
     micro_batch_tokens: PositiveInt
     """Token budget of one packed micro-batch per data-parallel rank."""
     logprob_chunk_tokens: PositiveInt = 2048
@@ -303,22 +377,39 @@ class TrainerConfig(Section):
     """How long ranks wait for rank 0 while it samples or evaluates."""
 
 
+class BenchmarkConfig(Section):
+    """How one benchmark is sampled where it differs from the others."""
+
+    samples_per_problem: PositiveInt | None = None
+    temperature: float | None = Field(default=None, ge=0)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+
+
 class EvalConfig(Section):
     data: tuple[str, ...] = ()
-    """Benchmarks: paths as in data.train, or `arithmetic:SEED`; empty = no evaluation."""
+    """Benchmarks: paths as in data.train, or `arithmetic:SEED`; empty = no evaluation. A name that is no file stands for a
+    benchmark that is not there: it is left out, and every report says so. Source: paper §3.1, five benchmarks. Differs: the
+    release's test file holds three of them, with 134 of MATH500's 500 problems."""
+    max_prompt_tokens: PositiveInt | None = None
+    """Longest templated prompt of a benchmark, in tokens; a longer one counts as wrong. None = data.max_prompt_tokens.
+    Source: ppo_trainer.yaml:8. Differs: the release keeps 10 tokens back (ray_trainer.py:526)."""
     max_problems: PositiveInt | None = None
     """First problems of each benchmark; None = all."""
     temperature: float = Field(ge=0)
-    """0 = greedy (the paper)."""
+    """0 = greedy. Source: paper §3.1, ray_trainer.py:648."""
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    """Nucleus; None = rollout.top_p."""
+    benchmarks: dict[str, BenchmarkConfig] = {}
+    """By name (aime24, math500, …): samples_per_problem, temperature and top_p of its own."""
     samples_per_problem: PositiveInt = 1
-    """k of avg@k and pass@k."""
+    """k of avg@k and pass@k. Source: paper §3.1, one greedy attempt."""
     every_steps: int = Field(default=0, ge=0)
-    """Also evaluate during training; 0 = only before step 0 and after the last step."""
+    """Also evaluate during training; 0 = only before step 0 and after the last step. Source: script:57."""
 
 
 class CheckpointConfig(Section):
     every_steps: int = Field(default=0, ge=0)
-    """0 = only at the end."""
+    """0 = only at the end. Source: script:56."""
     keep_last: PositiveInt = 2
     async_save: bool = False
     """Write while training goes on."""
@@ -334,6 +425,10 @@ class GuardsConfig(Section):
     """Trajectories lost to infrastructure faults."""
     max_logprob_diff: PositiveFloat | None = None
     """Largest |server - trainer| log-prob of any trained token."""
+    warn_k3: PositiveFloat = 0.01
+    """KL(server || trainer) per token, by k3, above which a step warns. bf16 on both sides gives about 1e-4 to 1e-3."""
+    max_skipped_updates: int = Field(default=3, ge=0)
+    """Updates in a row that are skipped because their gradient is not a number; one more ends the run."""
     max_void_turn_ratio: float | None = Field(default=None, ge=0, le=1)
     """Trajectories with a turn that holds neither a complete program nor an answer."""
     max_truncated_ratio: float | None = Field(default=None, ge=0, le=1)
@@ -394,7 +489,8 @@ class Config(Section):
     seed: int = Field(default=0, ge=0)
     """Of data order, sampling seeds and initialisation."""
     num_steps: PositiveInt
-    """RL steps of the whole run."""
+    """RL steps of the whole run. Source: axes of the paper's figures 1, 4 and 5, about 1,000 for 1.5B and 500 for 7B. Differs:
+    the script has no limit (300 epochs of 224 steps)."""
     model: ModelConfig
     data: DataConfig
     rollout: RolloutConfig
@@ -412,9 +508,29 @@ class Config(Section):
     logging: LoggingConfig = LoggingConfig()
 
     @property
-    def max_context_tokens(self) -> int:
-        """Longest sequence the policy ever sees."""
+    def updates_per_step(self) -> int:
+        """Optimizer steps per RL step."""
+        return self.rollout.prompts_per_step * self.rollout.group_size // self.trainer.mini_batch_samples
+
+    @property
+    def needs_old_logprobs(self) -> bool:
+        """False where leaving the old-log-prob pass out was asked for and changes nothing."""
+        algo = self.algo
+        on_policy = self.updates_per_step == 1 and self.rollout.max_staleness == 0
+        charged = algo.kl_coef > 0 and algo.kl_in == "reward"
+        corrected = algo.correction != "none" or algo.correction_veto is not None
+        return algo.old_logprobs == "always" or charged or corrected or not on_policy
+
+    @property
+    def max_train_tokens(self) -> int:
+        """Longest sequence that is trained on."""
         return self.data.max_prompt_tokens + self.rollout.max_response_tokens
+
+    @property
+    def max_context_tokens(self) -> int:
+        """Longest sequence the servers ever see: a training or an evaluation prompt, and its response."""
+        evaluated = self.eval.max_prompt_tokens if self.eval.data else None
+        return max(self.data.max_prompt_tokens, evaluated or 0) + self.rollout.max_response_tokens
 
     @model_validator(mode="before")
     @classmethod
@@ -437,10 +553,10 @@ class Config(Section):
             raise ValueError(
                 f"trainer.mini_batch_samples = {self.trainer.mini_batch_samples} does not divide the {samples} samples of a step"
             )
-        if self.trainer.micro_batch_tokens < self.max_context_tokens:
+        if self.trainer.micro_batch_tokens < self.max_train_tokens:
             raise ValueError(
                 f"trainer.micro_batch_tokens = {self.trainer.micro_batch_tokens} cannot hold one sequence of "
-                f"data.max_prompt_tokens + rollout.max_response_tokens = {self.max_context_tokens} tokens"
+                f"data.max_prompt_tokens + rollout.max_response_tokens = {self.max_train_tokens} tokens"
             )
         if self.serving.weight_dtype == "fp8_block" and self.model.dtype != "bfloat16":
             raise ValueError(f"serving.weight_dtype = fp8_block needs model.dtype = bfloat16, found {self.model.dtype}")
@@ -461,10 +577,17 @@ class Config(Section):
             raise ValueError(
                 "rollout.max_staleness > 0 needs logging.trajectories: a resumed run reads collected steps back"
             )
+        if self.rollout.attempts_per_prompt and self.rollout.attempts_per_prompt < self.rollout.group_size:
+            raise ValueError(
+                f"rollout.attempts_per_prompt = {self.rollout.attempts_per_prompt} is fewer than the "
+                f"rollout.group_size = {self.rollout.group_size} that are kept of them"
+            )
+        if self.algo.ref_every_steps and not self.algo.kl_coef:
+            raise ValueError("algo.ref_every_steps moves the reference of the KL; it needs algo.kl_coef above 0")
         if self.parallel.sequence and self.parallel.tensor == 1:
             raise ValueError("parallel.sequence = true needs parallel.tensor > 1")
         if self.parallel.virtual_pipeline > 1 and self.parallel.pipeline == 1:
             raise ValueError("parallel.virtual_pipeline > 1 needs parallel.pipeline > 1")
-        if self.algo.correction_low > self.algo.correction_high:
-            raise ValueError("algo.correction_low is above algo.correction_high")
+        if self.algo.correction_low > self.algo.correction_high or self.algo.geo_bounds[0] > self.algo.geo_bounds[1]:
+            raise ValueError("algo.correction_low is above algo.correction_high, or correction_geo is not [low, high]")
         return self

@@ -25,6 +25,7 @@ from torl_mega.types import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 
@@ -146,6 +147,10 @@ class Trainer(Protocol):
         (logits divided by `rollout.temperature`), and reference log-probs [T] when `algo.kl_coef` is above 0."""
         ...
 
+    def score(self, sample: Sample, *, temperature: float) -> np.ndarray:
+        """[T] log-probs in nats of one sample's tokens under the current weights, with logits divided by `temperature`."""
+        ...
+
     def forward_backward(self, batch: Sequence[TrainSample]) -> Mapping[str, float]:
         """Replaces the gradient by that of one mini-batch's loss, whose token weights come from the whole mini-batch. Returns
         its metrics; names that end in `_max` are maxima over tokens."""
@@ -153,7 +158,7 @@ class Trainer(Protocol):
 
     def optim_step(self) -> Mapping[str, float]:
         """Clips the gradient and steps optimizer and schedule once. Returns `grad_norm` (before clipping) and `lr`. Raises
-        `GuardError` when the norm is not a finite number."""
+        `GuardError` when the norm was not a finite number several times in a row; a single such update is skipped."""
         ...
 
     def weights(self) -> Iterator[NamedTensor]:

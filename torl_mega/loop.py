@@ -143,12 +143,14 @@ def split_mini_batches(items: Sequence[T], num_mini_batches: int) -> list[list[T
 
 
 def _combine(updates: list[dict[str, float]]) -> dict[str, float]:
-    """Mean over the updates of a step; maximum where the name says so."""
-    names = updates[0] if updates else {}
-    return {
-        name: max(u[name] for u in updates) if name.endswith("_max") else sum(u[name] for u in updates) / len(updates)
-        for name in names
-    }
+    """Mean over the updates of a step; maximum or number where the name says so."""
+    combined: dict[str, float] = {}
+    for name in dict.fromkeys(name for update in updates for name in update):
+        values = [update.get(name, 0.0) for update in updates]
+        combined[name] = max(values) if name.endswith("_max") else sum(values)
+        if not name.endswith("_max") and not name.startswith("faults/"):
+            combined[name] /= len(updates)
+    return combined
 
 
 @contextmanager

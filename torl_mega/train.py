@@ -167,7 +167,6 @@ def _loop(config: Config, folder: RunFolder, trainer: Trainer, rank0: Rank0 | No
         state = parallel.share(lambda: {"steps_done": done, "rollouts": dict(collector.state())})
         trainer.save(folder.checkpoint(done), extra=state)
 
-    rollout = config.rollout
     return Loop(
         trainer=trainer,
         sink=sink,
@@ -178,7 +177,7 @@ def _loop(config: Config, folder: RunFolder, trainer: Trainer, rank0: Rank0 | No
         save=save,
         stop_requested=lambda: stop.requested,
         num_steps=config.num_steps,
-        num_mini_batches=rollout.prompts_per_step * rollout.group_size // config.trainer.mini_batch_samples,
+        num_mini_batches=config.updates_per_step,
         eval_every=config.eval.every_steps,
         save_every=config.checkpoint.every_steps,
     )

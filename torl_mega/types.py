@@ -252,6 +252,8 @@ class Sample:
     rollout_logprobs: np.ndarray  # [T] float32, 0 where not sampled
     policy_versions: np.ndarray  # [T] int32, -1 where not sampled
     advantage: float
+    group: int = 0  # number of its prompt's group in the step
+    reward: float = 0.0  # what the advantage was computed from
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,9 +266,9 @@ class StepBatch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainSample:
-    """A Sample with the trainer's log-probs before the update."""
+    """A Sample with the trainer's log-probs before the update; None where that pass was left out (algo.old_logprobs)."""
 
     sample: Sample
-    old_logprobs: np.ndarray  # [T] float32, position t is log p(token t | tokens < t); 0 where not sampled
-    entropy: np.ndarray  # [T] float32, of the distribution that token t was drawn from; 0 where not sampled
-    ref_logprobs: np.ndarray | None = None  # [T] float32 under the starting policy; None when algo.kl_coef is 0
+    old_logprobs: np.ndarray | None  # [T] float32, position t is log p(token t | tokens < t); 0 where not sampled
+    entropy: np.ndarray | None  # [T] float32, of the distribution that token t was drawn from; 0 where not sampled
+    ref_logprobs: np.ndarray | None = None  # [T] float32 under the reference; None when algo.kl_coef is 0

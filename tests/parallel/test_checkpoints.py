@@ -210,15 +210,28 @@ def test_export_loads_in_plain_transformers(trainer: Any, work: Path) -> None:
         assert torch.equal(exported(ids).logits, original(ids).logits)
 
 
-def test_nan_gradient_stops_the_run(trainer: Any) -> None:
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_gradient_that_is_no_number_skips_its_update_and_repeated_stops_the_run(trainer: Any, value: str) -> None:
     from torl_mega.errors import GuardError
 
-    samples = ref.make_samples(0)
-    scored = trainer.old_logprobs(samples)
+    def spoiled_step() -> Any:
+        trainer.forward_backward(scored)
+        trainer.model[0].buffers[0].grad_data[0] = float(value)
+        return trainer.optim_step()
+
+    scored = trainer.old_logprobs(ref.make_samples(0))
+    before = {name: t.clone() for name, t in trainer.weights()}
+    for _ in range(3):
+        assert spoiled_step()["faults/skipped_updates"] == 1
+    assert all(torch.equal(t, before[name]) for name, t in trainer.weights())
+    with pytest.raises(GuardError, match=rf"gradient norm is {value} at optimizer step \d+, 4 times in a row"):
+        spoiled_step()
     trainer.forward_backward(scored)
-    trainer.model[0].buffers[0].grad_data[0] = float("nan")
-    with pytest.raises(GuardError, match="gradient norm is nan at optimizer step 1"):
-        trainer.optim_step()
+    assert "faults/skipped_updates" not in trainer.optim_step()
+    assert spoiled_step()["faults/skipped_updates"] == 1  # counted from 1 again
+    trainer.forward_backward(scored)
+    trainer.optim_step()
+    assert all(torch.isfinite(t).all() for _, t in trainer.weights())
 
 
 def tool(name: str, *args: str) -> subprocess.CompletedProcess[str]:

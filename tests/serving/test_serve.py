@@ -111,6 +111,13 @@ def test_the_command_line_says_what_the_config_says(tiny_config: Config) -> None
     assert "RANK" not in env
 
 
+def test_a_head_in_fp32_is_asked_of_the_servers_too(tmp_path: Path, tiny_model: Path) -> None:
+    for asked in (True, False):
+        config = load_config(write_config(tmp_path, tiny_model), [f"model.fp32_head={str(asked).lower()}"])
+        command = launch_command(config, host="127.0.0.1", port=4000, on_gpu=False)
+        assert ("--enable-fp32-lm-head" in command) == asked
+
+
 def test_a_small_cache_still_holds_one_whole_context(tmp_path: Path, tiny_model: Path) -> None:
     config = load_config(write_config(tmp_path, tiny_model), ["serving.max_total_tokens=16"])
     command = launch_command(config, host="127.0.0.1", port=4000, on_gpu=False)

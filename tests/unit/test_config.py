@@ -1,5 +1,7 @@
 """The config tree: every shipped file loads; every kind of mistake is one clear line."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,10 +23,27 @@ def test_base_is_the_papers_recipe():
     rollout, algo = config.rollout, config.algo
     assert (rollout.prompts_per_step, rollout.group_size, rollout.temperature) == (128, 16, 1.0)
     assert (config.data.max_prompt_tokens, rollout.max_response_tokens, rollout.max_tool_calls) == (400, 3072, 1)
-    assert (config.trainer.mini_batch_samples, config.optim.lr) == (1024, 1e-6)
+    assert (config.trainer.mini_batch_samples, config.optim.lr) == (128 * 16, 1e-6)  # one update a step
     assert (algo.advantage, algo.kl_coef, algo.entropy_coef) == ("grpo", 0.0, 0.0)
     assert (config.reward.correct, config.reward.wrong, config.reward.code_error) == (1.0, -1.0, 0.0)
-    assert config.eval.temperature == 0.0
+    assert (config.eval.temperature, config.eval.max_prompt_tokens) == (0.0, 1024)
+    assert (config.sandbox.wall_s, config.sandbox.cpu_s) == (10.0, 10.0)
+
+
+def test_the_papers_runs_evaluate_five_benchmarks_every_four_steps():
+    for name, num_steps in (("torl_1.5b", 1000), ("torl_7b", 500)):
+        config = load_config(CONF / f"{name}.yaml")
+        assert [Path(p).stem for p in config.eval.data] == ["aime24", "aime25", "math500", "olympiadbench", "amc23"]
+        assert (config.eval.every_steps, config.num_steps) == (4, num_steps)
+        # servers have room for the longest evaluation prompt, micro-batches for the longest training sequence
+        assert (config.max_context_tokens, config.max_train_tokens) == (1024 + 3072, 400 + 3072)
+
+
+def test_the_recipe_page_says_what_the_configs_say():
+    done = subprocess.run(
+        [sys.executable, CONF.parent / "tools/make_recipe_doc.py", "--check"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -42,6 +61,11 @@ def test_base_is_the_papers_recipe():
         ("trainer.micro_batch_tokens=64", "cannot hold one sequence"),
         ("reward.code_error=-2", "their sum must stay above -1.0"),
         ("parallel.sequence=true", "needs parallel.tensor > 1"),
+        ("rollout.attempts_per_prompt=4", "is fewer than the rollout.group_size = 16"),
+        ("algo.ref_every_steps=10", "it needs algo.kl_coef above 0"),
+        ("algo.correction_geo=[1.1,0.9]", "correction_geo is not [low, high]"),
+        ("algo.dual_clip=0.5", "algo.dual_clip = 0.5: input should be greater than 1"),
+        ("eval.benchmarks.aime24.temprature=1", "eval.benchmarks.aime24.temprature"),
         ("name=../evil", "name = '../evil'"),
         ("no_equals", "is not of the form section.key=value"),
         ("seed.x=1", "seed is a value, not a section"),

@@ -12,11 +12,13 @@ import pytest
 from torl_mega.config import Config, DataConfig, EvalConfig
 from torl_mega.config_file import load_config
 from torl_mega.data.prompts import PromptSource
+from torl_mega.errors import ConfigError, DataError
 from torl_mega.rollout.collector import LiveCollector
 from torl_mega.rollout.episode import Episode, EpisodeSettings
 from torl_mega.rollout.evaluate import (
     Benchmark,
     EvalReport,
+    Sampling,
     canonical_name,
     estimate,
     load_benchmarks,
@@ -58,11 +60,13 @@ class Policy:
 
     def __init__(self, right, *, lose: int = 0) -> None:
         self.right, self.lose, self.calls = right, lose, []
+        self.top_ps: list[float] = []
 
     def collect(
         self, episode: Episode, prompts: Sequence[Prompt], *, group_size: int, seed: int, keep: int | None = None
     ) -> CollectedGroups:
         self.calls.append((len(prompts), episode.settings.temperature, group_size, seed))
+        self.top_ps.append(episode.settings.top_p)
         return self.attempt(prompts, group_size)
 
     def attempt(self, prompts: Sequence[Prompt], samples_per_prompt: int) -> CollectedGroups:
@@ -85,7 +89,8 @@ class Policy:
 
 def report_on(benchmarks: Sequence[Benchmark], policy: Policy, *, samples: int = 1) -> EvalReport:
     collected = policy.attempt([prompt for b in benchmarks for prompt in b.prompts], samples)
-    return score(benchmarks, collected, temperature=0.7, samples_per_problem=samples, max_tool_calls=1)
+    each = [Sampling(0.7, samples)] * len(benchmarks)
+    return score(benchmarks, collected, each, temperature=0.7, max_tool_calls=1)
 
 
 def collector(policy: Policy, config: Config, folder: Path) -> LiveCollector:
@@ -144,7 +149,7 @@ def test_long_prompts_count_as_wrong_and_lost_attempts_are_left_out(tmp_path: Pa
     report = report_on(load_benchmarks(config, data, encode), Policy(lambda p, s: True, lose=1))
     [s] = report.benchmarks
     assert s.accuracy.value == pytest.approx(1 / 2)  # one right, one too long, one lost
-    assert any("1 problems over data.max_prompt_tokens" in w for w in s.warnings)
+    assert any("1 problems over eval.max_prompt_tokens" in w for w in s.warnings)
     assert any("1 attempts lost" in w for w in s.warnings)
     assert report.faults == {"lost": 1}
 
@@ -219,3 +224,48 @@ def test_the_released_file_is_told_with_its_doubts(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_benchmarks_are_known_under_all_their_names(source: str, name: str) -> None:
     assert canonical_name(source) == name
+
+
+def test_an_evaluation_has_a_prompt_limit_of_its_own(tmp_path: Path) -> None:
+    config, data = settings(tmp_path, [row("amc23", "p" * 60), row("amc23", "p" * 71)], max_prompt_tokens=70)
+    (benchmark,) = load_benchmarks(config, data, encode)
+    assert (len(benchmark.prompts), len(benchmark.overlong)) == (1, 1)
+
+
+def evaluated(policy: Policy, config: EvalConfig, data: DataConfig, folder: Path) -> tuple[dict, str]:
+    """What the collector of a run with these settings leaves on disk: JSON and tables."""
+    whole = load_config("conf/quickstart.yaml", [f"data.train={data.train}"])
+    run = collector(policy, whole.model_copy(update={"eval": config, "data": data}), folder)
+    run.evaluate(0)
+    report = folder / "eval/step_00000"
+    return json.loads(report.with_suffix(".json").read_text()), report.with_suffix(".md").read_text()
+
+
+def test_an_absent_benchmark_is_named_and_a_wrong_path_is_refused(tmp_path: Path, caplog) -> None:
+    config, data = settings(tmp_path, [row("amc23", "p0")])
+    absent = str(tmp_path / "olympiadbench.jsonl")
+    both = config.model_copy(update={"data": (*config.data, absent)})
+    report, tables = evaluated(Policy(lambda problem, sample: True), both, data, tmp_path)
+    assert "1 of 2 benchmarks are not there" in caplog.text
+    assert report["mean_accuracy"] == 1.0
+    assert f"olympiadbench: absent, and not in avg ({absent} is not there)" in tables
+    with pytest.raises(DataError, match="none of the benchmarks"):
+        load_benchmarks(config.model_copy(update={"data": (absent,)}), data, encode)
+    with pytest.raises(DataError, match="no such data file"):
+        load_benchmarks(config.model_copy(update={"data": (*config.data, str(tmp_path / "typo.jsonl"))}), data, encode)
+
+
+def test_a_benchmark_may_be_sampled_in_its_own_way(tmp_path: Path) -> None:
+    rows = [row("aime24", f"p{i}") for i in range(3)] + [row("amc23", "q"), row("math500", "r")]
+    own = {"aime24": {"samples_per_problem": 4, "temperature": 0.6, "top_p": 0.95}, "amc23": {"temperature": 0.0}}
+    config, data = settings(tmp_path, rows, benchmarks=own)
+    policy = Policy(lambda problem, sample: sample == 0)
+    report, _ = evaluated(policy, config, data, tmp_path)
+    assert [call[:3] for call in policy.calls] == [(3, 0.6, 4), (2, 0.0, 1)]  # amc23 and math500 are sampled alike
+    assert policy.top_ps == [0.95, 1.0]
+    assert {b["name"]: (b["samples_per_problem"], b["accuracy"]["value"]) for b in report["benchmarks"]} == {
+        "aime24": (4, 0.25), "amc23": (1, 1.0), "math500": (1, 1.0),
+    }  # fmt: skip
+    strange = config.model_copy(update={"benchmarks": {"amie24": config.benchmarks["aime24"]}})
+    with pytest.raises(ConfigError, match=r"eval.benchmarks.amie24: eval.data holds no such benchmark; it has aime24"):
+        load_benchmarks(strange, data, encode)

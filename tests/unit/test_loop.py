@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from torl_mega.config import GuardsConfig
-from torl_mega.errors import GuardError, Preempted, ServerLost, StaleServers, WeightSyncError
+from torl_mega.config_file import load_config
+from torl_mega.errors import GuardError, Preempted, ServerError, ServerLost, StaleServers, WeightSyncError
 from torl_mega.loop import Loop, split_mini_batches
 from torl_mega.run.limits import check_guards
+from torl_mega.serving.probe import check_gap
 from torl_mega.train import NoServers, OtherRank
 from torl_mega.types import Sample, StepBatch, TrainSample
 
@@ -173,6 +175,29 @@ def test_guards_name_metric_setting_and_remedy():
         check_guards(3, {"fault_rate": 0.2}, GuardsConfig())
     with pytest.raises(GuardError, match="max_logprob_diff"):
         check_guards(3, {"max_abs_logprob_diff": 2e-4}, GuardsConfig(max_logprob_diff=1e-4))
+
+
+def test_what_is_not_a_number_passes_no_guard():
+    for metric in ("fault_rate", "max_abs_logprob_diff"):  # with and without a limit
+        with pytest.raises(GuardError, match=f"step 3: {metric} is not a number"):
+            check_guards(3, {metric: float("nan")}, GuardsConfig())
+
+
+def test_skipped_updates_are_counted_over_the_updates_of_a_step():
+    fake = Recorder()
+    answers = [{"grad_norm": 0.0, "faults/skipped_updates": 1.0}, {"grad_norm": 1.0}]
+    fake.optim_step = lambda: answers.pop(0)
+    loop(fake, num_steps=1).run(0, evaluate_first=False)
+    assert fake.metrics["faults/skipped_updates"] == 1.0
+    assert fake.metrics["grad_norm"] == 0.5
+
+
+@pytest.mark.parametrize("server", [[0.0, -1.0, -2.6], [0.0, float("nan"), -2.0]])
+def test_the_probe_names_the_token_and_lets_nothing_pass_that_is_no_number(server):
+    config, mine = load_config("conf/base.yaml"), np.array([0.0, -1.0, -2.0])
+    check_gap("http://s", (7, 8, 9), np.array([0.0, -1.0, -2.4]), mine, config)
+    with pytest.raises(ServerError, match="http://s and the trainer disagree on the probe text: token"):
+        check_gap("http://s", (7, 8, 9), np.array(server), mine, config)
 
 
 def test_guards_warn_before_they_stop(caplog):

@@ -205,3 +205,9 @@ def test_a_missing_file_a_bad_seed_and_an_endless_set_are_named(tmp_path: Path) 
         load_problems("arithmetic:x", max_problems=1)
     with pytest.raises(DataError, match="never ends"):
         load_problems("arithmetic:1")
+
+
+def test_another_number_of_problems_than_the_papers_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_jsonl(tmp_path / "torl_train.jsonl", [{"problem": "p", "answer": "1"}])
+    PromptSource(config(path), encode, seed=0)
+    assert "has 1 problems; the paper trains on 28740" in caplog.text

@@ -65,11 +65,13 @@ def rollout() -> CollectedGroups:
         ("accuracy", 4 / 6),
         ("reward", (1 - 1.5 + 1 + 1 + 1 - 1) / 6),
         ("code_ratio", 4 / 6),  # all but no_code and truncated
-        ("executed_code_ratio", 3 / 4),  # never_called wrote code that did not run
+        ("executed_code_ratio", 4 / 5),  # of five pieces, never_called's did not run
+        ("executed_response_ratio", 3 / 4),  # never_called wrote code that did not run
         ("pass_ratio", 2 / 4),  # OK, ERROR, OK, TIMEOUT
         ("pass_ratio_correct", 1 / 2),  # works: OK; answer_first: TIMEOUT
         ("pass_ratio_incorrect", 1 / 2),  # fails_then_works: ERROR, OK
-        ("code_before_answer_ratio", 2 / 3),  # works, fails_then_works; answer_first is the other way round
+        ("code_before_answer_ratio", 4 / 5),  # answer_first's comes after its box
+        ("code_first_response_ratio", 2 / 3),  # works, fails_then_works; answer_first is the other way round
         ("tool_calls", 4 / 6),
         ("tool_calls_at_limit_ratio", 1 / 6),  # C = 2: fails_then_works alone
         ("void_turn_ratio", 2 / 6),  # answer_first's "yes", truncated's "hm"
@@ -95,6 +97,25 @@ def test_an_empty_rollout_has_the_same_names_at_zero(rollout: CollectedGroups) -
     empty = rollout_metrics(CollectedGroups((), {}, 0.0), max_tool_calls=1)
     assert set(empty) == {n for n in rollout_metrics(rollout, max_tool_calls=1) if not n.startswith("reward/")}
     assert set(empty.values()) == {0.0}
+
+
+def test_pieces_of_code_are_counted_one_by_one() -> None:
+    """C = 1: of three pieces one runs, and two stand before the box; a box in code is none."""
+    boxed_in_code = "```python\nprint('\\\\boxed{1}')\n```\n"
+    after = turn(boxed_in_code + "so \\boxed{2}\n" + boxed_in_code, 30)
+    scored = [(attempt(0, turn(CODE, 10, ExecutionStatus.OK, 3), after), reward(True))]
+    m = rollout_metrics(CollectedGroups((Group(PROMPT, *zip(*scored, strict=True)),), {}, 1.0), max_tool_calls=1)
+    assert m["executed_code_ratio"] == pytest.approx(1 / 3)
+    assert m["code_before_answer_ratio"] == pytest.approx(2 / 3)
+    assert (m["executed_response_ratio"], m["code_first_response_ratio"]) == (1.0, 1.0)
+
+
+def test_a_call_without_code_is_no_program() -> None:
+    bare = Turn((1,), (0.0,), (0,), "```output", ToolCall("", ExecutionStatus.ERROR, None, "\nnone\n```\n", 0.0), (1,))
+    group = Group(PROMPT, (attempt(0, bare, turn("\\boxed{2}", 2)),), (reward(True),))
+    m = rollout_metrics(CollectedGroups((group,), {}, 1.0), max_tool_calls=1)
+    assert [m[n] for n in ("code_ratio", "executed_code_ratio", "pass_ratio", "execution/error")] == [0.0] * 4
+    assert m["tool_calls"] == 1.0
 
 
 def test_without_tool_calls_nothing_is_at_the_limit(rollout: CollectedGroups) -> None:

@@ -1,23 +1,83 @@
-"""Group-relative advantages: pure functions of the rewards of one group. [G] = group size."""
+"""Advantages: pure functions of the rewards of a step. [G] = one group, all attempts at one prompt.
+
+Every kind is (r - baseline) / scale; they differ in what baseline and scale are taken over:
+
+    grpo          group mean / group std            DeepSeekMath 2402.03300 eq. 3, as in verl
+    dr_grpo       group mean / 1                    2503.20783
+    rloo          mean of the others / 1            2402.14740 eq. 8; (G / (G - 1)) times dr_grpo
+    batch_std     group mean / std over the step    2508.08221; ScaleRL 2510.13786
+    reinforce_pp  step mean / std over the step     REINFORCE++ 2501.03262, one baseline for all prompts
+
+Stds are unbiased and get 1e-6 added. A group of one has no baseline but itself: zero, except for `reinforce_pp`, whose
+baseline does not need a group.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
+
+from torl_mega.algo.kl import kl_estimate
+from torl_mega.config import AdvantageKind, AlgoConfig
+from torl_mega.types import TrainSample
 
 STD_EPS = 1e-6  # verl core_algos.compute_grpo_outcome_advantage
 
 
-def group_advantages(rewards_G: np.ndarray, kind: Literal["grpo", "dr_grpo"]) -> np.ndarray:
-    """One advantage per trajectory, shared by all of its tokens.
+def step_advantages(groups: Sequence[np.ndarray], kind: AdvantageKind) -> list[np.ndarray]:
+    """One advantage per trajectory, shared by all of its tokens; the rewards of each group of the step in, [G] each."""
+    rewards = np.concatenate([np.zeros(0), *groups])
+    step_std = float(rewards.std(ddof=1)) + STD_EPS if rewards.size > 1 else 1.0
+    if kind == "reinforce_pp":
+        return [(rewards_G - rewards.mean()) / step_std for rewards_G in groups]
+    return [_group_advantages(rewards_G.astype(np.float64), kind, step_std) for rewards_G in groups]
 
-    `grpo`: (r - mean) / (std + 1e-6) with the unbiased std (DeepSeekMath 2402.03300 eq. 3, as in verl);
-    `dr_grpo`: r - mean (2503.20783). A group of one has no baseline but itself: zero.
+
+def _group_advantages(rewards_G: np.ndarray, kind: AdvantageKind, step_std: float) -> np.ndarray:
+    size = rewards_G.size
+    if size < 2:
+        return np.zeros(size)
+    centred = rewards_G - rewards_G.mean()
+    if kind == "grpo":
+        return centred / (rewards_G.std(ddof=1) + STD_EPS)
+    return {"dr_grpo": centred, "rloo": centred * size / (size - 1), "batch_std": centred / step_std}[kind]
+
+
+def bounded_penalty(advantage: float, penalty: float, bound: float) -> float:
+    """The advantage with a penalty (<= 0) that takes at most the share `bound` of its size.
+
+    Inside the reward a small penalty is blown up by the group's std: of {1, ..., 1, 0.95} the costly answer gets -3.75.
+    Here a correct answer's advantage keeps its sign (ASPO 2508.19201, AdaTIR 2601.14696) and a group in which all
+    answers are alike stays without signal.
     """
-    if rewards_G.size < 2:
-        return np.zeros_like(rewards_G, dtype=np.float64)
-    centred = rewards_G.astype(np.float64) - rewards_G.mean()
-    if kind == "dr_grpo":
-        return centred
-    return centred / (rewards_G.std(ddof=1) + STD_EPS)
+    return advantage + max(penalty, -bound * abs(advantage))
+
+
+def charge_kl(batch: Sequence[TrainSample], config: AlgoConfig) -> list[TrainSample]:
+    """The samples of a step with `kl_coef` times the summed KL of each taken off its reward (`algo.kl_in: reward`).
+
+    What was added to advantages besides (penalties) stays: the advantage moves by the difference that the KL makes.
+    """
+    numbers = np.array([b.sample.group for b in batch])
+    members = [np.flatnonzero(numbers == number) for number in np.unique(numbers)]
+    rewards = np.array([b.sample.reward for b in batch], np.float64)
+    charged = rewards - config.kl_coef * np.array([_summed_kl(b, config) for b in batch])
+    moved = np.zeros(len(batch))
+    for values, sign in ((charged, 1.0), (rewards, -1.0)):
+        for where, advantages in zip(
+            members, step_advantages([values[m] for m in members], config.advantage), strict=True
+        ):
+            moved[where] += sign * advantages
+    return [
+        dataclasses.replace(b, sample=dataclasses.replace(b.sample, advantage=b.sample.advantage + float(m)))
+        for b, m in zip(batch, moved, strict=True)
+    ]
+
+
+def _summed_kl(item: TrainSample, config: AlgoConfig) -> float:
+    assert item.ref_logprobs is not None
+    assert item.old_logprobs is not None
+    gap = (item.ref_logprobs - item.old_logprobs)[item.sample.loss_mask].astype(np.float64)
+    return float(kl_estimate(gap, config.kl_estimator, np).sum())

@@ -1,43 +1,34 @@
-"""The policy loss: a pure function of packed tensors, plus the weight each token carries in it.
+"""The policy loss: a pure function of packed tensors.
 
-    loss = sum over all tokens of the mini-batch of  weight_t * term_t
+    loss = sum over all tokens of the mini-batch of  weight_t * term_t        (weights: algo/weights.py)
 
-The weights come from the whole (global) mini-batch and hold mask, aggregation, off-policy correction and the global
-divisor, so how the tokens are cut into micro-batches, packed or spread over ranks changes nothing but rounding.
-[T] = packed tokens of one micro-batch.
+    ratio_t = exp(log p_t - log p_old,t), clamped before exp, so no token makes the loss or a gradient infinite
+    ppo     max(-A r, -A clip(r));  with dual_clip c and A < 0 at most -A c     1707.06347 eq. 7, 1912.09729 eq. 5
+    gspo    the same with r the sequence's geometric-mean ratio                 2507.18071 eq. 5-7
+    cispo   -A sg(clip(r)) log p: every token keeps its gradient                2506.13585 eq. 4-5
+
+[T] = packed tokens of one micro-batch, [N] = sequences of the mini-batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from torl_mega.algo.correction import correction_weights
+from torl_mega.algo.kl import LOG_RATIO_LIMIT, kl_estimate
 from torl_mega.config import AlgoConfig
-from torl_mega.types import TrainSample
 
 
-def loss_weights(batch: Sequence[TrainSample], config: AlgoConfig, *, max_response_tokens: int) -> list[np.ndarray]:
-    """Per sample [T] float32, 0 on tokens that are not trained.
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """To which sequence each token belongs; `gspo` needs it. `reduce` sums [N] over the ranks that hold parts of the same
+    sequences (context parallelism)."""
 
-    `token_mean`: 1 / (trained tokens of the mini-batch) (DAPO 2503.14476 eq. 8);
-    `seq_mean_token_mean`: 1 / (sequences * trained tokens of this sequence) (GRPO 2402.03300 eq. 3);
-    `seq_mean_token_sum_norm`: 1 / (sequences * max_response_tokens) (Dr. GRPO 2503.20783).
-    Sequences without a trained token (filtered ones) count in no divisor.
-    """
-    lengths = [int(b.sample.loss_mask.sum()) for b in batch]
-    num_tokens, num_sequences = max(sum(lengths), 1), max(sum(n > 0 for n in lengths), 1)
-    per_token = {
-        "token_mean": lambda n: 1.0 / num_tokens,
-        "seq_mean_token_mean": lambda n: 1.0 / (num_sequences * max(n, 1)),
-        "seq_mean_token_sum_norm": lambda n: 1.0 / (num_sequences * max_response_tokens),
-    }[config.loss_agg]
-    return [
-        (b.sample.loss_mask * np.float32(per_token(n)) * correction_weights(b, config)).astype(np.float32)
-        for b, n in zip(batch, lengths, strict=True)
-    ]
+    ids_T: torch.Tensor  # [T] int64
+    lengths_N: torch.Tensor  # [N] trained tokens of each sequence, on all ranks
+    reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums
 
 
 def policy_loss(
@@ -48,34 +39,78 @@ def policy_loss(
     ref_logprobs_T: torch.Tensor | None,
     advantages_T: torch.Tensor,
     weights_T: torch.Tensor,
+    shares_T: torch.Tensor,
     config: AlgoConfig,
+    sequences: Sequences | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Clipped surrogate (PPO 1707.06347 eq. 7, sides apart as in DAPO), minus entropy, plus k3 KL to the start.
+    """The surrogate of `config.loss`, minus entropy, plus KL to the reference.
 
-    Only `logprobs_T` and `entropy_T` carry gradient. Returns the weighted sum and detached metric sums that add up
-    over micro-batches and ranks; keys that end in `_max` combine by maximum.
+    Only `logprobs_T` and `entropy_T` carry gradient. Returns the weighted sum and detached metric sums that add up over
+    micro-batches and ranks: `loss` by the loss weights, the others by `shares_T`, as means over trained tokens; keys that
+    end in `_max` combine by maximum.
     """
-    trained = weights_T != 0
+    trained = shares_T != 0
+    zero = torch.zeros_like(weights_T)
     # a masked token's log-prob may be anything; keep exp() of it out of the sum and out of the gradient
-    log_ratio = torch.where(trained, logprobs_T - old_logprobs_T, torch.zeros_like(logprobs_T))
-    ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    surrogate = torch.maximum(-advantages_T * ratio, -advantages_T * clipped)
+    log_ratio = torch.where(trained, logprobs_T - old_logprobs_T, zero)
+    if config.loss == "gspo":
+        assert sequences is not None
+        log_ratio = _sequence_log_ratio(log_ratio, sequences)
+    ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    surrogate, is_clipped = _surrogate(ratio, logprobs_T, advantages_T, config)
     terms = surrogate
     if config.entropy_coef:
         terms = terms - config.entropy_coef * entropy_T
-    sums = {
-        "loss": surrogate.detach(),
+    means = {
         "entropy": entropy_T.detach(),
-        "clip_frac": ((-advantages_T * clipped) > (-advantages_T * ratio)).to(logprobs_T.dtype).detach(),
-        "approx_kl": (torch.expm1(log_ratio) - log_ratio).detach(),
+        "clip_frac": is_clipped.to(logprobs_T.dtype),
+        "approx_kl": kl_estimate(log_ratio.detach(), "k3", torch),
     }
     if config.kl_coef and ref_logprobs_T is not None:
-        gap = torch.where(trained, ref_logprobs_T - logprobs_T, torch.zeros_like(logprobs_T))
-        kl = torch.expm1(gap) - gap
-        terms = terms + config.kl_coef * kl
-        sums["ref_kl"] = kl.detach()
-    zero = torch.zeros_like(weights_T)
-    metrics = {name: torch.where(trained, weights_T * value, zero).sum() for name, value in sums.items()}
+        kl = kl_estimate(torch.where(trained, ref_logprobs_T - logprobs_T, zero), config.kl_estimator, torch)
+        if config.kl_in == "loss":
+            terms = terms + config.kl_coef * kl
+        means["ref_kl"] = kl.detach()
+    metrics = {name: torch.where(trained, shares_T * value, zero).sum() for name, value in means.items()}
+    counted = weights_T != 0
+    metrics["loss"] = torch.where(counted, weights_T * surrogate.detach(), zero).sum()
     metrics["ratio_max"] = torch.where(trained, ratio.detach(), zero).max() if ratio.numel() else zero.sum()
-    return torch.where(trained, weights_T * terms, zero).sum(), metrics
+    return torch.where(counted, weights_T * terms, zero).sum(), metrics
+
+
+def token_mismatch(
+    logprobs_T: torch.Tensor, rollout_T: torch.Tensor, shares_T: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """`correction.mismatch` without its quantiles, as metric sums of one micro-batch."""
+    gap = torch.where(shares_T != 0, logprobs_T - rollout_T, torch.zeros_like(logprobs_T))
+    return {
+        "mean_abs_logprob_diff": (shares_T * gap.abs()).sum(),
+        "abs_logprob_diff_max": gap.abs().max() if gap.numel() else gap.sum(),
+        "k3": (shares_T * kl_estimate(gap, "k3", torch)).sum(),
+    }
+
+
+def _surrogate(
+    ratio: torch.Tensor, logprobs_T: torch.Tensor, advantages_T: torch.Tensor, config: AlgoConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(term of each token, whether the clip decides it), both [T]."""
+    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    if config.loss == "cispo":
+        weight = clipped.detach()
+        return -advantages_T * weight * logprobs_T, weight != ratio.detach()
+    plain, bounded = -advantages_T * ratio, -advantages_T * clipped
+    term, is_clipped = torch.maximum(plain, bounded), bounded > plain
+    if config.dual_clip is not None:
+        most = torch.where(advantages_T < 0, -advantages_T * config.dual_clip, torch.inf)
+        term, is_clipped = torch.minimum(term, most), is_clipped | (term > most)
+    return term, is_clipped.detach()
+
+
+def _sequence_log_ratio(log_ratio: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+    """[T] mean log-ratio of each token's sequence, with the gradient of the token's own log-prob (GSPO-token, eq. 14):
+    summed over a sequence with equal advantages it is the sequence's gradient, and needs no gradient across ranks."""
+    own = log_ratio.detach()
+    sums = torch.zeros(sequences.lengths_N.shape, dtype=own.dtype, device=own.device)
+    sums = sequences.reduce(sums.index_add(0, sequences.ids_T, own))
+    means = sums / sequences.lengths_N.clamp(min=1)
+    return means[sequences.ids_T] + (log_ratio - own)

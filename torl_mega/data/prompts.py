@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import logging
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -39,8 +40,11 @@ TORL_PAPER = (
 )
 TEMPLATES = {"torl": TORL_PAPER + "\n", "torl_paper": TORL_PAPER}
 
+log = logging.getLogger(__name__)
+
 Encode = Callable[[str], Sequence[int]]
 
+KNOWN_ROWS = {"torl_train": 28_740}  # arXiv 2503.23383 §2.1
 _CACHED_GROUPS = 8
 
 
@@ -100,6 +104,7 @@ class PromptSource:
         self._config = config
         self._encode = encode
         self._waiting: list[Problem] = []  # handed out and put back
+        self._retired: set[str] = set()  # ids of problems that are not handed out again
         arithmetic_seed = _arithmetic_seed(config.train)
         if arithmetic_seed is None:
             self._cursor: _EpochCursor | _StreamCursor = self._open_file(seed)
@@ -111,7 +116,7 @@ class PromptSource:
         """The next `n` prompts: those that were put back, then the cursor's."""
         prompts: list[Prompt] = []
         while len(prompts) < n:
-            problem = self._waiting.pop(0) if self._waiting else self._cursor.advance()
+            problem = self._waiting.pop(0) if self._waiting else self._advance()
             prompt = _encode(problem, template=self._config.template, encode=self._encode)
             if len(prompt.token_ids) <= self._config.max_prompt_tokens:
                 prompts.append(prompt)
@@ -119,18 +124,36 @@ class PromptSource:
                 raise _too_long(prompt, self._config.max_prompt_tokens)
         return prompts
 
+    def _advance(self) -> Problem:
+        """The cursor's next problem that is not retired; when all are, they start over."""
+        for _ in range(self.num_problems or 0):
+            problem = self._cursor.advance()
+            if problem.problem_id not in self._retired:
+                return problem
+        if self.num_problems:
+            log.warning("every problem of %s is retired (data.retire_above); all of them come back", self._config.train)
+            self._retired.clear()
+        return self._cursor.advance()
+
+    def retire(self, problem_ids: Sequence[str]) -> None:
+        """These are mastered and not handed out again. Generated problems do not come back anyway."""
+        if self.num_problems is not None:
+            self._retired.update(problem_ids)
+
     def put_back(self, prompts: Sequence[Prompt]) -> None:
         """These were not used after all; they come first in the next `next`."""
         self._waiting = [prompt.problem for prompt in prompts] + self._waiting
 
     def state(self) -> dict[str, Any]:
         """The cursor as JSON: what `restore` needs to go on with the very next prompt."""
-        return {**self._cursor.state(), "waiting": [dataclasses.asdict(problem) for problem in self._waiting]}
+        waiting = [dataclasses.asdict(problem) for problem in self._waiting]
+        return {**self._cursor.state(), "waiting": waiting, "retired": sorted(self._retired)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes to where `state()` was taken. Raises DataError when the data, its order or the seed are no longer the same."""
         self._cursor.restore(state)
         self._waiting = [Problem(**fields) for fields in state["waiting"]]
+        self._retired = set(state.get("retired", ()))
 
     def _open_file(self, seed: int) -> _EpochCursor:
         problems = open_problems(self._config.train)
@@ -140,6 +163,9 @@ class PromptSource:
                 f"{self._config.train}: none of its {len(problems)} prompts fits data.max_prompt_tokens = "
                 f"{self._config.max_prompt_tokens}"
             )
+        wanted = KNOWN_ROWS.get(Path(self._config.train).stem, len(problems))
+        if len(problems) != wanted:
+            log.warning("%s has %d problems; the paper trains on %d", self._config.train, len(problems), wanted)
         self.num_dropped, self.num_problems = len(problems) - len(kept), len(kept)
         return _EpochCursor(problems, kept, seed=seed, shuffle=self._config.shuffle)
 

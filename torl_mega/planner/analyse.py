@@ -100,8 +100,8 @@ def _settings(
     problems, serving = [], config.serving
     if config.max_context_tokens > shape.max_positions:
         problems.append(
-            f"data.max_prompt_tokens + rollout.max_response_tokens = {config.max_context_tokens} is more than the model's "
-            f"{shape.max_positions} positions; lower one of them"
+            f"the longest prompt (data.max_prompt_tokens, eval.max_prompt_tokens) + rollout.max_response_tokens = "
+            f"{config.max_context_tokens} is more than the model's {shape.max_positions} positions; lower one of them"
         )
     heads, groups = shape.num_heads, shape.num_kv_groups
     if heads % serving.tensor or (groups % serving.tensor and serving.tensor % groups):
@@ -162,7 +162,7 @@ def _remedy(config: Config, phase: PhaseMemory) -> str:
         "KV cache": f"serving.mem_fraction = {_lower_fraction(config, phase):.2f}, or cluster.placement = disaggregated",
         "activations": "trainer.recompute = full"
         if config.trainer.recompute != "full"
-        else f"trainer.micro_batch_tokens = {max(config.max_context_tokens, config.trainer.micro_batch_tokens // 2)}",
+        else f"trainer.micro_batch_tokens = {max(config.max_train_tokens, config.trainer.micro_batch_tokens // 2)}",
         "logits, layer at work": f"trainer.logprob_chunk_tokens = {config.trainer.logprob_chunk_tokens // 2}",
         "sync buckets": f"serving.bucket_mb = {max(64, config.serving.bucket_mb // 2)}",
         "server weights": f"serving.tensor = {2 * config.serving.tensor}",

@@ -144,6 +144,7 @@ def trainer_memory(
     chunk = min(trainer.logprob_chunk_tokens, tokens)
     logits = chunk * padded_vocab(shape.vocab, parallel.tensor) / parallel.tensor * LOGIT_BYTES
     head_gradient = 2 * GRAD_BYTES * padded_vocab(shape.vocab, parallel.tensor) * shape.hidden / parallel.tensor
+    head_copy = head_gradient / 2 if config.model.fp32_head and width < 4 else 0.0
     samples = config.rollout.prompts_per_step * config.rollout.group_size
     dynamic = 1 + (0 if on_cpu else assume.fragmentation)
     largest = padded_vocab(shape.vocab, parallel.tensor) * shape.hidden
@@ -153,8 +154,8 @@ def trainer_memory(
         # offloaded, Megatron leaves the fp32 weights on the GPU (HybridDeviceOptimizer steps on copies of them)
         optimizer=params * (master if trainer.optimizer_offload and not on_cpu else 8 + master) / shard,
         activations=dynamic * (kept + tokens * 3 * hidden),
-        working=dynamic * max(logits + head_gradient, tokens * layer if full else 0.0),
-        forward_working=dynamic * (max(logits, tokens * layer) + tokens * 3 * hidden),
+        working=dynamic * max(logits + head_gradient + head_copy, tokens * layer if full else 0.0),
+        forward_working=dynamic * (max(logits + head_copy, tokens * layer) + tokens * 3 * hidden),
         batch=samples * mean_tokens * 25 / data,
         saved_weights=params * width / (data * parallel.context),
         saved_optimizer=params * (12 if master or trainer.distributed_optimizer else 8) / (data * parallel.context),

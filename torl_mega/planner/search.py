@@ -52,7 +52,7 @@ def search(
 
 def _candidates(config: Config, hardware: Hardware) -> Iterator[Overrides]:
     sizes = [n for n in (1, 2, 4, 8, 16) if n <= hardware.gpus]
-    longest = config.max_context_tokens
+    longest = config.max_train_tokens
     budgets = sorted({n for n in (8192, 16384, 32768, config.trainer.micro_batch_tokens) if n >= longest})
     splits: list[Overrides] = [
         {"cluster.placement": "colocated", "cluster.server_nodes": 0, "cluster.server_gpus_per_node": 0}

@@ -96,7 +96,7 @@ def predict(setup: Setup, server: ServerMemory, work: Workload) -> StepTime:
     rollout = _rollout_s(setup, work, concurrency)
     peak = gpu.bf16 * (1 - assume.tp_loss) ** (parallel.tensor.bit_length() - 1)
     forward = shape.forward_flops(work.tokens, work.mean_tokens)
-    passes = 2 if config.algo.kl_coef > 0 else 1
+    passes = config.needs_old_logprobs + (config.algo.kl_coef > 0)
     micro = num_micro_batches(config, setup.data, work.mean_tokens)
     bubble = 1 + (parallel.pipeline - 1) / (parallel.virtual_pipeline * micro)
     gain = assume.fp8_gain if config.trainer.precision != "default" else 1.0
@@ -153,7 +153,7 @@ def _rollout_s(setup: Setup, work: Workload, concurrency: int) -> float:
 def _optimizer_s(setup: Setup) -> float:
     """Gradient reduction, Adam and parameter gathering of all optimizer steps of one RL step."""
     config, assume = setup.config, setup.assume
-    steps = config.rollout.prompts_per_step * config.rollout.group_size // config.trainer.mini_batch_samples
+    steps = config.updates_per_step
     params = setup.shape.num_parameters / (config.parallel.tensor * config.parallel.pipeline)
     wire = params * (4 + dtype_bytes(config)) / setup.link if setup.data > 1 else 0.0
     exposed = 0.3 if config.trainer.overlap else 1.0

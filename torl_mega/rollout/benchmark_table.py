@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torl_mega.rollout.evaluate import KNOWN_SIZES, EvalReport
+from torl_mega.rollout.evaluate import KNOWN_SIZES, EvalReport, canonical_name
 from torl_mega.run.files import replacing, write_json, write_text
 from torl_mega.types import CollectedGroups, Reward, Trajectory
 
@@ -59,7 +59,11 @@ def _detail_table(report: EvalReport) -> list[str]:
 
 
 def _warning_list(report: EvalReport) -> list[str]:
-    return [f"- \\* {b.name}: {warning}" for b in report.benchmarks for warning in b.warnings]
+    return [f"- \\* {b.name}: {warning}" for b in report.benchmarks for warning in b.warnings] + [
+        f"- {canonical_name(Path(spec).stem)}: absent, and not in avg ({spec} is not there); docs/evaluation.md says where "
+        "it comes from"
+        for spec in report.absent
+    ]
 
 
 def _write_transcripts(path: Path, collected: CollectedGroups) -> None:

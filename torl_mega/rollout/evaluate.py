@@ -14,21 +14,39 @@ counted. Nothing is sampled or written here.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from torl_mega.config import DataConfig, EvalConfig
+from torl_mega.config import BenchmarkConfig, DataConfig, EvalConfig
 from torl_mega.data.prompts import Encode, encode_prompts, load_problems
-from torl_mega.errors import ConfigError
+from torl_mega.errors import ConfigError, DataError
 from torl_mega.rollout.statistics import rollout_metrics
 from torl_mega.types import CollectedGroups, Group, Problem, Prompt
 
-KNOWN_SIZES = {"aime24": 30, "aime25": 30, "math500": 500, "olympiadbench": 675, "amc23": 40}
+log = logging.getLogger(__name__)
+
+KNOWN_SIZES = {"aime24": 30, "aime25": 30, "math500": 500, "olympiadbench": 675, "amc23": 40}  # problems of each
+WHERE_FROM = "docs/evaluation.md says where each comes from; eval.data=[] evaluates nothing"
 _Z95 = 1.959964
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the problems of a benchmark are attempted."""
+
+    temperature: float  # 0 is greedy
+    samples_per_problem: int
+    top_p: float | None = None  # None is training's
+
+    def changed_by(self, own: BenchmarkConfig | None) -> Sampling:
+        """With the settings that a benchmark has of its own."""
+        return replace(self, **(own.model_dump(exclude_none=True) if own else {}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +84,7 @@ class EvalReport:
     benchmarks: tuple[BenchmarkResult, ...]
     overall: Mapping[str, float]  # rollout metrics over all attempts
     faults: Mapping[str, int]
+    absent: tuple[str, ...] = ()  # files of known benchmarks that are not there
 
     @property
     def mean_accuracy(self) -> float:
@@ -93,21 +112,41 @@ class Benchmark:
     name: str
     prompts: tuple[Prompt, ...]
     overlong: tuple[Problem, ...]
+    own: BenchmarkConfig | None
     cut_to: int | None  # eval.max_problems where it left rows out
 
 
+def absent_benchmarks(config: EvalConfig) -> list[str]:
+    """The files of `eval.data` that are named after a known benchmark and are not there."""
+    missing = [spec for spec in config.data if not Path(spec).exists()]
+    return [spec for spec in missing if canonical_name(Path(spec).stem) in KNOWN_SIZES]
+
+
 def load_benchmarks(config: EvalConfig, data: DataConfig, encode: Encode) -> list[Benchmark]:
-    """Reads `eval.data`, templated as in training, one Benchmark per source. Raises DataError for a bad file."""
+    """Reads `eval.data`, templated as in training, one Benchmark per source. Benchmarks that are absent are left out as
+    long as one is there. Raises DataError for a bad file."""
+    absent = absent_benchmarks(config)
+    present = [spec for spec in config.data if spec not in absent]
+    if absent and not present:
+        raise DataError(f"none of the benchmarks of eval.data is there ({', '.join(absent)}); {WHERE_FROM}")
+    if absent:
+        left_out = f"{len(absent)} of {len(config.data)} benchmarks are not there and are left out: {', '.join(absent)}"
+        log.warning("%s; %s", left_out, WHERE_FROM)
     by_source: dict[str, list[Problem]] = {}
     cut: set[str] = set()
-    for spec in config.data:
+    for spec in present:
         problems = load_problems(spec, max_problems=config.max_problems)
         for problem in problems:
             by_source.setdefault(canonical_name(problem.source), []).append(problem)
             if len(problems) == config.max_problems:
                 cut.add(canonical_name(problem.source))
+    strange = sorted(set(config.benchmarks) - set(by_source) - set(KNOWN_SIZES))
+    if strange:
+        raise ConfigError(
+            f"eval.benchmarks.{strange[0]}: eval.data holds no such benchmark; it has {', '.join(by_source)}"
+        )
     return [
-        _benchmark(name, problems, data, encode, cut_to=config.max_problems if name in cut else None)
+        _benchmark(name, problems, config, data, encode, cut_to=config.max_problems if name in cut else None)
         for name, problems in by_source.items()
     ]
 
@@ -120,34 +159,42 @@ def canonical_name(source: str) -> str:
 
 
 def _benchmark(
-    name: str, problems: list[Problem], data: DataConfig, encode: Encode, *, cut_to: int | None
+    name: str, problems: list[Problem], config: EvalConfig, data: DataConfig, encode: Encode, *, cut_to: int | None
 ) -> Benchmark:
-    prompts = encode_prompts(
-        problems, template=data.template, encode=encode, max_prompt_tokens=data.max_prompt_tokens, overlong="drop"
-    )
+    limit = config.max_prompt_tokens or data.max_prompt_tokens
+    prompts = encode_prompts(problems, template=data.template, encode=encode, max_prompt_tokens=limit, overlong="drop")
     kept = {prompt.problem.problem_id for prompt in prompts}
     overlong = tuple(p for p in problems if p.problem_id not in kept)
     if overlong and data.overlong_prompts == "error" and not prompts:
         raise ConfigError(
-            f"{name}: every prompt is longer than data.max_prompt_tokens = {data.max_prompt_tokens}; raise it to evaluate"
+            f"{name}: every prompt is longer than {limit} tokens; raise eval.max_prompt_tokens to evaluate"
         )
-    return Benchmark(name, tuple(prompts), overlong, cut_to)
+    return Benchmark(name, tuple(prompts), overlong, config.benchmarks.get(name), cut_to)
+
+
+def samplings(config: EvalConfig, benchmarks: Sequence[Benchmark]) -> list[Sampling]:
+    """How each benchmark is attempted: as `eval` says, and as its entry in `eval.benchmarks` says otherwise."""
+    common = Sampling(config.temperature, config.samples_per_problem, config.top_p)
+    return [common.changed_by(benchmark.own) for benchmark in benchmarks]
 
 
 def score(
     benchmarks: Sequence[Benchmark],
     collected: CollectedGroups,
+    samplings: Sequence[Sampling],
     *,
     temperature: float,
-    samples_per_problem: int,
     max_tool_calls: int,
+    absent: Sequence[str] = (),
 ) -> EvalReport:
-    """The report on `collected`: `samples_per_problem` attempts at each prompt of every benchmark, but for those lost to
-    faults. `temperature` they were sampled at, `max_tool_calls` is C."""
+    """The report on `collected`: the attempts at each prompt of every benchmark, sampled as `samplings` says, but for those
+    lost to faults. `max_tool_calls` is C, `absent` the files of known benchmarks that are not there."""
     groups = {group.prompt.problem.problem_id: group for group in collected.groups}
-    results = tuple(_score(b, groups, samples_per_problem, max_tool_calls) for b in benchmarks)
+    results = tuple(
+        _score(b, groups, s.samples_per_problem, max_tool_calls) for b, s in zip(benchmarks, samplings, strict=True)
+    )
     overall = rollout_metrics(collected, max_tool_calls=max_tool_calls)
-    return EvalReport(temperature, results, overall, dict(collected.faults))
+    return EvalReport(temperature, results, overall, dict(collected.faults), tuple(absent))
 
 
 def _score(
@@ -196,7 +243,7 @@ def _warnings(benchmark: Benchmark, groups: Sequence[Group], samples_per_problem
             f"{len(problems)} rows state {len(repeats)} problems, each {how_often}; counted as further attempts"
         )
     if benchmark.overlong:
-        notes.append(f"{len(benchmark.overlong)} problems over data.max_prompt_tokens; counted as wrong")
+        notes.append(f"{len(benchmark.overlong)} problems over eval.max_prompt_tokens; counted as wrong")
     lost = len(benchmark.prompts) * samples_per_problem - sum(len(group.trajectories) for group in groups)
     if lost:
         notes.append(f"{lost} attempts lost to infrastructure faults; left out")

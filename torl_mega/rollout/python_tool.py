@@ -60,18 +60,29 @@ def last_code_block(text: str) -> str | None:
     Line by line as the released code's `extract_program`: a line that starts or ends with ```python opens a block, any
     other line that starts with ``` closes it; a block that is still open is not a program.
     """
-    program: str | None = None
-    lines: list[str] | None = None
+    spans, is_open = _fences(text)
+    return (text[slice(*spans[-1])] or "\n") if spans and not is_open else None  # an empty block is a program too
+
+
+def code_spans(text: str) -> list[tuple[int, int]]:
+    """(start, end) of every complete ```python block's program in `text`, in order."""
+    return _fences(text)[0]
+
+
+def _fences(text: str) -> tuple[list[tuple[int, int]], bool]:
+    """The programs of closed blocks, and whether the text ends inside a block."""
+    spans: list[tuple[int, int]] = []
+    start: int | None = None
+    at = 0
     for line in text.split("\n"):
         if line.startswith("```python") or line.endswith("```python"):
-            lines = []
+            start = at + len(line) + 1
         elif line.startswith("```"):
-            if lines is not None:
-                program = "\n".join(lines) + "\n"
-            lines = None
-        elif lines is not None:
-            lines.append(line)
-    return program if lines is None else None
+            if start is not None:
+                spans.append((start, at))
+            start = None
+        at += len(line) + 1
+    return spans, start is not None
 
 
 def render_observation(result: ExecutionResult, *, wall_s: float, memory_mb: int) -> str:

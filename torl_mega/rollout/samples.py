@@ -1,7 +1,4 @@
-"""From scored groups to training sequences: advantages, filters, masks, flat arrays. No engine, no I/O.
-
-The filters are options beyond the paper, all off by default.
-"""
+"""From scored groups to training sequences: advantages, masks, flat arrays. No engine, no I/O."""
 
 from __future__ import annotations
 
@@ -9,37 +6,29 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from torl_mega.algo.advantage import group_advantages
+from torl_mega.algo.advantage import bounded_penalty, step_advantages
 from torl_mega.config import AlgoConfig
-from torl_mega.rollout.python_tool import last_code_block
-from torl_mega.types import Group, Sample, StopReason, Trajectory
+from torl_mega.rollout.filters import is_trained, own_reward
+from torl_mega.types import Group, Sample, Trajectory
 
 
 def make_samples(groups: Sequence[Group], config: AlgoConfig) -> list[Sample]:
-    """One Sample per trajectory, in group order. A filtered trajectory keeps its place (and its part in the group's
-    baseline) with an all-False loss mask, so batch sizes do not move."""
+    """One Sample per trajectory, in group order. A filtered trajectory, or one of a group without signal that is dropped,
+    keeps its place (and its part in the baseline) with an all-False loss mask, so batch sizes do not move."""
     samples: list[Sample] = []
-    for group in groups:
-        rewards_G = np.array([r.value for r in group.rewards], np.float64)
-        advantages_G = group_advantages(rewards_G, config.advantage)
-        for trajectory, advantage in zip(group.trajectories, advantages_G, strict=True):
-            samples.append(_sample(trajectory, float(advantage), trained=is_trained(trajectory, config)))
+    rewards = [np.array([own_reward(r, config) for r in group.rewards], np.float64) for group in groups]
+    advantages = step_advantages(rewards, config.advantage)
+    for number, (group, advantages_G) in enumerate(zip(groups, advantages, strict=True)):
+        has_signal = config.zero_signal == "keep" or bool(advantages_G.any())
+        for index, (trajectory, reward) in enumerate(zip(group.trajectories, group.rewards, strict=True)):
+            own = float(rewards[number][index])
+            advantage = bounded_penalty(float(advantages_G[index]), reward.value - own, config.penalty_bound)
+            trained = has_signal and is_trained(trajectory, config)
+            samples.append(_sample(trajectory, advantage, own, number, trained=trained))
     return samples
 
 
-def is_trained(trajectory: Trajectory, config: AlgoConfig) -> bool:
-    """Whether the options of `algo` leave the trajectory's tokens in the loss."""
-    if config.mask_truncated and trajectory.stop_reason is StopReason.LENGTH:
-        return False
-    return not (config.void_turns == "mask" and has_void_turn(trajectory))
-
-
-def has_void_turn(trajectory: Trajectory) -> bool:
-    """Whether a turn has neither a complete code block nor a boxed answer (SimpleTIR, arXiv 2509.02479 §3.2)."""
-    return any(last_code_block(turn.text) is None and "\\boxed{" not in turn.text for turn in trajectory.turns)
-
-
-def _sample(trajectory: Trajectory, advantage: float, *, trained: bool) -> Sample:
+def _sample(trajectory: Trajectory, advantage: float, reward: float, group: int, *, trained: bool) -> Sample:
     prompt = trajectory.prompt.token_ids
     response, mask = trajectory.response_ids, trajectory.loss_mask
     num_prompt = len(prompt)
@@ -55,4 +44,6 @@ def _sample(trajectory: Trajectory, advantage: float, *, trained: bool) -> Sampl
         rollout_logprobs=logprobs,
         policy_versions=versions,
         advantage=advantage,
+        group=group,
+        reward=reward,
     )

@@ -1,18 +1,20 @@
 """Metrics of collected groups: the quantities of the paper's figures 5 and 6, and what else shows how healthy a run is.
 
 Each quantity is defined once, in the docstring of the function that computes it. "Response" is one trajectory's text
-without the prompt, "program" a piece of code the policy called the sandbox with (one `ToolCall`). A share over nothing (no
-program ran, no response was wrong) is 0.0; the names are the same for every collection.
+without the prompt, "piece of code" a complete ```python block in it, "program" a piece of code that ran (a `ToolCall` with
+code; a call without any runs nothing and is none). A share over nothing (no program ran, no response was wrong) is 0.0; the
+names are the same for every collection.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from torl_mega.rollout.python_tool import last_code_block
-from torl_mega.rollout.samples import has_void_turn
-from torl_mega.types import CollectedGroups, ExecutionStatus, GraderStatus, Reward, StopReason, Trajectory
+from torl_mega.rollout.filters import has_void_turn
+from torl_mega.rollout.python_tool import code_spans
+from torl_mega.types import CollectedGroups, ExecutionStatus, GraderStatus, Reward, StopReason, ToolCall, Trajectory
 
 Scored = tuple[Trajectory, Reward]
 
@@ -28,10 +30,12 @@ def rollout_metrics(collected: CollectedGroups, *, max_tool_calls: int) -> dict[
         "accuracy": accuracy(scored),
         "code_ratio": code_ratio(scored),
         "executed_code_ratio": executed_code_ratio(scored),
+        "executed_response_ratio": executed_response_ratio(scored),
         "pass_ratio": pass_ratio(scored),
         "pass_ratio_correct": pass_ratio([(t, r) for t, r in scored if r.correct]),
         "pass_ratio_incorrect": pass_ratio([(t, r) for t, r in scored if not r.correct]),
         "code_before_answer_ratio": code_before_answer_ratio(scored),
+        "code_first_response_ratio": code_first_response_ratio(scored),
         "tool_calls": _mean([len(t.tool_calls) for t, _ in scored]),
         "tool_calls_at_limit_ratio": _share(scored, lambda t, r: len(t.tool_calls) >= max_tool_calls > 0),
         "void_turn_ratio": _share(scored, lambda t, r: has_void_turn(t)),
@@ -58,11 +62,18 @@ def code_ratio(scored: Sequence[Scored]) -> float:
 
 
 def executed_code_ratio(scored: Sequence[Scored]) -> float:
-    """Responses of which at least one program ran / responses with code.
+    """Pieces of code that ran / pieces of code written (figure 5d, "executed code ratio").
 
     Below 1 where code was written but not called, or written after the C calls were used up.
     """
-    return _share([(t, r) for t, r in scored if writes_code(t)], lambda trajectory, reward: bool(trajectory.tool_calls))
+    written = [len(code_spans(_text(trajectory))) for trajectory, _ in scored]
+    ran = [min(len(programs(trajectory)), n) for (trajectory, _), n in zip(scored, written, strict=True)]
+    return sum(ran) / max(sum(written), 1)
+
+
+def executed_response_ratio(scored: Sequence[Scored]) -> float:
+    """Responses of which at least one program ran / responses with code."""
+    return _share([(t, r) for t, r in scored if writes_code(t)], lambda trajectory, reward: bool(programs(trajectory)))
 
 
 def pass_ratio(scored: Sequence[Scored]) -> float:
@@ -70,11 +81,24 @@ def pass_ratio(scored: Sequence[Scored]) -> float:
 
     A program counts by its exit status, never by what it printed: one that prints "Error" and exits with 0 passes.
     """
-    statuses = [call.status for trajectory, _ in scored for call in trajectory.tool_calls]
+    statuses = [call.status for trajectory, _ in scored for call in programs(trajectory)]
     return _mean([status is ExecutionStatus.OK for status in statuses])
 
 
 def code_before_answer_ratio(scored: Sequence[Scored]) -> float:
+    """Pieces of code that end before the response's first final box / pieces of code in responses with a box (figure 5d,
+    "code before final answer"). A box inside a piece of code is none."""
+    before: list[bool] = []
+    for trajectory, _ in scored:
+        text = _text(trajectory)
+        spans = code_spans(text)
+        boxes = [m.start() for m in re.finditer(r"\\boxed", text)]
+        answer = next((box for box in boxes if not any(a <= box < b for a, b in spans)), None)
+        before += [] if answer is None else [end <= answer for _, end in spans]
+    return _mean(before)
+
+
+def code_first_response_ratio(scored: Sequence[Scored]) -> float:
     """Responses whose first program ran before their first final box / responses of which a program ran and that have a box.
 
     1 is reasoning by code; below it the policy answers first and lets code confirm.
@@ -82,7 +106,7 @@ def code_before_answer_ratio(scored: Sequence[Scored]) -> float:
     boxed_after_code = []
     for trajectory, _ in scored:
         first_box = next((i for i, turn in enumerate(trajectory.turns) if "\\boxed" in turn.text), None)
-        first_run = next((i for i, turn in enumerate(trajectory.turns) if turn.tool_call is not None), None)
+        first_run = next((i for i, turn in enumerate(trajectory.turns) if turn.tool_call and turn.tool_call.code), None)
         if first_box is not None and first_run is not None:
             # a call ends its turn, so a box in the same turn came before it
             boxed_after_code.append(first_run < first_box)
@@ -96,7 +120,7 @@ def group_zero_signal_ratio(collected: CollectedGroups) -> float:
 
 def execution_ratios(scored: Sequence[Scored]) -> dict[str, float]:
     """`execution/<status>`: programs that ended so / programs that ran, for every status there is but OK."""
-    counts = Counter(call.status for trajectory, _ in scored for call in trajectory.tool_calls)
+    counts = Counter(call.status for trajectory, _ in scored for call in programs(trajectory))
     total = counts.total()
     failures = [status for status in ExecutionStatus if status not in (ExecutionStatus.OK, ExecutionStatus.INFRA)]
     return {f"execution/{status.value}": counts[status] / max(total, 1) for status in failures}
@@ -109,8 +133,18 @@ def reward_parts(scored: Sequence[Scored]) -> dict[str, float]:
 
 
 def writes_code(trajectory: Trajectory) -> bool:
-    """Whether a turn called the tool or holds a complete ```python block."""
-    return any(turn.tool_call is not None or last_code_block(turn.text) is not None for turn in trajectory.turns)
+    """Whether it ran a program or holds a complete ```python block."""
+    return bool(programs(trajectory)) or any(code_spans(turn.text) for turn in trajectory.turns)
+
+
+def programs(trajectory: Trajectory) -> list[ToolCall]:
+    """The calls that ran something."""
+    return [call for call in trajectory.tool_calls if call.code]
+
+
+def _text(trajectory: Trajectory) -> str:
+    """What the policy wrote, without observations."""
+    return "".join(turn.text for turn in trajectory.turns)
 
 
 def _share(scored: Sequence[Scored], holds: Callable[[Trajectory, Reward], bool]) -> float:

@@ -48,25 +48,28 @@ def check_engines(trainer: Trainer, rank0: ServerSide | None, config: Config, sh
         return
     mask = np.arange(len(ids)) > 0  # nothing predicts the first token
     sample = Sample(np.array(ids, np.int64), mask, np.zeros(len(ids), np.float32), np.full(len(ids), -1, np.int32), 0.0)
-    (scored,) = trainer.old_logprobs([sample])
-    share(lambda: rank0 and _compare(rank0, ids, scored.old_logprobs, config))
+    ours = trainer.score(sample, temperature=1.0)  # as the servers' prompt log-probs are, whatever they sample at
+    share(lambda: rank0 and _compare(rank0, ids, ours, config))
 
 
 def _compare(rank0: ServerSide, ids: Sequence[int], trainer_logprobs: np.ndarray, config: Config) -> None:
     for url in rank0.server_urls:
         rank0.run(check_tokenizer(url, rank0.tokenizer, PROBE_TEXT))
-        # the trainer divides logits by the sampling temperature, the server's prompt log-probs do not
-        if config.rollout.temperature != 1.0:
-            continue
-        server_logprobs = rank0.run(prompt_logprobs(url, ids))
-        gap = np.abs(server_logprobs[1:] - trainer_logprobs[1:])
-        if gap.max() > config.guards.probe_logprob_diff:
-            at = int(gap.argmax()) + 1
-            raise ServerError(
-                f"{url} and the trainer disagree on the probe text: token {at} (id {ids[at]}) has log-prob "
-                f"{server_logprobs[at]:.4f} there and {trainer_logprobs[at]:.4f} here, guards.probe_logprob_diff is "
-                f"{config.guards.probe_logprob_diff:g}; both must load the same weights from {config.model.path}"
-            )
+        check_gap(url, ids, rank0.run(prompt_logprobs(url, ids)), trainer_logprobs, config)
+
+
+def check_gap(
+    url: str, ids: Sequence[int], server_logprobs: np.ndarray, trainer_logprobs: np.ndarray, config: Config
+) -> None:
+    """Raises ServerError for the token where the two [T] log-probs differ most, if that is above the limit."""
+    gap = np.abs(server_logprobs[1:] - trainer_logprobs[1:])
+    if not gap.max() <= config.guards.probe_logprob_diff:  # so that NaN does not pass
+        at = int(gap.argmax()) + 1
+        raise ServerError(
+            f"{url} and the trainer disagree on the probe text: token {at} (id {ids[at]}) has log-prob "
+            f"{server_logprobs[at]:.4f} there and {trainer_logprobs[at]:.4f} here, guards.probe_logprob_diff is "
+            f"{config.guards.probe_logprob_diff:g}; both must load the same weights from {config.model.path}"
+        )
 
 
 async def check_tokenizer(url: str, tokenizer: TextCodec, probe_text: str) -> None:

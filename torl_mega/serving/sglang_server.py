@@ -46,6 +46,8 @@ def launch_command(config: Config, *, host: str, port: int, on_gpu: bool) -> lis
     # servers of one run must not draw the same numbers, or a group spread over two of them repeats itself
     command += ["--random-seed", str(config.seed + port)]
     command += ["--context-length", str(context), "--log-level-http", "warning"]
+    if config.model.fp32_head:
+        command += ["--enable-fp32-lm-head"]
     if serving.weight_dtype == "fp8_block":
         command += _fp8_arguments(on_gpu=on_gpu)
     if serving.max_total_tokens is not None:
@@ -104,8 +106,8 @@ def _check_context(model_path: Path, needed: int) -> None:
     most = tree.get("max_position_embeddings")
     if most is not None and needed > most:
         raise ServerError(
-            f"data.max_prompt_tokens + rollout.max_response_tokens = {needed} tokens, but {model_path} has "
-            f"max_position_embeddings {most}; lower one of them"
+            f"the longest prompt (data.max_prompt_tokens, eval.max_prompt_tokens) + rollout.max_response_tokens = {needed} "
+            f"tokens, but {model_path} has max_position_embeddings {most}; lower one of them"
         )
 
 

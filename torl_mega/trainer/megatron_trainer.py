@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -29,7 +30,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from torl_mega.algo.loss import loss_weights, policy_loss
+from torl_mega.algo.advantage import charge_kl
+from torl_mega.algo.loss import Sequences, policy_loss, token_mismatch
+from torl_mega.algo.weights import loss_weights, token_shares
 from torl_mega.config import Config
 from torl_mega.errors import ConfigError, GuardError
 from torl_mega.interfaces import NamedTensor
@@ -64,6 +67,7 @@ class MegatronTrainer:
             raise ConfigError("; ".join(problems))
         check_precision(config.trainer.precision, this_machine())
         self.on_cpu = cpu_backend.install()
+        self._temperature = config.rollout.temperature
         self.shape = describe_model(self.hf_config)
         self.model_config: Any = transformer_config(
             self.shape, config.parallel, config.trainer, _DTYPES[config.model.dtype], choose_spec()
@@ -77,6 +81,7 @@ class MegatronTrainer:
         self.optimizer, self.schedule = build_optimizer(
             self.model, self.model_config, config.optim, config.trainer, total_steps=self._total_steps()
         )
+        self._skipped_in_a_row = 0
         self.checkpoints = checkpoint.Checkpoints(config.checkpoint, self.shape, self.hf_config)
         self._metric_names: tuple[str, ...] = ()
 
@@ -91,45 +96,64 @@ class MegatronTrainer:
 
     def _total_steps(self) -> int:
         """Optimizer steps of the whole run, for the schedule."""
-        rollout = self.config.rollout
-        per_step = rollout.prompts_per_step * rollout.group_size // self.config.trainer.mini_batch_samples
-        return self.config.num_steps * max(per_step, 1)
+        return self.config.num_steps * self.config.updates_per_step
 
     # ------------------------------------------------------------------------------------------------ verbs
 
     def old_logprobs(self, samples: Sequence[Sample]) -> list[TrainSample]:
-        """Log-probs and entropies of every sampled token under the current weights, [T] per sample, 0 where not sampled;
-        with a KL term also the log-probs under the starting weights."""
-        logprobs, entropies = self._score(samples)
-        reference = None
+        """Log-probs and entropies of every sampled token under the current weights (None where they are not needed), and
+        the reference's where there is a KL, which is charged to the advantages if it belongs to the reward."""
+        self._move_reference()
+        algo, nothing = self.config.algo, [None] * len(samples)
+        logprobs, entropies = self._score(samples) if self.config.needs_old_logprobs else (nothing, nothing)
+        reference: Sequence[Any] = nothing
         if self._reference is not None:
-            self._swap_reference()
-            try:
+            with self._at_reference():
                 reference, _ = self._score(samples)
-            finally:
-                self._swap_reference()
-        return [
-            TrainSample(s, logprobs[i], entropies[i], reference[i] if reference is not None else None)
-            for i, s in enumerate(samples)
-        ]
+        scored = [TrainSample(*fields) for fields in zip(samples, logprobs, entropies, reference, strict=True)]
+        return charge_kl(scored, algo) if algo.kl_coef and algo.kl_in == "reward" else scored
+
+    def score(self, sample: Sample, *, temperature: float) -> np.ndarray:
+        """[T] log-probs of one sample's tokens under another temperature than the rollout's."""
+        kept, self._temperature = self._temperature, temperature
+        try:
+            (logprobs,), _ = self._score([sample])
+        finally:
+            self._temperature = kept
+        return logprobs
 
     def forward_backward(self, batch: Sequence[TrainSample]) -> Mapping[str, float]:
-        """Computes the gradients of one mini-batch. Metrics: those of `policy_loss`, num_tokens, padding_share, dp_imbalance."""
+        """Computes the gradients of one mini-batch. Metrics: those of `policy_loss`, num_tokens, padding_share, dp_imbalance;
+        those of `mismatch` too where the old-log-prob pass was left out."""
         algo = self.config.algo
         weights = loss_weights(batch, algo, max_response_tokens=self.config.rollout.max_response_tokens)
         samples = [b.sample for b in batch]
+        on_policy = any(b.old_logprobs is None for b in batch)
+        old = [b.sample.rollout_logprobs if on_policy else b.old_logprobs for b in batch]
         flat = {
             "weights_T": _concat(weights),
-            "old_logprobs_T": _concat([b.old_logprobs for b in batch]),
+            "shares_T": _concat(token_shares(batch)),
+            "old_logprobs_T": _concat(old),
             "advantages_T": _concat([np.full(len(s.token_ids), s.advantage) for s in samples]),
         }
         if self._reference is not None:
             flat["ref_logprobs_T"] = _concat([b.ref_logprobs for b in batch])
+        numbers = np.repeat(np.arange(len(samples)), [len(s.token_ids) for s in samples])
+        lengths = torch.tensor([int(s.loss_mask.sum()) for s in samples])
 
         def loss_of(micro: MicroBatch, logprobs: torch.Tensor, entropies: torch.Tensor) -> Any:
-            tensors = {k: torch.from_numpy(v[micro.where]).to(logprobs.device) for k, v in flat.items()}
+            device = logprobs.device
+            tensors = {k: torch.from_numpy(v[micro.where]).to(device) for k, v in flat.items()}
             tensors.setdefault("ref_logprobs_T", None)  # type: ignore[arg-type]
-            loss, metrics = policy_loss(logprobs_T=logprobs, entropy_T=entropies, config=algo, **tensors)
+            extra = {}
+            if on_policy:
+                extra = token_mismatch(logprobs.detach(), tensors["old_logprobs_T"], tensors["shares_T"])
+                tensors["old_logprobs_T"] = logprobs.detach()
+            sequences = Sequences(torch.from_numpy(numbers[micro.where]).to(device), lengths.to(device), _context_sum)
+            loss, metrics = policy_loss(
+                logprobs_T=logprobs, entropy_T=entropies, config=algo, sequences=sequences, **tensors
+            )
+            metrics |= extra
             if not micro.rows.numel():  # a graph without targets: other ranks wait in its collectives
                 loss = loss + 0.0 * logprobs.sum()
             return loss, metrics
@@ -138,22 +162,30 @@ class MegatronTrainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         plan, micros = self.pack(samples)
-        outputs = self.run_schedule(micros, loss_of, forward_only=False)
-        return {**self._reduce_metrics(outputs), **_packing_metrics(samples, plan, micros)}
+        metrics = self._reduce_metrics(self.run_schedule(micros, loss_of, forward_only=False))
+        if on_policy:
+            metrics["max_abs_logprob_diff"] = metrics.pop("abs_logprob_diff_max")
+        return {**metrics, **_packing_metrics(samples, plan, micros)}
 
     def optim_step(self) -> Mapping[str, float]:
-        """Clips the gradients, steps, advances the schedule. Raises GuardError when the gradient norm is not a number."""
+        """Clips the gradients, steps, advances the schedule. An update whose gradient is not a number is skipped: weights and
+        Adam's state stay as they are, `grad_norm` is 0 and `faults/skipped_updates` 1. Raises GuardError when that repeats."""
         lr = float(self.optimizer.param_groups[0]["lr"])
-        _, norm, _ = self.optimizer.step()
-        norm = float(norm)
-        if not math.isfinite(norm):
+        self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
+        finite = math.isfinite(norm)
+        if finite:
+            self.optimizer.step()
+        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
+        if self._skipped_in_a_row > self.config.guards.max_skipped_updates:
             raise GuardError(
-                f"the gradient norm is {norm} at optimizer step {self.schedule.num_steps + 1}; the weights in memory are "
-                "lost, the last checkpoint is not: lower optim.lr or look at that step's data, then resume"
+                f"the gradient norm is {norm} at optimizer step {self.schedule.num_steps + 1}, {self._skipped_in_a_row} "
+                f"times in a row (guards.max_skipped_updates = {self.config.guards.max_skipped_updates}); look at that "
+                "step's data or lower optim.lr, then resume"
             )
         self.schedule.step(1)
         self.checkpoints.poll()
-        return {"grad_norm": norm, "lr": lr}
+        return {"grad_norm": norm, "lr": lr} if finite else {"grad_norm": 0.0, "lr": lr, "faults/skipped_updates": 1.0}
 
     def weights(self) -> Iterator[NamedTensor]:
         """HF-named, unpadded tensors, one at a time, on rank 0; every rank iterates to the end. See WeightMap.gather."""
@@ -163,11 +195,17 @@ class MegatronTrainer:
     def save(self, path: Path, *, extra: Mapping[str, Any]) -> None:
         """Writes a checkpoint to `path`, with `extra` (JSON) beside it; see checkpoint.py for what resumes how."""
         self._settle_weights()
-        self.checkpoints.save(path, self.model, self.optimizer, self.schedule, extra)
+        reference = None
+        if self._reference_moves:
+            with self._at_reference():
+                reference = checkpoint.reference_state(self.model)
+        self.checkpoints.save(path, self.model, self.optimizer, self.schedule, extra, reference)
 
     def load(self, path: Path) -> Mapping[str, Any]:
         """Goes on from a checkpoint of any layout; returns its `extra`. Raises CheckpointError before anything changed."""
-        return self.checkpoints.load(path, self.model, self.optimizer, self.schedule)
+
+        take = self._take_reference if self._reference_moves else None
+        return self.checkpoints.load(path, self.model, self.optimizer, self.schedule, take)
 
     def finish_saves(self) -> None:
         """Waits for checkpoints that are still being written (checkpoint.async_save)."""
@@ -291,7 +329,8 @@ class MegatronTrainer:
             rows,
             targets,
             valid_vocab=self.shape.vocab,
-            temperature=self.config.rollout.temperature,
+            temperature=self._temperature,
+            fp32=self.config.model.fp32_head,
             chunk=self.config.trainer.logprob_chunk_tokens,
         )
         return (logprobs[:0], entropies[:0]) if empty else (logprobs, entropies)
@@ -341,6 +380,35 @@ class MegatronTrainer:
         """All parameters of this rank, in a fixed order."""
         return [p for names in self.weight_map.parameters for p in names.values()]
 
+    @property
+    def _reference_moves(self) -> bool:
+        return self._reference is not None and self.config.algo.ref_every_steps > 0
+
+    def _take_reference(self, saved: Sequence[Mapping[str, torch.Tensor]]) -> None:
+        """Takes the reference of a checkpoint."""
+        self._fill_reference([saved[n][name] for n, names in enumerate(self.weight_map.parameters) for name in names])
+
+    def _fill_reference(self, weights: Sequence[torch.Tensor]) -> None:
+        assert self._reference is not None
+        for kept, weight in zip(self._reference, weights, strict=True):
+            kept.copy_(weight)
+
+    def _move_reference(self) -> None:
+        """Every `algo.ref_every_steps` RL steps the policy becomes the reference."""
+        done, rest = divmod(self.schedule.num_steps, self.config.updates_per_step)
+        if self._reference_moves and done and not rest and done % self.config.algo.ref_every_steps == 0:
+            self._settle_weights()
+            self._fill_reference([p.detach() for p in self._parameters()])
+
+    @contextmanager
+    def _at_reference(self) -> Iterator[None]:
+        """The model holds the reference's weights meanwhile."""
+        self._swap_reference()
+        try:
+            yield
+        finally:
+            self._swap_reference()
+
     @torch.no_grad()
     def _swap_reference(self) -> None:
         """Exchanges the policy's weights with the starting ones, in place and bit for bit; a second call undoes the first."""
@@ -361,6 +429,13 @@ def _offsets(samples: Sequence[Sample]) -> np.ndarray:
 
 def _concat(arrays: Sequence[Any]) -> np.ndarray:
     return np.concatenate([np.zeros(0, np.float32), *arrays]).astype(np.float32)
+
+
+def _context_sum(sums: torch.Tensor) -> torch.Tensor:
+    """Summed over the context-parallel ranks, which hold parts of the same sequences."""
+    if parallel_state.get_context_parallel_world_size() > 1:
+        dist.all_reduce(sums, group=parallel_state.get_context_parallel_group())
+    return sums
 
 
 def _unwrap(model: Any) -> Any:

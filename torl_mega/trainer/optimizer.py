@@ -58,7 +58,7 @@ def build_optimizer(
     *,
     total_steps: int,
 ) -> tuple[Any, OptimizerParamScheduler]:
-    """The optimizer over all chunks and its schedule over `total_steps` optimizer steps."""
+    """The optimizer over all chunks and its schedule over `total_steps` optimizer steps, which a resumed run may raise."""
     dtype = config.params_dtype
     offload = trainer.optimizer_offload and torch.cuda.is_available()  # without a GPU it is in host memory already
     settings = OptimizerConfig(
@@ -85,7 +85,7 @@ def build_optimizer(
     config.grad_scale_func = optimizer.scale_loss
     schedule = OptimizerParamScheduler(
         optimizer,
-        init_lr=0.0 if optim.warmup_steps else optim.lr,
+        init_lr=optim.lr / (optim.warmup_steps + 1),  # at 0 the samples of the first update would be thrown away
         max_lr=optim.lr,
         min_lr=optim.lr if optim.schedule == "constant" else 0.0,
         lr_warmup_steps=optim.warmup_steps,
@@ -95,5 +95,8 @@ def build_optimizer(
         end_wd=optim.weight_decay,
         wd_incr_steps=max(total_steps, 1),
         wd_incr_style="constant",
+        # a checkpoint says how many steps were made; how many there will be, the config says
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
     return optimizer, schedule

@@ -50,8 +50,9 @@ class _LogProbEntropy(torch.autograd.Function):
         valid_vocab: int,
         temperature: float,
         chunk: int,
+        fp32: bool,
     ) -> Any:
-        head = _Head(weight, group, valid_vocab, temperature)
+        head = _Head(weight.float() if fp32 else weight, group, valid_vocab, temperature)
         logprobs, entropies, log_totals, means = [], [], [], []
         keep = None
         for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):
@@ -86,10 +87,10 @@ class _LogProbEntropy(torch.autograd.Function):
                 # dH/dlogit_j = -p_j (log p_j - sum p log p); padded rows have p = 0 and log p = -inf
                 centred = torch.where(p > 0, z - mean[rows, None], torch.zeros_like(z))
                 grad.addcmul_(p * centred, -grad_entropy[rows, None])
-            grad = grad.div_(head.temperature).to(hidden.dtype)
-            grad_hidden[rows] = grad @ weight
-            grad_weight += (grad.T @ hidden[rows]).float()
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
+            grad = grad.div_(head.temperature).to(head.weight.dtype)
+            grad_hidden[rows] = (grad @ head.weight).to(hidden.dtype)
+            grad_weight += (grad.T @ hidden[rows].to(grad.dtype)).float()
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None, None
 
 
 class _Head:
@@ -103,7 +104,7 @@ class _Head:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, V] fp32, -inf on padding."""
-        z = (hidden @ self.weight.T).float()
+        z = (hidden.to(self.weight.dtype) @ self.weight.T).float()
         if self.temperature != 1.0:
             z = z / self.temperature
         if self.padded_from is not None:
@@ -144,6 +145,7 @@ def token_logprobs(
     valid_vocab: int,
     temperature: float,
     chunk: int,
+    fp32: bool = False,  # project in fp32 whatever the weights are, at the cost of an fp32 copy of them
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(log-probs [n], entropies [n]) in fp32 for the output of a model with `defer_projection`."""
     layer = model.output_layer
@@ -154,5 +156,5 @@ def token_logprobs(
         hidden = copy_to_tensor_model_parallel_region(hidden)
     group = parallel_state.get_tensor_model_parallel_group()
     return _LogProbEntropy.apply(
-        hidden.index_select(0, rows), layer.projection[0], targets, group, valid_vocab, temperature, chunk
+        hidden.index_select(0, rows), layer.projection[0], targets, group, valid_vocab, temperature, chunk, fp32
     )  # type: ignore[return-value]

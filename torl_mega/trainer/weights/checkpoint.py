@@ -22,7 +22,7 @@ import os
 import pickle
 import random
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.managers import SyncManager
@@ -74,15 +74,26 @@ class Checkpoints:
         self._queue: Any = None
         self._pending: _Save | None = None  # under way
 
-    def save(self, path: Path, model: Sequence[Any], optimizer: Any, schedule: Any, extra: Mapping[str, Any]) -> None:
-        """Writes a checkpoint to `path`; with async_save returns as soon as the state is copied. Raises CheckpointError, for
-        an earlier asynchronous save too."""
+    def save(
+        self,
+        path: Path,
+        model: Sequence[Any],
+        optimizer: Any,
+        schedule: Any,
+        extra: Mapping[str, Any],
+        reference: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Writes a checkpoint to `path`; with async_save returns as soon as the state is copied. `reference`: the
+        `reference_state` of a run whose KL reference is not the start. Raises CheckpointError, for an
+        earlier asynchronous save too."""
         self.poll(wait=True)
         save = _Save(temporary_for(path), path, files.as_json(extra))
         with _writing(save.temporary, path):
             parallel.share(lambda: files.prepare(save.temporary))
             metadata = _metadata()
             state = _training_state(model, optimizer, schedule, metadata, loading=False)
+            if reference is not None:
+                state["reference"] = reference
             request = _save_request(save.temporary, state, metadata)
             if self.config.async_save:
                 self._async_queue().schedule_async_request(request)
@@ -103,15 +114,28 @@ class Checkpoints:
             else:
                 self._publish(save)
 
-    def load(self, path: Path, model: Sequence[Any], optimizer: Any, schedule: Any) -> Mapping[str, Any]:
-        """Fills model, optimizer, schedule and RNG; returns `extra`. Raises CheckpointError before anything is changed
-        when the checkpoint is missing, damaged, of another model or without a training state."""
+    def load(
+        self,
+        path: Path,
+        model: Sequence[Any],
+        optimizer: Any,
+        schedule: Any,
+        take_reference: Callable[[Sequence[Mapping[str, torch.Tensor]]], None] | None = None,
+    ) -> Mapping[str, Any]:
+        """Fills model, optimizer, schedule and RNG; returns `extra`. `take_reference` is called with the saved
+        reference, per chunk by name. Raises CheckpointError before anything is changed when the checkpoint is missing, damaged, of
+        another model or without a training state."""
         manifest = _checked_manifest(path, self.shape)
         if manifest["content"] != "training":
             raise CheckpointError(f"{path} holds weights only; convert it to HF and name that folder in model.path")
         with _one_line_errors(f"{path}: cannot be loaded: {{}}"):
             metadata = {**_metadata(), **_content_metadata(path)}
-            loaded = _read(path, _training_state(model, optimizer, schedule, metadata, loading=True))
+            state = _training_state(model, optimizer, schedule, metadata, loading=True)
+            if take_reference is not None:
+                state["reference"] = reference_state(model)
+            loaded = _read(path, state)
+            if take_reference is not None:
+                take_reference([loaded["reference"][_chunk_name(n, len(model))] for n in range(len(model))])
             _fill_weights([chunk.module for chunk in model], loaded)
             with torch.no_grad():  # fp32 parameters are views that must not be copied into under autograd
                 optimizer.load_state_dict(loaded["optimizer"])
@@ -129,6 +153,22 @@ class Checkpoints:
 
     def _publish(self, save: _Save) -> None:
         files.publish(save.temporary, save.path, save.extra, self._record, self.config.keep_last)
+
+
+def reference_state(model: Sequence[Any]) -> dict[str, Any]:
+    """Copies of the weights that the model holds, to be saved beside others under names of their own."""
+    from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+    from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
+
+    def copied(part: Any) -> Any:
+        if isinstance(getattr(part, "data", None), torch.Tensor):
+            part.data = part.data.detach().clone()
+        return part
+
+    state = _weights_state([chunk.module for chunk in model], _metadata())
+    dict_list_map_inplace(copied, state)
+    add_prefix_for_sharding(state, "reference.")
+    return state
 
 
 def save_weights(path: Path, chunks: Sequence[Any], shape: ModelShape, hf_config: Mapping[str, Any]) -> None:
