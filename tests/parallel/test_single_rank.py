@@ -173,9 +173,10 @@ def test_the_probe_compares_at_temperature_one_whatever_the_rollouts_have(tmp_pa
     assert np.abs(scored.old_logprobs[1:] - wanted).max() > 0.1
 
 
-def test_the_moved_reference_comes_back_from_a_checkpoint(tmp_path: Path) -> None:
-    ref.save_model(ref.make_model("qwen2", tied=True, layers=2), tmp_path)
-    moving = ("algo.kl_coef=0.1", "algo.ref_every_steps=1", "num_steps=3")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_moved_reference_comes_back_from_a_checkpoint(tmp_path: Path, dtype: torch.dtype) -> None:
+    ref.save_model(ref.make_model("qwen2", tied=True, layers=2, dtype=dtype), tmp_path)
+    moving = ("algo.kl_coef=0.1", "algo.ref_every_steps=1", "num_steps=3", f"model.dtype={str(dtype)[6:]}")
 
     def step(trainer: Any, n: int) -> Any:
         scored = trainer.old_logprobs(ref.make_samples(n))
@@ -194,6 +195,7 @@ def test_the_moved_reference_comes_back_from_a_checkpoint(tmp_path: Path) -> Non
     assert any(not torch.equal(a, b) for a, b in zip(rough._reference, rough._copy_weights(), strict=True))
     for a, b in zip(step(calm, 2), step(rough, 2), strict=True):
         assert np.array_equal(a.ref_logprobs, b.ref_logprobs)
+        assert np.array_equal(a.old_logprobs, b.old_logprobs)
     weights = dict(calm.weights())
     assert all(torch.equal(t, weights[name]) for name, t in rough.weights())
 

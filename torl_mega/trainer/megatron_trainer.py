@@ -204,10 +204,7 @@ class MegatronTrainer:
     def load(self, path: Path) -> Mapping[str, Any]:
         """Goes on from a checkpoint of any layout; returns its `extra`. Raises CheckpointError before anything changed."""
 
-        def take_reference() -> None:
-            self._reference = self._copy_weights()
-
-        take = take_reference if self._reference_moves else None
+        take = self._take_reference if self._reference_moves else None
         return self.checkpoints.load(path, self.model, self.optimizer, self.schedule, take)
 
     def finish_saves(self) -> None:
@@ -387,12 +384,21 @@ class MegatronTrainer:
     def _reference_moves(self) -> bool:
         return self._reference is not None and self.config.algo.ref_every_steps > 0
 
+    def _take_reference(self, saved: Sequence[Mapping[str, torch.Tensor]]) -> None:
+        """Takes the reference of a checkpoint."""
+        self._fill_reference([saved[n][name] for n, names in enumerate(self.weight_map.parameters) for name in names])
+
+    def _fill_reference(self, weights: Sequence[torch.Tensor]) -> None:
+        assert self._reference is not None
+        for kept, weight in zip(self._reference, weights, strict=True):
+            kept.copy_(weight)
+
     def _move_reference(self) -> None:
         """Every `algo.ref_every_steps` RL steps the policy becomes the reference."""
         done, rest = divmod(self.schedule.num_steps, self.config.updates_per_step)
         if self._reference_moves and done and not rest and done % self.config.algo.ref_every_steps == 0:
             self._settle_weights()
-            self._reference = self._copy_weights()
+            self._fill_reference([p.detach() for p in self._parameters()])
 
     @contextmanager
     def _at_reference(self) -> Iterator[None]:

@@ -108,12 +108,12 @@ def destroy() -> None:
         dist.destroy_process_group()
 
 
-def is_rank0() -> bool:
-    return rank() == 0
-
-
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_rank0() -> bool:
+    return rank() == 0
 
 
 def world_size() -> int:

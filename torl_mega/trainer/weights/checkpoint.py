@@ -120,10 +120,10 @@ class Checkpoints:
         model: Sequence[Any],
         optimizer: Any,
         schedule: Any,
-        take_reference: Callable[[], None] | None = None,
+        take_reference: Callable[[Sequence[Mapping[str, torch.Tensor]]], None] | None = None,
     ) -> Mapping[str, Any]:
-        """Fills model, optimizer, schedule and RNG; returns `extra`. `take_reference` is called while the model holds the
-        saved reference. Raises CheckpointError before anything is changed when the checkpoint is missing, damaged, of
+        """Fills model, optimizer, schedule and RNG; returns `extra`. `take_reference` is called with the saved
+        reference, per chunk by name. Raises CheckpointError before anything is changed when the checkpoint is missing, damaged, of
         another model or without a training state."""
         manifest = _checked_manifest(path, self.shape)
         if manifest["content"] != "training":
@@ -135,8 +135,7 @@ class Checkpoints:
                 state["reference"] = reference_state(model)
             loaded = _read(path, state)
             if take_reference is not None:
-                _fill_weights([chunk.module for chunk in model], loaded["reference"])
-                take_reference()
+                take_reference([loaded["reference"][_chunk_name(n, len(model))] for n in range(len(model))])
             _fill_weights([chunk.module for chunk in model], loaded)
             with torch.no_grad():  # fp32 parameters are views that must not be copied into under autograd
                 optimizer.load_state_dict(loaded["optimizer"])
