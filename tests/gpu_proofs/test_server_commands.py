@@ -19,14 +19,14 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from rope_files import ACCEPTED, YARN, change  # noqa: E402
 from torchrun import run_python  # noqa: E402
-from torl_mega.planner.shapes import hf_config  # noqa: E402
-from torl_mega.serving.server import launch_command  # noqa: E402
 
 from torl_mega.config import Config  # noqa: E402
 from torl_mega.config_file import load_config  # noqa: E402
 from torl_mega.errors import ServerError  # noqa: E402
 from torl_mega.launch.gpu_env import gpu_environment  # noqa: E402
+from torl_mega.planner.known_models import hf_config  # noqa: E402
 from torl_mega.serving.fp8_format import QUANTIZATION_CONFIG  # noqa: E402
+from torl_mega.serving.sglang_server import launch_command  # noqa: E402
 
 SHIPPED = sorted(p for p in (*ROOT.glob("conf/torl_*.yaml"), *ROOT.glob("conf/clusters/torl_*.yaml")))
 VARIANTS: dict[str, list[str]] = {

@@ -13,11 +13,11 @@ import torch
 from live_server import LiveServer
 from test_client import request
 from tiny_model import VOCAB_SIZE
-from torl_mega.serving.server import wait_ready
 
 from torl_mega.config import Config
 from torl_mega.serving.client import SGLangClient
 from torl_mega.serving.plugin.seeded_sampling import multinomial_with_seed, murmur_hash32
+from torl_mega.serving.sglang_server import wait_ready
 from torl_mega.types import Generation
 
 
