@@ -32,8 +32,9 @@ import fake_ranks
 
 from torl_mega.config_file import load_config
 from torl_mega.layout import ModelShape, describe_model
-from torl_mega.planner import memory, shapes, steptime
+from torl_mega.planner import memory, steptime
 from torl_mega.planner.hardware import Assumptions
+from torl_mega.planner.known_models import hf_config
 from torl_mega.trainer.cpu import backend as cpu_backend
 
 PARTS = ("weights", "gradients", "optimizer")
@@ -72,7 +73,7 @@ def rank_bytes(config: Any, shape: ModelShape, kind: str) -> dict[str, int]:
 def case(conf: str, overrides: list[str], world_size: int, have_te: bool) -> dict[str, Any]:
     config = load_config(conf, overrides)
     kind = "te" if have_te and config.model.dtype == "bfloat16" else "local"
-    shape = describe_model(shapes.hf_config(config.model.path))
+    shape = describe_model(hf_config(config.model.path))
     begun = time.monotonic()
     stages = []
     for stage in range(config.parallel.pipeline):

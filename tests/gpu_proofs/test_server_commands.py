@@ -135,9 +135,8 @@ def test_case_7_sglang_turns_heads_as_transformers_does(asked: tuple[list[Config
 def test_case_7_a_factor_that_sglang_leaves_out_is_not_served(asked: tuple[list[Config], dict[str, Any]]) -> None:
     found, model = torch.tensor(asked[1]["ropes"][-1]), asked[1]["models"][-1]
     assert float((found - hf_rotary(model, len(found))).abs().max()) > 0.1
-    config = load_config(
-        SHIPPED[0], [f"model.path={model}", "data.max_prompt_tokens=64", "rollout.max_response_tokens=64"]
-    )
+    few = ["data.max_prompt_tokens=64", "eval.max_prompt_tokens=64", "rollout.max_response_tokens=64"]
+    config = load_config(SHIPPED[0], [f"model.path={model}", *few])
     with pytest.raises(ServerError, match=r"attention_factor = 1\.3, which SGLang leaves out"):
         launch_command(config, host="127.0.0.1", port=1, on_gpu=True)
     change(Path(model), rope_parameters={**OWN_FACTOR, "attention_factor": 0.1 * math.log(4.0) + 1})
