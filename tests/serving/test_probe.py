@@ -17,7 +17,7 @@ from torl_mega.data.tokenizer import Tokenizer
 from torl_mega.errors import ServerError
 from torl_mega.serving.probe import check_engines
 from torl_mega.serving.sync.weights import make_weight_sink
-from torl_mega.types import Sample, TrainSample
+from torl_mega.types import Sample
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class ReferenceTrainer:
     def __init__(self, reference: Reference) -> None:
         self.reference = reference
 
-    def old_logprobs(self, samples: Sequence[Sample]) -> list[TrainSample]:
-        ids = [sample.token_ids.tolist() for sample in samples]
-        rows = [np.array([0.0, *self.reference.logprobs(i[:1], i[1:]).tolist()], np.float32) for i in ids]
-        return [TrainSample(s, row, np.zeros_like(row)) for s, row in zip(samples, rows, strict=True)]
+    def score(self, sample: Sample, *, temperature: float) -> np.ndarray:
+        assert temperature == 1.0  # the servers' prompt log-probs are
+        ids = sample.token_ids.tolist()
+        return np.array([0.0, *self.reference.logprobs(ids[:1], ids[1:]).tolist()], np.float32)
 
 
 class Shifted:
