@@ -251,7 +251,8 @@ torl_job() { # DEFAULT_CONF [PROGRAM]
   trap torl_stop TERM USR1
   torl_environment "$@"
   torl_freeze "$SLURM_JOB_ID"
-  if [ -n "${TORL_IFNAME:-}" ]; then export GLOO_SOCKET_IFNAME=$TORL_IFNAME NCCL_SOCKET_IFNAME=$TORL_IFNAME; fi
+  if [ -n "${TORL_IFNAME:-}" ]; then export TORL_IFNAME; fi
+  export TORL_SECRET=${TORL_SECRET:-$(od -An -v -tx1 -N32 /dev/urandom | tr -d ' \n')} # servers and sandboxes ask for it
   local start=${SLURM_RESTART_COUNT:-0} attempt=0 code
   while :; do
     LOGS=$JOB_DIR/logs/$start.$attempt

@@ -232,7 +232,7 @@ def _is_ready(mine: Process) -> bool:
     """True when a server says so, and when a sandbox listens."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX if mine.socket else socket.AF_INET) as probe:
         probe.settimeout(POLL_S)
-        probe.connect(mine.socket or (mine.host, mine.port))
+        probe.connect(mine.socket or (mine.reached_at, mine.port))
         if mine.role == "sandbox":
             return True
         probe.sendall(b"GET /ready HTTP/1.0\r\n\r\n")

@@ -35,6 +35,8 @@ class Process:
     cores: tuple[int, int]  # [first, end) of the node's cores
     port: int | None = None  # None for ranks
     socket: str | None = None  # of a sandbox on one machine: the path of a unix socket instead of host and port
+    ip: str | None = None  # what the other nodes call its node, once the preflight knows; None: the host's name
+    interface: str | None = None  # which has that address; None on a run's only node
 
     @property
     def name(self) -> str:
@@ -42,8 +44,12 @@ class Process:
         return f"{self.role}_{self.index}"
 
     @property
+    def reached_at(self) -> str:
+        return self.ip or self.host
+
+    @property
     def address(self) -> str:
-        return f"unix:{self.socket}" if self.socket else f"http://{self.host}:{self.port}"
+        return f"unix:{self.socket}" if self.socket else f"http://{self.reached_at}:{self.port}"
 
 
 @dataclass(frozen=True, slots=True)
