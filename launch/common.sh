@@ -118,7 +118,7 @@ torl_once() {
 
 torl_planner() { # arguments... : the plan of a training; a run without a trainer is placed only
   local module=torl_mega.launch.place
-  [ "$PROGRAM" != rank ] || module=torl_mega.planner.command
+  [ "$PROGRAM" != rank ] || module=torl_mega.launch.plan
   torl_once "$PYTHON" -m $module "$CONF" "$@"
 }
 
