@@ -35,7 +35,7 @@ def command(role: str, mine: Process, placement: Placement, config: Config, conf
     where = ["--socket", mine.socket] if mine.socket else ["--host", mine.reached_at, "--port", str(mine.port)]
     if role == "sandbox":
         return [sys.executable, "-m", "torl_mega.sandbox.serve", *where, "--settings", config.sandbox.model_dump_json()]
-    gpus = [] if placement.gpu == "cpu" else ["--gpu-ids", ",".join(map(_device, mine.gpus))]
+    gpus = [] if placement.gpu == "cpu" else ["--gpu-ids", ",".join(map(device_number, mine.gpus))]
     log = ["--log", str(logs / f"sglang_{mine.index}.log")]
     return [sglang_python(), "-m", "torl_mega.serving.serve", conf, *where, *gpus, *log]
 
@@ -73,7 +73,7 @@ def sglang_python() -> str:
     return os.environ.get("TORL_SGLANG_PYTHON") or str(beside if beside.exists() else sys.executable)
 
 
-def _device(gpu: int) -> str:
+def device_number(gpu: int) -> str:
     """The driver's number of the node's `gpu`th GPU that this process may use."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     return visible[gpu] if gpu < len(visible) and visible[gpu].isdigit() else str(gpu)
