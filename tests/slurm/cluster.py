@@ -43,7 +43,7 @@ def why_absent() -> str | None:
 
 
 def namespaces_allowed() -> bool:
-    links = "ip link add b type bridge && ip link add v type veth peer name w"
+    links = "ip link add torl0 type bridge && ip link add torl1 type veth peer name torl2"
     return subprocess.run(["unshare", "--net", "--mount", "sh", "-c", links], capture_output=True).returncode == 0
 
 
