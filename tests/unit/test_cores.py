@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from pathlib import Path
 
 import pytest
 
@@ -80,6 +81,30 @@ def test_a_pool_prefers_numa_nodes_without_a_gpu_at_work() -> None:
 )
 def test_what_is_not_known_is_left_to_the_blocks(topology: Topology) -> None:
     assert pin(node(cores=224), topology) is None
+
+
+def test_sys_and_nvidia_smi_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 x 2 cores with hyper-threads, three of whose GPUs are ours in an order of our own; CPU 7 is not ours."""
+    for numa, cpus in enumerate(["0-1,4-5", "2-3,6-7"]):
+        put(tmp_path / f"devices/system/node/node{numa}/cpulist", cpus)
+    for cpu in range(8):
+        put(tmp_path / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list", f"{cpu % 4},{cpu % 4 + 4}")
+    for bus, numa in (("18", 0), ("3a", 0), ("9d", 1)):
+        put(tmp_path / f"bus/pci/devices/0000:{bus}:00.0/numa_node", str(numa))
+    tool = tmp_path / "nvidia-smi"
+    put(tool, "#!/bin/sh\nprintf '00000000:18:00.0\\n00000000:3A:00.0\\n00000000:9D:00.0\\n'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,0,1")
+    found = read_topology(range(7), tmp_path)
+    assert found == Topology({0: [(0, 4), (1, 5)], 1: [(2, 6), (3,)]}, (1, 0, 0))
+    put(tmp_path / "bus/pci/devices/0000:3a:00.0/numa_node", "")
+    assert read_topology(range(7), tmp_path) is None
+
+
+def put(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n")
 
 
 def test_this_machine_is_read() -> None:

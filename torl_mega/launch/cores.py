@@ -18,8 +18,6 @@ from torl_mega.launch.commands import device_number
 from torl_mega.launch.place import nvidia_smi
 from torl_mega.planner.placement import Process, blocks
 
-_SYS = Path("/sys")
-
 
 @dataclass(frozen=True, slots=True)
 class Topology:
@@ -61,19 +59,19 @@ def pin(processes: Sequence[Process], topology: Topology) -> dict[str, set[int]]
     return pinned
 
 
-def read_topology(cpus: Sequence[int]) -> Topology | None:
+def read_topology(cpus: Sequence[int], sys: Path = Path("/sys")) -> Topology | None:
     """This machine's, of these logical CPUs; None where /sys or nvidia-smi does not say."""
     with contextlib.suppress(OSError, ValueError, IndexError, ConfigError):
         cores: dict[int, list[tuple[int, ...]]] = {}
-        for folder in sorted(_SYS.glob("devices/system/node/node[0-9]*"), key=lambda path: int(path.name[4:])):
+        for folder in sorted(sys.glob("devices/system/node/node[0-9]*"), key=lambda path: int(path.name[4:])):
             mine = [cpu for cpu in _numbers((folder / "cpulist").read_text()) if cpu in cpus]
-            siblings = {cpu: _SYS / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list" for cpu in mine}
+            siblings = {cpu: sys / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list" for cpu in mine}
             threads = {tuple(t for t in _numbers(file.read_text()) if t in cpus) for file in siblings.values()}
             if threads:
                 cores[int(folder.name[4:])] = sorted(threads)
         buses = [row[0].lower()[-12:] for row in nvidia_smi("pci.bus_id")]  # 00000000:18:00.0; /sys has four digits
-        near = [int((_SYS / f"bus/pci/devices/{bus}/numa_node").read_text()) for bus in buses]
-        return Topology(cores, tuple(near[device_number(gpu)] for gpu in range(len(near))))
+        near = [int((sys / f"bus/pci/devices/{bus}/numa_node").read_text()) for bus in buses]
+        return Topology(cores, tuple(near[int(device_number(gpu))] for gpu in range(len(near))))
     return None
 
 
