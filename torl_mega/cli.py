@@ -141,3 +141,7 @@ def main() -> None:
     except TorlError as exc:
         print(f"torl: error: {exc}", file=sys.stderr)
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

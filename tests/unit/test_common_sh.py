@@ -94,3 +94,11 @@ def test_a_mount_with_a_space_is_one_mount(freeze, home: Path, tmp_path: Path) -
     code, said, _ = freeze(home, mounts=f"{tmp_path}/my data:/data,{tmp_path}/none at all:/x")
     assert code == 1
     assert f"TORL_MOUNTS names {tmp_path}/none at all, which is not there" in said
+
+
+def test_local_sh_reaches_the_command_line(tmp_path: Path) -> None:
+    """launch/local.sh starts `python -m torl_mega.cli`."""
+    command = [sys.executable, "-m", "torl_mega.cli", "train", f"{tmp_path}/none.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "no such config file" in done.stderr
