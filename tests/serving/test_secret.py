@@ -55,8 +55,8 @@ def test_a_server_asks_for_the_secret_and_tells_nobody(
 ) -> None:
     port = free_port()
     url, log = f"http://127.0.0.1:{port}", tmp_path / "sglang.log"
-    words = [sys.executable, "-m", "torl_mega.serving.serve", str(tiny_config_path), "--port", str(port)]
-    words += ["serving.hang_timeout_s=5", "--log", str(log)]
+    words = [sys.executable, "-m", "torl_mega.serving.serve", str(tiny_config_path), "serving.hang_timeout_s=5"]
+    words += ["--port", str(port), "--log", str(log)]
     env = {**os.environ, "TORL_SECRET": SECRET}
     with start_process(words, name="serve", log_path=tmp_path / "serve.log", env=env) as sidecar:
         asyncio.run(wait_ready(url, 280, process=sidecar, log_path=log))
