@@ -14,7 +14,9 @@
 #   TORL_REQUIRED   names of variables this site wants set, e.g. "SBATCH_ACCOUNT SBATCH_PARTITION"
 #   TORL_MAX_RESTARTS  times the ranks are started again in one allocation after one was killed (default 3)
 #   TORL_CACHE      folder for kernels that are compiled when first used; all nodes and jobs share it (default: .cache in runs_dir)
-#   TORL_IFNAME     network interface for gloo and NCCL's bootstrap   (default: theirs)
+#   TORL_IFNAME     network interface whose address the other nodes are told, for gloo and NCCL's bootstrap too
+#                   (default: the one through which a node reaches the others)
+#   TORL_SECRET     what servers and sandboxes ask of their callers   (default: made for the job)
 #   account, partition, reservation, qos: sbatch's own SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_RESERVATION, SBATCH_QOS
 #
 # Exit codes of the job (process/exit_codes.py): 0 done; 1 an error in one line (nothing to retry); 85 stopped after a
@@ -69,15 +71,24 @@ torl_container() {
   case "$TORL_IMAGE" in
     /* | ./*) [ -r "$TORL_IMAGE" ] || torl_die "TORL_IMAGE = $TORL_IMAGE is not readable; build it from the Dockerfile, see docs/cluster.md" ;;
   esac
+  case "$TORL_HOME" in *[[:space:],:]*) torl_die "TORL_HOME = $TORL_HOME has a space, comma or colon, which no container can mount; link to the checkout from another place" ;; esac
   local mounts=$TORL_HOME:$TORL_HOME${TORL_MOUNTS:+,$TORL_MOUNTS} mount
-  for mount in ${mounts//,/ }; do
+  while IFS= read -r -d , mount; do
     [ -e "${mount%%:*}" ] || torl_die "TORL_MOUNTS names ${mount%%:*}, which is not there"
-  done
+  done <<<"${TORL_MOUNTS:+$TORL_MOUNTS,}"
   case "$TORL_CONTAINER" in
     pyxis) IN_SRUN=(--container-image="$TORL_IMAGE" --container-mounts="$mounts" --container-workdir="$TORL_HOME") ;;
     apptainer) IN_TASK=(apptainer exec --nv --bind "$mounts" --pwd "$TORL_HOME" "$TORL_IMAGE") ;;
     *) torl_die "TORL_CONTAINER = $TORL_CONTAINER is not known; use pyxis or apptainer, or unset TORL_IMAGE to run bare" ;;
   esac
+}
+
+# Mounts the folder of all runs too, where it is not below TORL_HOME.
+torl_mount_runs() { # FOLDER
+  case "$1" in "$TORL_HOME" | "$TORL_HOME"/*) return ;; esac
+  mkdir -p "$1" || torl_die "runs_dir = $1 cannot be made"
+  TORL_MOUNTS=${TORL_MOUNTS:+$TORL_MOUNTS,}$1:$1
+  torl_container
 }
 
 # ------------------------------------------------------------------------------------------ one frozen run per job
@@ -90,6 +101,11 @@ torl_freeze() { # JOB
   if [ -n "$reuse" ]; then link=$reuse; fi
   if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then reuse=yes; fi
   if [ -z "$reuse" ] || [ ! -e "$link/config.yaml" ]; then
+    if [ -n "${TORL_IMAGE:-}" ]; then
+      # shellcheck disable=SC2086
+      out=$(torl_once "$PYTHON" -m torl_mega.launch.task runs_dir "$TORL_CONF" ${TORL_OVERRIDES:-}) || exit 1
+      torl_mount_runs "$out"
+    fi
     # shellcheck disable=SC2086
     out=$(torl_once "$PYTHON" -m torl_mega.launch.task prepare "$PROGRAM" "$TORL_CONF" ${TORL_OVERRIDES:-}) || exit 1
     JOB_DIR=$(sed -n 1p <<<"$out")/jobs/$1
@@ -100,6 +116,7 @@ torl_freeze() { # JOB
     ln -sfn "$JOB_DIR" "$TORL_HOME/runs/.jobs/$1"
   else
     JOB_DIR=$(cd "$link" && pwd -P)
+    if [ -n "${TORL_IMAGE:-}" ]; then torl_mount_runs "$(cd "$JOB_DIR/../../.." && pwd)"; fi
   fi
   export PYTHONPATH=$JOB_DIR PYTHONSAFEPATH=1 # the copy, not the checkout
   CONF=$JOB_DIR/config.yaml
@@ -118,7 +135,7 @@ torl_once() {
 
 torl_planner() { # arguments... : the plan of a training; a run without a trainer is placed only
   local module=torl_mega.launch.place
-  [ "$PROGRAM" != rank ] || module=torl_mega.planner.command
+  [ "$PROGRAM" != rank ] || module=torl_mega.launch.plan
   torl_once "$PYTHON" -m $module "$CONF" "$@"
 }
 
@@ -251,7 +268,8 @@ torl_job() { # DEFAULT_CONF [PROGRAM]
   trap torl_stop TERM USR1
   torl_environment "$@"
   torl_freeze "$SLURM_JOB_ID"
-  if [ -n "${TORL_IFNAME:-}" ]; then export GLOO_SOCKET_IFNAME=$TORL_IFNAME NCCL_SOCKET_IFNAME=$TORL_IFNAME; fi
+  if [ -n "${TORL_IFNAME:-}" ]; then export TORL_IFNAME; fi
+  export TORL_SECRET=${TORL_SECRET:-$(od -An -v -tx1 -N32 /dev/urandom | tr -d ' \n')} # servers and sandboxes ask for it
   local start=${SLURM_RESTART_COUNT:-0} attempt=0 code
   while :; do
     LOGS=$JOB_DIR/logs/$start.$attempt

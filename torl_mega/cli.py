@@ -55,13 +55,16 @@ def plan(
     gpu: Annotated[str, typer.Option(help="a100, h100, h200, b200, cpu or auto")] = "auto",
     search: Annotated[bool, typer.Option("--search", help="Propose the best layouts")] = False,
     mean_response: Annotated[int | None, typer.Option(help="Expected tokens per response")] = None,
+    commands: Annotated[bool, typer.Option("--commands", help="Also every process that would be started")] = False,
     json: Json = False,
 ) -> None:
     """Predict placement, memory per phase and step time of a run, without a GPU. Exit code 1 when it does not fit."""
-    from torl_mega.planner import command
+    from torl_mega.launch import plan as planner
 
-    options = command.PlanOptions(nodes, gpus, gpu, search=search, json_output=json, mean_response=mean_response)
-    raise typer.Exit(command.run(conf, overrides or [], options))
+    options = planner.PlanOptions(
+        nodes, gpus, gpu, search=search, json_output=json, mean_response=mean_response, commands=commands
+    )
+    raise typer.Exit(planner.run(conf, overrides or [], options))
 
 
 @app.command()
@@ -138,3 +141,7 @@ def main() -> None:
     except TorlError as exc:
         print(f"torl: error: {exc}", file=sys.stderr)
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

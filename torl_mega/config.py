@@ -177,8 +177,8 @@ class ServingConfig(Section):
     """Unexpected deaths of one server in one run; past it the side-car ends and says so."""
     transport: Literal["broadcast", "handles", "disk"] = "broadcast"
     """How weights travel: process-group broadcast (gloo/NCCL), colocated handles (by value/CUDA IPC), or safetensors on disk."""
-    sync_host: str = "127.0.0.1"
-    """Address of rank 0 that servers reach for the broadcast group; on a cluster the rank's own host name."""
+    sync_host: str | None = None
+    """Address of rank 0 that servers reach for the broadcast group. None: the one from which rank 0 reaches the servers."""
     disk_dir: str | None = None
     """Folder on a file system that trainer and servers share, for transport = disk; one copy of the weights at a time."""
     bucket_mb: PositiveInt = 512

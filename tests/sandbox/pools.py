@@ -18,7 +18,7 @@ import pytest
 
 PROJECT = Path(__file__).resolve().parents[2]
 ORDINARY_UID = 61999  # no account
-SECRET = "canary-secret-7f3a"
+SECRET = "canary-secret-7f3a"  # what no snippet may see
 
 
 @dataclass
@@ -86,7 +86,8 @@ def start(
 ) -> subprocess.Popen[str]:
     values = {"tier": tier, **settings}
     command = [sys.executable, "-m", "torl_mega.sandbox.serve", "--socket", str(folder / "s"), "--port", "0"]
-    env = {"PATH": os.environ["PATH"], "TORL_SECRET": SECRET, "PYTHONPATH": str(PROJECT)}
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(PROJECT)}
+    env |= {name: os.environ[name] for name in ("TORL_SECRET",) if name in os.environ}  # then callers must show it
     as_user = {} if user is None else {"user": user, "group": user, "extra_groups": []}
     return subprocess.Popen(
         [*command, "--settings", json.dumps(values)],

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from hostile import Hostile, cases
-from pools import ORDINARY_UID, PROJECT, Pool, descendants, pool, wait_gone
+from pools import ORDINARY_UID, PROJECT, SECRET, Pool, descendants, pool, wait_gone
 
 from torl_mega.sandbox.client import SandboxClient
 from torl_mega.types import ExecutionRequest, ExecutionStatus
@@ -28,6 +28,14 @@ CONFIGURATIONS = [
         "B", ORDINARY_UID, id="B-user", marks=pytest.mark.skipif(not ROOT, reason="needs root to change user")
     ),
 ]
+
+
+@pytest.fixture(autouse=True)
+def secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pool has the run's secret in its environment, and we show it."""
+    monkeypatch.setenv("TORL_SECRET", SECRET)
+
+
 LOOK = """
 import decimal, gc, locale, math, os, resource, signal, sys, threading, time
 import numpy as np, sympy

@@ -1,9 +1,13 @@
 """A real Slurm (munged, slurmctld, N slurmd) on this one machine, with fake GPUs, brought up in about a second.
 
-Everything lives below one folder and listens on 127.0.0.1; the system's own Slurm, munge and configuration are not
-touched. Only /etc/hosts is: the node names get marked lines, and `down` takes them out again. Limits: root is needed
-(slurmd starts jobs as their owner), all nodes share one host, there is no accounting database, and a container is
-only as real as the pyxis stub (tests/slurm/pyxis_stub.c), which accepts the options and starts the job bare.
+Each node is a network namespace: an address of its own on a bridge, a loopback of its own, a host name that resolves to
+127.0.1.1 on the node itself, as Debian has it. What is told a wrong address finds nobody. Where namespaces are not allowed
+all nodes are 127.0.0.1 (TORL_IFNAME=lo says that this is meant), and their names get marked lines in /etc/hosts.
+
+Everything else lives below one folder; the system's own Slurm, munge and configuration are not touched, and `down` takes
+everything away. Limits: root is needed (slurmd starts jobs as their owner), all nodes share one kernel, its processes and
+files, there is no accounting database, and a container is only as real as the pyxis stub (tests/slurm/pyxis_stub.c), which
+accepts the options and starts the job bare.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from pathlib import Path
 
 PACKAGES = ("slurm-wlm", "slurmctld", "slurmd", "munge", "libslurm-dev", "gcc", "libc6-dev")
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol")
-HOSTS = Path("/etc/hosts")
+HOSTS, NETNS = Path("/etc/hosts"), Path("/etc/netns")
 MARK = "# torl-slurm-test"
 CLEAN_ENV = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -36,6 +40,11 @@ def why_absent() -> str | None:
         return "needs root: slurmd starts jobs as their owner"
     missing = [name for name in PROGRAMS if shutil.which(name, path=CLEAN_ENV["PATH"]) is None]
     return f"Slurm is absent ({', '.join(missing)}); install {' '.join(PACKAGES)}" if missing else None
+
+
+def namespaces_allowed() -> bool:
+    links = "ip link add torl0 type bridge && ip link add torl1 type veth peer name torl2"
+    return subprocess.run(["unshare", "--net", "--mount", "sh", "-c", links], capture_output=True).returncode == 0
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,7 @@ class Cluster:
     shape: Shape
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     has_pyxis: bool = False
+    own_networks: bool = field(default_factory=namespaces_allowed)
 
     @property
     def mark(self) -> str:
@@ -66,7 +76,17 @@ class Cluster:
 
     @property
     def env(self) -> dict[str, str]:
-        return {**CLEAN_ENV, "SLURM_CONF": str(self.root / "slurm.conf")}
+        meant = {} if self.own_networks else {"TORL_IFNAME": "lo"}
+        return {**CLEAN_ENV, **meant, "SLURM_CONF": str(self.root / "slurm.conf")}
+
+    def address(self, node: int | None = None) -> str:
+        """Of a node, or of the controller."""
+        block = self.shape.base_port // 20
+        last = 1 if node is None else 10 + node
+        return f"10.{200 + block // 256}.{block % 256}.{last}" if self.own_networks else "127.0.0.1"
+
+    def namespace(self, node: str) -> str:
+        return f"torl{self.shape.base_port}{node}"
 
     # ---------------------------------------------------------------------------------------- jobs
 
@@ -109,7 +129,11 @@ class Cluster:
 
     def start_slurmd(self, node: str) -> None:
         (self.root / f"spool.{node}").mkdir(exist_ok=True)
-        self._start(f"slurmd.{node}", "slurmd", "-D", "-N", node)
+        command = ["slurmd", "-D", "-N", node]
+        if self.own_networks:
+            inside = ["ip", "netns", "exec", self.namespace(node), "unshare", "--uts"]
+            command = [*inside, "sh", "-c", 'hostname "$0"; exec "$@"', node, *command]
+        self._start(f"slurmd.{node}", *command)
 
     def lose(self, node: str) -> None:
         """A node dies: its slurmd, its step daemons and everything they started, all at once, by SIGKILL."""
@@ -122,9 +146,9 @@ class Cluster:
 
     def _holds_socket(self, pid: int, node: str) -> bool:
         """Does `pid` hold a unix socket below `node`'s spool folder, as every step daemon of that node does?"""
-        lines = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()]
-        sockets = {f"socket:[{words[6]}]" for words in lines if words[-1].startswith(f"{self.root}/spool.{node}/")}
         with contextlib.suppress(OSError):
+            lines = [line.split() for line in Path(f"/proc/{pid}/net/unix").read_text().splitlines()]
+            sockets = {f"socket:[{words[6]}]" for words in lines if words[-1].startswith(f"{self.root}/spool.{node}/")}
             return any(os.readlink(fd) in sockets for fd in Path(f"/proc/{pid}/fd").iterdir())
         return False
 
@@ -140,12 +164,43 @@ class Cluster:
         (self.root / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         (self.root / "plugstack.conf").write_text(self._pyxis())
         (self.root / "slurm.conf").write_text(self._slurm_conf())
-        with HOSTS.open("a") as hosts:
-            hosts.writelines(f"127.0.0.1 n{i} {self.mark}\n" for i in range(self.shape.nodes))
+        if self.own_networks:
+            self._networks_up()
+        else:
+            with HOSTS.open("a") as hosts:
+                hosts.writelines(f"127.0.0.1 n{i} {self.mark}\n" for i in range(self.shape.nodes))
         self._start("slurmctld", "slurmctld", "-D", "-c")
         for i in range(self.shape.nodes):
             self.start_slurmd(f"n{i}")
         self.wait_idle()
+
+    def _networks_up(self) -> None:
+        """A bridge with a pair of virtual Ethernet ends to each node. `ip netns exec` puts a node's own file over /etc/hosts."""
+        bridge, nodes = f"torl{self.shape.base_port}", range(self.shape.nodes)
+        self._ip(
+            f"link add {bridge} type bridge", f"addr add {self.address()}/24 dev {bridge}", f"link set {bridge} up"
+        )
+        for i in nodes:
+            space, end = self.namespace(f"n{i}"), f"{bridge}v{i}"
+            self._ip(f"netns add {space}", f"link add {end} type veth peer name eth0 netns {space}")
+            self._ip(f"link set {end} master {bridge} up", f"-n {space} link set lo up")
+            self._ip(f"-n {space} addr add {self.address(i)}/24 dev eth0", f"-n {space} link set eth0 up")
+            names = [f"{'127.0.1.1' if i == j else self.address(j)} n{j}\n" for j in nodes]
+            hosts = NETNS / space / "hosts"
+            hosts.parent.mkdir(parents=True)
+            hosts.write_text("".join(["127.0.0.1 localhost\n", *names]))
+
+    def _networks_down(self) -> None:
+        bridge = f"torl{self.shape.base_port}"
+        for i in range(self.shape.nodes):
+            self._ip(f"link del {bridge}v{i}", f"netns del {self.namespace(f'n{i}')}", check=False)
+            shutil.rmtree(NETNS / self.namespace(f"n{i}"), ignore_errors=True)
+        self._ip(f"link del {bridge}", check=False)
+
+    @staticmethod
+    def _ip(*commands: str, check: bool = True) -> None:
+        for command in commands:
+            subprocess.run(["ip", *command.split()], check=check, capture_output=True)
 
     def wait_idle(self, timeout_s: float = 30.0) -> None:
         deadline = time.monotonic() + timeout_s
@@ -177,6 +232,8 @@ class Cluster:
             for victim in [*descendants(pid), pid]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(victim, signal.SIGKILL)
+        if self.own_networks:
+            self._networks_down()
         kept = [line for line in HOSTS.read_text().splitlines(keepends=True) if not line.endswith(f"{self.mark}\n")]
         HOSTS.write_text("".join(kept))  # written in place: it may be a bind mount
         shutil.rmtree(self.root, ignore_errors=True)
@@ -231,14 +288,17 @@ class Cluster:
         shape, root, host = self.shape, self.root, socket.gethostname().split(".")[0]
         gres = f"Gres=gpu:h100:{shape.gpus}" if shape.gpus else ""
         nodes = [
-            f"NodeName=n{i} NodeHostname={host} NodeAddr=127.0.0.1 Port={shape.base_port + 10 + i} CPUs={shape.cpus} "
+            f"NodeName=n{i} NodeHostname={f'n{i}' if self.own_networks else host} NodeAddr={self.address(i)} "
+            f"Port={shape.base_port + 10 + i} CPUs={shape.cpus} "
             f"Sockets=1 CoresPerSocket={shape.cpus} ThreadsPerCore=1 RealMemory={shape.memory_mb} {gres} "
             f"Feature=h100,gpu State=UNKNOWN"
             for i in range(shape.nodes)
         ]
         every = f"Nodes=n[0-{shape.nodes - 1}] MaxTime=INFINITE State=UP"
         return "\n".join([
-            *CONF.format(root=root, host=host, shape=shape).splitlines(),
+            *CONF.format(root=root, host=host, address=self.address(), shape=shape).splitlines(),
+            # with one network for all, everybody listens on its own address alone
+            "" if self.own_networks else "CommunicationParameters=NoInAddrAny,NoCtldInAddrAny",
             "GresTypes=gpu" if shape.gpus else "",
             *nodes,
             f"PartitionName=train {every} Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime={shape.grace_s}",
@@ -252,7 +312,7 @@ class Cluster:
 # preempt_send_user_signal: --signal also acts on preemption (Slurm 22.05's spelling).
 CONF = """\
 ClusterName=torl
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={host}({address})
 SlurmUser=root
 SlurmdUser=root
 SlurmctldPort={shape.base_port}
@@ -276,7 +336,6 @@ MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 SlurmdParameters=config_overrides
-CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
 LaunchParameters=enable_nss_slurm
 ReturnToService=2
 SlurmdTimeout={shape.slurmd_timeout_s}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,16 +14,32 @@ import pytest
 from cluster import Cluster, Shape, cluster, why_absent
 
 
+@contextlib.contextmanager
+def shared_mounts(folder: Path) -> Iterator[None]:
+    """What a test mounts below `folder` is seen by the nodes, which have mount namespaces of their own."""
+    for options in (["--bind", str(folder)], ["--make-shared"]):
+        subprocess.run(["mount", *options, str(folder)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
 @pytest.fixture(scope="session")
-def slurm() -> Iterator[Cluster]:
-    """4 nodes x 8 fake H100s x 224 cores. Its folder is short (unix sockets) and open (jobs of other users)."""
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """4 nodes x 8 fake H100s x 224 cores, with networks of their own where that is allowed.
+
+    Its folder is short (unix sockets) and open (jobs of other users)."""
     reason = why_absent()
     if reason:
         pytest.skip(reason)
     base = Path(tempfile.mkdtemp(prefix="torl-slurm-", dir="/tmp"))
     base.chmod(0o755)
     try:
-        with cluster(base / "c", Shape(base_port=12000 + os.getpid() % 200 * 20)) as handle:
+        with (
+            shared_mounts(tmp_path_factory.getbasetemp()),
+            cluster(base / "c", Shape(base_port=12000 + os.getpid() % 200 * 20)) as handle,
+        ):
             yield handle
     finally:
         shutil.rmtree(base, ignore_errors=True)

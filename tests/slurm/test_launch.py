@@ -124,11 +124,15 @@ def test_the_cluster_leaves_nothing_behind(tmp_path: Path) -> None:
     before = Path("/etc/hosts").read_text().count(MARK)
     root = Path(f"/tmp/torl-slurm-{os.getpid()}-twice")
     with cluster(root, shape) as second:
-        assert second.run("srun", "hostname").strip() == socket.gethostname().split(".")[0]
+        own = "n0" if second.own_networks else socket.gethostname().split(".")[0]
+        assert second.run("srun", "hostname").strip() == own
         pids = [process.pid for process in second.processes.values()]
     assert not root.exists()
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
     assert Path("/etc/hosts").read_text().count(MARK) == before
+    links = subprocess.run(["ip", "-br", "link"], capture_output=True, text=True, check=False).stdout
+    assert str(shape.base_port) not in links
+    assert not [*Path("/etc/netns").glob(f"*{shape.base_port}*"), *Path("/run/netns").glob(f"*{shape.base_port}*")]
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(("127.0.0.1", shape.base_port))

@@ -14,6 +14,8 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -95,9 +97,13 @@ def rank_pids(runs: Path) -> dict[int, int]:
         with contextlib.suppress(OSError):
             command = (folder / "cmdline").read_bytes().split(b"\0")
             if b"torl_mega.train" in command and command[1] == b"-m" and str(runs).encode() in command[3]:
-                pairs = dict(p.split(b"=", 1) for p in (folder / "environ").read_bytes().split(b"\0") if b"=" in p)
-                found[int(pairs[b"RANK"])] = int(folder.name)
+                found[int(_environment(int(folder.name))["RANK"])] = int(folder.name)
     return found
+
+
+def _environment(pid: int) -> dict[str, str]:
+    pairs = Path(f"/proc/{pid}/environ").read_text().split("\0")
+    return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
 
 
 def finish(slurm: Cluster, job: int, runs: Path, undisturbed: bytes) -> None:
@@ -119,6 +125,7 @@ def test_a_replay_over_two_nodes_ends_like_the_local_run(
     assert {path.name.split(".")[-2] for path in logs.glob("*.log")} == {"rank_0", "rank_1"}
     placement = json.loads((logs / "placement.json").read_text())
     assert [p["role"] for p in placement["processes"]] == ["rank", "rank"]
+    assert [p["ip"] for p in placement["processes"]] == [idle.address(0), idle.address(1)]
 
 
 # --------------------------------------------------------------------------------------------- the lifecycle
@@ -247,11 +254,29 @@ def test_quickstart_with_engines_survives_a_killed_server(idle: Cluster, runs: P
     """The whole quickstart on two nodes, TP=2 across them, a server and a sandbox on each; one server is killed."""
     job = start_engines(idle, runs, "launch/quickstart.slurm", "num_steps=30")
     await_step(runs, 3, lambda: idle.job(job), timeout_s=900)
+    secret = _environment(rank_pids(runs)[0])["TORL_SECRET"]
+    refused_without(secret, json.loads(next(runs.glob("*/jobs/*/logs/0.0/placement.json")).read_text()))
     os.kill(_pid(b"sglang.launch_server", b"n1"), signal.SIGKILL)
     assert idle.wait(job, timeout_s=1500)["JobState"] == "COMPLETED", said(runs)
     summary = json.loads((runs / "quickstart_slurm/summary.json").read_text())
     assert summary["eval"]["after"]["accuracy"] > 0.9
     assert summary["weight_sync"]["num_verified"] == summary["weight_sync"]["num_syncs"]
+    written = [path for path in runs.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
+    assert written == []
+
+
+def refused_without(secret: str, placement: dict) -> None:
+    """Every server and sandbox sends us away, and no process shows the secret on its command line."""
+    doors = [p for p in placement["processes"] if p["role"] != "rank"]
+    assert [p["role"] for p in doors] == ["server", "sandbox"] * 2
+    for door in doors:
+        path = "/server_info" if door["role"] == "server" else "/metrics"
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(f"http://{door['ip']}:{door['port']}{path}", timeout=30)
+    assert len(secret) == 64
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            assert secret.encode() not in file.read_bytes(), file
 
 
 @pytest.mark.slow

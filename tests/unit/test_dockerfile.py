@@ -109,7 +109,7 @@ def test_the_install_step_gives_a_working_torl(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", "--system-site-packages", str(venv)], check=True)
     install = [str(venv / "bin/python"), "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*install, "--target", str(tmp_path / "site"), str(ROOT)], check=True, timeout=280)
-    code = "import torl_mega.planner.command, torl_mega.launch.doctor; print(torl_mega.planner.command.__file__)"
+    code = "import torl_mega.launch.plan, torl_mega.launch.doctor; print(torl_mega.launch.plan.__file__)"
     done = subprocess.run(
         [sys.executable, "-c", code], env={"PYTHONPATH": str(tmp_path / "site"), "PYTHONSAFEPATH": "1"}, cwd=tmp_path,
         capture_output=True, text=True, check=True, timeout=60,

@@ -14,7 +14,7 @@ from torl_mega.config import Config
 from torl_mega.config_file import load_config
 from torl_mega.launch import checks, doctor, preflight
 from torl_mega.launch.checks import Check
-from torl_mega.planner.placement import place
+from torl_mega.planner.placement import place, read_placement
 
 QUICK = Path("conf/quickstart.yaml")
 
@@ -160,6 +160,19 @@ def test_an_unknown_interface_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "bond77 is not here" in only(checks.guarded("network", checks.network), "network interface").detail
 
 
+def test_a_node_whose_peers_are_loopback_to_it_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORL_IFNAME", raising=False)
+    two, _ = place(config("cluster.gpu=cpu"), nodes=2, gpus=1, gpu="cpu", hosts=("n0", "127.0.1.1"))
+    one, _ = place(config("cluster.gpu=cpu"), nodes=1, gpus=1, gpu="cpu", hosts=("n0",))
+    assert two is not None
+    assert one is not None
+    found = only(preflight.placement_checks(two, "n0"), "address")
+    assert (found.level, "set TORL_IFNAME" in found.detail) == ("fail", True)
+    assert only(preflight.placement_checks(one, "n0"), "address").level == "ok"
+    monkeypatch.setenv("TORL_IFNAME", "lo")  # who says so wants it
+    assert only(preflight.placement_checks(two, "n0"), "address").level == "ok"
+
+
 def test_a_check_that_breaks_is_a_finding() -> None:
     def bad():
         yield Check("x", "ok", "fine")
@@ -171,15 +184,21 @@ def test_a_check_that_breaks_is_a_finding() -> None:
 def test_nodes_are_collected_into_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan, _ = place(config("cluster.gpu=cpu"), nodes=3, gpus=1, gpu="cpu", hosts=("n0", "n1", "n2"))
     assert plan is not None
+    file = tmp_path / "placement"
+    file.write_text(plan.to_json())
     well = [{"name": "python", "level": "ok", "detail": "3.11"}]
-    for host in plan.hosts:
-        (tmp_path / f"{host}.json").write_text(json.dumps(well))
-    assert doctor.collect(tmp_path, plan) == 0
+    for number, host in enumerate(plan.hosts):
+        told = {"checks": well, "address": f"10.0.0.{number}", "interface": "ib0"}
+        (tmp_path / f"{host}.json").write_text(json.dumps(told))
+    assert doctor.collect(tmp_path, file) == 0
     assert "3 nodes, all well" in capsys.readouterr().out
-    (tmp_path / "n1.json").write_text(json.dumps([{"name": "disk", "level": "fail", "detail": "full"}]))
+    reached = {(p.host, p.reached_at, p.interface) for p in read_placement(file).processes}
+    assert reached == {("n0", "10.0.0.0", "ib0"), ("n1", "10.0.0.1", "ib0"), ("n2", "10.0.0.2", "ib0")}
+    bad = {"checks": [{"name": "disk", "level": "fail", "detail": "full"}], "address": None, "interface": None}
+    (tmp_path / "n1.json").write_text(json.dumps(bad))
     (tmp_path / "n2.json").unlink()
     (tmp_path / "2.log").write_text("srun: error: image not found\n")
-    assert doctor.collect(tmp_path, plan) == 1
+    assert doctor.collect(tmp_path, file) == 1
     out = capsys.readouterr().out
     assert "n1" in out
     assert "full" in out

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torl_mega.config import Config
 from torl_mega.config_file import load_config
 from torl_mega.errors import ConfigError
+from torl_mega.launch.plan import run
 from torl_mega.layout import ModelShape, describe_model
 from torl_mega.planner.analyse import Analysis, Hardware, analyse
-from torl_mega.planner.command import run
 from torl_mega.planner.hardware import GPUS, Assumptions, name_of
 from torl_mega.planner.known_models import KNOWN, hf_config
 from torl_mega.planner.memory import micro_batches_in_flight, trainer_memory
@@ -310,7 +310,7 @@ def test_the_nearest_layout_that_fits_is_offered(capsys: pytest.CaptureFixture[s
 def test_the_program_prints_json_and_needs_no_torch() -> None:
     code = (
         "import sys; sys.argv = ['plan', 'conf/torl_7b.yaml', '--nodes', '4', '--json', '--gpu', 'h200'];"
-        "from torl_mega.planner.command import main\n"
+        "from torl_mega.launch.plan import main\n"
         "try: main()\n"
         "finally: assert 'torch' not in sys.modules, 'torch was imported'"
     )
@@ -335,7 +335,7 @@ def test_the_program_prints_json_and_needs_no_torch() -> None:
 )
 def test_wrong_input_is_one_line(arguments: list[str], message: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "torl_mega.planner.command", *arguments],
+        [sys.executable, "-m", "torl_mega.launch.plan", *arguments],
         capture_output=True,
         text=True,
         timeout=60,

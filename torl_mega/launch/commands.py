@@ -32,10 +32,10 @@ def command(role: str, mine: Process, placement: Placement, config: Config, conf
     """What the task of `mine` starts. `logs`: the folder of this attempt's logs."""
     if role in PROGRAMS:
         return [sys.executable, "-m", *PROGRAMS[role], conf]
-    where = ["--socket", mine.socket] if mine.socket else ["--host", mine.host, "--port", str(mine.port)]
+    where = ["--socket", mine.socket] if mine.socket else ["--host", mine.reached_at, "--port", str(mine.port)]
     if role == "sandbox":
         return [sys.executable, "-m", "torl_mega.sandbox.serve", *where, "--settings", config.sandbox.model_dump_json()]
-    gpus = [] if placement.gpu == "cpu" else ["--gpu-ids", ",".join(map(_device, mine.gpus))]
+    gpus = [] if placement.gpu == "cpu" else ["--gpu-ids", ",".join(map(device_number, mine.gpus))]
     log = ["--log", str(logs / f"sglang_{mine.index}.log")]
     return [sglang_python(), "-m", "torl_mega.serving.serve", conf, *where, *gpus, *log]
 
@@ -44,6 +44,10 @@ def environment(mine: Process, placement: Placement, config: Config) -> dict[str
     """What the process gets on top of its task's environment. A rank: torchrun's names, and where the side-cars are."""
     without_gpus = {"CUDA_VISIBLE_DEVICES": ""}  # the machine may have some all the same
     env = without_gpus if placement.gpu == "cpu" else gpu_environment(config, os.environ)
+    if mine.interface:  # gloo by itself takes what the host's own name resolves to: loopback on Debian
+        env["GLOO_SOCKET_IFNAME"] = mine.interface
+        if "TORL_IFNAME" in os.environ:  # NCCL by itself takes all but loopback
+            env["NCCL_SOCKET_IFNAME"] = mine.interface
     if mine.role != "rank":
         return env
     if placement.gpu == "cpu":
@@ -57,7 +61,7 @@ def environment(mine: Process, placement: Placement, config: Config) -> dict[str
         "WORLD_SIZE": str(placement.world_size),
         "LOCAL_RANK": str(mine.local),
         "LOCAL_WORLD_SIZE": str(placement.ranks_per_node),
-        "MASTER_ADDR": placement.hosts[0],
+        "MASTER_ADDR": placement.of("rank")[0].reached_at,
         "MASTER_PORT": str(placement.master_port),
         "TORL_SERVERS": ",".join(config.serving.urls or placement.addresses("server")),
         "TORL_SANDBOX": ",".join([sandbox] if sandbox else placement.addresses("sandbox")),
@@ -72,7 +76,7 @@ def sglang_python() -> str:
     return os.environ.get("TORL_SGLANG_PYTHON") or str(beside if beside.exists() else sys.executable)
 
 
-def _device(gpu: int) -> str:
+def device_number(gpu: int) -> str:
     """The driver's number of the node's `gpu`th GPU that this process may use."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     return visible[gpu] if gpu < len(visible) and visible[gpu].isdigit() else str(gpu)

@@ -22,8 +22,8 @@ from torl_mega.config_file import load_config
 from torl_mega.errors import TorlError
 from torl_mega.launch import checks
 from torl_mega.launch.checks import Check
-from torl_mega.launch.preflight import collected, placement_checks, this_node
-from torl_mega.planner.placement import Placement, read_placement
+from torl_mega.launch.preflight import collected, placement_checks, this_node, with_node_addresses, write_report
+from torl_mega.planner.placement import read_placement
 
 
 def run(
@@ -37,7 +37,7 @@ def run(
     """Checks this machine, for CONF when given; returns 0, or 1 when a check failed. Raises ConfigError.
 
     placement: what `torl plan --out` wrote; its ports and host names are checked too. report: a folder; the result is
-    written there as `<node>.json` instead of being printed.
+    written there as `<node>.json` instead of being printed, with this node's address in that placement.
     """
     config = load_config(conf, overrides) if conf is not None else None
     placed = read_placement(placement) if placement is not None else None
@@ -49,8 +49,8 @@ def run(
     if placed is not None:
         found += placement_checks(placed, this_node())
     failed = any(check.level == "fail" for check in found)
-    if report is not None:
-        (report / f"{this_node()}.json").write_text(json.dumps([asdict(check) for check in found]))
+    if report is not None and placed is not None:
+        write_report(report, placed, this_node(), found)
     elif json_output:
         print(json.dumps({"ok": not failed, "checks": [asdict(check) for check in found]}, indent=1))
     else:
@@ -58,11 +58,16 @@ def run(
     return int(failed)
 
 
-def collect(report: Path, placement: Placement) -> int:
-    """Prints what is wrong on which node; 1 when anything failed or a node did not report."""
+def collect(report: Path, file: Path) -> int:
+    """Prints what is wrong on which node; 1 when anything failed or a node did not report. Else the nodes' addresses go into
+    the placement of that file."""
+    placement = read_placement(file)
     nodes = collected(report, placement)
     _print(nodes, everything=False)
-    return int(any(check.level == "fail" for found in nodes.values() for check in found))
+    failed = any(check.level == "fail" for found in nodes.values() for check in found)
+    if not failed:
+        file.write_text(with_node_addresses(placement, report).to_json())
+    return int(failed)
 
 
 def _print(nodes: dict[str, list[Check]], *, everything: bool) -> None:
@@ -92,7 +97,7 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     try:
         if args.collect is not None:
-            code = collect(args.collect, read_placement(args.placement))
+            code = collect(args.collect, args.placement)
         else:
             code = run(
                 args.conf, args.overrides, json_output=args.json_output, placement=args.placement, report=args.report

@@ -1,5 +1,6 @@
 """Stands in every task of a run, started by srun or `torl train`: finds out which process it is, starts and watches it.
 
+    python -m torl_mega.launch.task runs_dir CONF [a.b=value …]           says where the run folder will be
     python -m torl_mega.launch.task prepare ROLE CONF [a.b=value …]       once, before anything is queued or started
     python -m torl_mega.launch.task ROLE PLACEMENT CONF                   ROLE: rank, eval, rollout, server or sandbox
 
@@ -37,6 +38,7 @@ from torl_mega.config import Config
 from torl_mega.config_file import load_config
 from torl_mega.errors import ConfigError, TorlError
 from torl_mega.launch.commands import PROGRAMS, command, environment
+from torl_mega.launch.cores import pin, read_topology
 from torl_mega.launch.inputs import freeze, without_trainer
 from torl_mega.planner.placement import Placement, Process, read_placement
 from torl_mega.process import exit_codes
@@ -59,6 +61,9 @@ ERROR_MARK = "torl: error: "
 def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     try:
+        if args[:1] == ["runs_dir"] and len(args) > 1:
+            print(Path(load_config(args[1], args[2:]).runs_dir).resolve())
+            return exit_codes.DONE
         if args[:1] == ["prepare"] and len(args) > 2:
             return prepare(args[1], args[2], args[3:])
         if len(args) == 3 and args[0] in (*PROGRAMS, "server", "sandbox"):
@@ -232,7 +237,7 @@ def _is_ready(mine: Process) -> bool:
     """True when a server says so, and when a sandbox listens."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX if mine.socket else socket.AF_INET) as probe:
         probe.settimeout(POLL_S)
-        probe.connect(mine.socket or (mine.host, mine.port))
+        probe.connect(mine.socket or (mine.reached_at, mine.port))
         if mine.role == "sandbox":
             return True
         probe.sendall(b"GET /ready HTTP/1.0\r\n\r\n")
@@ -277,10 +282,13 @@ def _ended(child: subprocess.Popen[bytes] | GuardedProcess, within_s: float) -> 
 
 
 def _take_cores(mine: Process, placement: Placement) -> None:
-    """Pins this task (and all it starts) to its cores where the node has given us all of them."""
+    """Pins this task (and all it starts) to cores near its GPU, or to its block, where the node has given us all of them."""
     allowed = sorted(os.sched_getaffinity(0))
-    if len(allowed) >= placement.cores_per_node:
-        os.sched_setaffinity(0, allowed[mine.cores[0] : mine.cores[1]])
+    if len(allowed) < placement.cores_per_node:
+        return
+    topology = read_topology(allowed) if placement.gpu != "cpu" else None
+    near = pin([p for p in placement.processes if p.host == mine.host], topology) if topology else None
+    os.sched_setaffinity(0, near[mine.name] if near else allowed[mine.cores[0] : mine.cores[1]])
 
 
 def _say(text: str) -> None:

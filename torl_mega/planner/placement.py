@@ -1,8 +1,8 @@
 """Which process runs where: node, GPUs, cores, address. The launchers start exactly what a placement says.
 
-Contract: ranks are numbered node by node; a server never spans nodes; every process on a node gets cores of its own,
-in contiguous blocks (so a rank's cores lie near its GPU on the usual two-socket server). `Placement` travels as JSON
-to `launch/task.py`, which stands in each started task.
+Contract: ranks are numbered node by node; a server never spans nodes; every process on a node gets cores of its own.
+`Placement` travels as JSON to `launch/task.py`, which stands in each started task; which of a node's cores lie near a
+process's GPU is known there (launch/cores.py), and this plan's contiguous blocks are their numbers.
 Limits: all nodes are alike; ports are a block of 1000 per job, below the kernel's ephemeral range (32768 and up); that they
 are free is checked by the preflight on each node.
 """
@@ -35,6 +35,8 @@ class Process:
     cores: tuple[int, int]  # [first, end) of the node's cores
     port: int | None = None  # None for ranks
     socket: str | None = None  # of a sandbox on one machine: the path of a unix socket instead of host and port
+    ip: str | None = None  # what the other nodes call its node, once the preflight knows; None: the host's name
+    interface: str | None = None  # which has that address; None on a run's only node
 
     @property
     def name(self) -> str:
@@ -42,8 +44,12 @@ class Process:
         return f"{self.role}_{self.index}"
 
     @property
+    def reached_at(self) -> str:
+        return self.ip or self.host
+
+    @property
     def address(self) -> str:
-        return f"unix:{self.socket}" if self.socket else f"http://{self.host}:{self.port}"
+        return f"unix:{self.socket}" if self.socket else f"http://{self.reached_at}:{self.port}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,17 +206,17 @@ def _processes(shape: _Shape, base_port: int) -> Iterator[Process]:
     for node, host in enumerate(shape.hosts):
         ranks = shape.ranks if node < shape.num_rank_nodes else 0
         servers = shape.servers if node >= first_server_node else 0
-        blocks = _blocks(shape.cores - pool, ranks + servers)
+        cut = blocks(shape.cores - pool, ranks + servers)
         for local in range(ranks):
             yield Process(
                 role="rank", index=node * shape.ranks + local, node=node, host=host, local=local,
-                gpus=(local % shape.train_gpus,) if shape.train_gpus else (), cores=blocks[local],
+                gpus=(local % shape.train_gpus,) if shape.train_gpus else (), cores=cut[local],
             )  # fmt: skip
         for local in range(servers):
             index = (node - first_server_node) * shape.servers + local
             gpus = tuple(first_gpu + (local * shape.tensor + k) % shape.serve_gpus for k in range(shape.tensor))
             yield Process(
-                role="server", index=index, node=node, host=host, local=local, gpus=gpus, cores=blocks[ranks + local],
+                role="server", index=index, node=node, host=host, local=local, gpus=gpus, cores=cut[ranks + local],
                 port=base_port + SERVER_OFFSET + SERVER_STRIDE * index,
             )  # fmt: skip
         yield Process(
@@ -219,7 +225,7 @@ def _processes(shape: _Shape, base_port: int) -> Iterator[Process]:
         )  # fmt: skip
 
 
-def _blocks(cores: int, count: int) -> list[tuple[int, int]]:
+def blocks(cores: int, count: int) -> list[tuple[int, int]]:
     """[0, cores) cut into `count` contiguous blocks, as even as they come; at least one core each."""
     edges = [round(i * cores / max(1, count)) for i in range(count + 1)]
     return [(min(a, max(0, cores - 1)), max(b, a + 1)) for a, b in itertools.pairwise(edges)]

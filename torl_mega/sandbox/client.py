@@ -25,6 +25,7 @@ from typing import Any
 import aiohttp
 
 from torl_mega.errors import ConfigError, ServerError
+from torl_mega.process.secret import authorization
 from torl_mega.sandbox import any_json
 from torl_mega.types import ExecutionRequest, ExecutionResult, ExecutionStatus
 
@@ -87,7 +88,7 @@ class _Address:
         return aiohttp.ClientSession(
             connector=connector,
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S),
-            headers={"Content-Type": "application/json"},
+            headers={"Content-Type": "application/json", **authorization()},
             skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding"),
             cookie_jar=aiohttp.DummyCookieJar(),
         )

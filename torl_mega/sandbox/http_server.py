@@ -5,7 +5,7 @@ for the language "python". Other languages are refused with the 422 of an unknow
 configured default instead of none. A full queue answers 503 with Retry-After. Two request fields are ours, `cpu_timeout`
 and `output_bytes`; SandboxFusion ignores them. The exact `ExecutionStatus` travels in the header X-Torl-Status, CPU seconds
 and peak memory in X-Torl-Cpu-S and X-Torl-Max-Rss-Mb; the answer's body has SandboxFusion's fields and no other. A client
-that closes its connection cancels its snippet.
+that closes its connection cancels its snippet. In a run that has a secret (process/secret.py) who does not show it gets 401.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from aiohttp import web
 from pydantic import BaseModel, Field, ValidationError
 
 from torl_mega.errors import ServerError
+from torl_mega.process import secret
 from torl_mega.sandbox import any_json
 from torl_mega.sandbox.pool import SandboxPool
 from torl_mega.types import ExecutionRequest, ExecutionResult, ExecutionStatus
@@ -79,6 +80,8 @@ class HttpServer:
         await self._runner.cleanup()
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        if not secret.shows(request.headers):
+            return _json({"detail": "Unauthorized"}, 401, {"WWW-Authenticate": "Bearer"})
         path = request.path.removesuffix("/")  # FastAPI redirects from one to the other
         methods = _METHODS.get(path)
         if methods is None:

@@ -27,6 +27,7 @@ import orjson
 
 from torl_mega.config import ServingConfig
 from torl_mega.errors import GenerationError
+from torl_mega.process.secret import authorization
 from torl_mega.serving.fleet import Fleet, Server
 from torl_mega.serving.generation import BadAnswer, GenerationPart, parse_answer, seam_suffixes
 from torl_mega.types import FinishReason, Generation, GenerationRequest
@@ -64,6 +65,7 @@ class SGLangClient:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
+            headers=authorization(),
         )
         self._fleet.start(self._session)
         return self

@@ -16,6 +16,7 @@ from torl_mega.config import Config
 from torl_mega.data.tokenizer import PROBE_TEXT
 from torl_mega.errors import ServerError
 from torl_mega.interfaces import Share, Trainer
+from torl_mega.process.secret import authorization
 from torl_mega.types import Sample
 
 TIMEOUT_S = 120.0
@@ -110,8 +111,9 @@ async def prompt_logprobs(url: str, token_ids: Sequence[int]) -> np.ndarray:
 
 
 async def _post(url: str, path: str, body: dict[str, Any]) -> Any:
+    timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
     try:
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=TIMEOUT_S)) as session:
+        async with aiohttp.ClientSession(timeout=timeout, headers=authorization()) as session:
             async with session.post(url + path, json=body) as answer:
                 if answer.status != 200:
                     raise ServerError(f"{url}{path} answered HTTP {answer.status}: {(await answer.text())[:300]}")

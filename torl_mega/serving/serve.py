@@ -27,6 +27,7 @@ import aiohttp
 from torl_mega.config import Config
 from torl_mega.config_file import load_config
 from torl_mega.errors import ServerError, TorlError
+from torl_mega.process.secret import authorization
 from torl_mega.process.start import GuardedProcess, start
 from torl_mega.serving.sglang_server import check_port, launch_command, launch_env, wait_ready
 
@@ -88,7 +89,7 @@ class Supervisor:
             return str(exc).partition("\n")[0]
         _say(f"{self.url} ready after {time.monotonic() - started:.0f} s (pid {server.pid})")
         last_answer = time.monotonic()
-        async with aiohttp.ClientSession() as session:
+        async with aiohttp.ClientSession(headers=authorization()) as session:
             while (code := server.poll()) is None:
                 if await scheduler_answers(session, self.url, WATCH_S):
                     last_answer = time.monotonic()

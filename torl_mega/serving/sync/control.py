@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import orjson
 
 from torl_mega.errors import WeightSyncError
+from torl_mega.process.secret import authorization
 
 POLL_S = 0.0005
 
@@ -52,7 +53,8 @@ class Call:
         try:
             data = None if body is None else orjson.dumps(body)
             method = "GET" if body is None else "POST"
-            self._connection.request(method, path, data, {"Content-Type": "application/json", "Connection": "close"})
+            headers = {"Content-Type": "application/json", "Connection": "close", **authorization()}
+            self._connection.request(method, path, data, headers)
         except OSError as exc:
             self._fail(exc)
             return

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,7 @@ from torch._C._distributed_c10d import TCPStore
 from torch.distributed import distributed_c10d as c10d
 
 from torl_mega.errors import WeightSyncError
+from torl_mega.process.address import own_address
 from torl_mega.serving.plugin.weight_receive import IN_PLACE
 from torl_mega.serving.sync.buckets import Bucket
 from torl_mega.serving.sync.control import POLL_S, Call, Deadline, call_all, run_bounded, watch
@@ -70,7 +72,8 @@ class Broadcast:
 
     in_session = True
 
-    def __init__(self, host: str, device: torch.device) -> None:
+    def __init__(self, host: str | None, device: torch.device) -> None:
+        """`host`: what the servers call this machine; None takes the address from which it reaches them."""
         self._host = host
         self._device = device
         self._backend = "nccl" if device.type == "cuda" else "gloo"
@@ -90,11 +93,12 @@ class Broadcast:
         self.reset()
         limit = timedelta(seconds=deadline.left_s)
         self._name, self._members = f"torl_weights_{uuid.uuid4().hex[:12]}", tuple(members)
-        self._store = _listening_store(self._host, limit)
+        host = self._host or own_address(urlsplit(member.url).hostname or "" for member in members)
+        self._store = _listening_store(host, limit)
         world_size = 1 + sum(member.num_ranks for member in members)
         calls, offset = [], 1
         for member in members:
-            body = {"master_address": self._host, "master_port": self._store.port, "rank_offset": offset}
+            body = {"master_address": host, "master_port": self._store.port, "rank_offset": offset}
             body |= {"world_size": world_size, "group_name": self._name, "backend": self._backend}
             calls.append(Call(member.url, "/init_weights_update_group", body, deadline))
             offset += member.num_ranks

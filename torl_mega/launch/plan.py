@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 
 from torl_mega.config_file import load_config
 from torl_mega.errors import ConfigError, TorlError
+from torl_mega.launch.check_commands import Started, everything_started, faults
 from torl_mega.planner import report
 from torl_mega.planner.analyse import Hardware, analyse
 from torl_mega.planner.hardware import Assumptions, name_of
@@ -37,6 +39,7 @@ class PlanOptions:
     cores: int = 0  # per node; 0 = the usual for that GPU
     base_port: int = 20000
     out: Path | None = None  # where the placement is written for the launch scripts, if the run fits
+    commands: bool = False  # also every process with command, environment, GPUs and cores
 
 
 def run(conf: Path, overrides: Sequence[str] = (), options: PlanOptions = PlanOptions()) -> int:
@@ -60,14 +63,32 @@ def run(conf: Path, overrides: Sequence[str] = (), options: PlanOptions = PlanOp
     analysis = analyse(config, hardware, assume, mean_response)
     wanted = (options.search or not analysis.fits) and hardware.gpu != "cpu" and analysis.shape is not None
     found = search_layouts(config, hardware, assume, mean_response, nearest=not options.search) if wanted else []
+    started = everything_started(analysis.placement, config, conf) if analysis.placement else []
+    if analysis.placement:
+        problems = (*analysis.problems, *faults(analysis.placement, config, started))
+        analysis = replace(analysis, problems=problems)
     if options.json_output:
-        print(json.dumps(report.as_json(config, analysis, assume, found), indent=1))
+        tree = report.as_json(config, analysis, assume, found)
+        if options.commands:
+            tree["commands"] = [each.as_json() for each in started]
+        print(json.dumps(tree, indent=1))
     else:
-        width = None if sys.stdout.isatty() else WIDTH
-        report.print_plan(Console(width=width), config, analysis, assume, found, searched=options.search)
+        console = Console(width=None if sys.stdout.isatty() else WIDTH)
+        if options.commands:
+            _print_commands(started)
+        report.print_plan(console, config, analysis, assume, found, searched=options.search)
     if analysis.fits and options.out is not None and analysis.placement is not None:
         options.out.write_text(analysis.placement.to_json())
     return 0 if analysis.fits else 1
+
+
+def _print_commands(started: Sequence[Started]) -> None:
+    """For a shell: what would be typed on that node."""
+    for each in started:
+        mine = each.process
+        gpus = f", GPUs {','.join(map(str, mine.gpus))}" if mine.gpus else ""
+        print(f"# {mine.name} on {mine.host}, cores {mine.cores[0]}-{mine.cores[1] - 1}{gpus}")
+        print(shlex.join(["env", *(f"{name}={value}" for name, value in each.environment.items()), *each.command]))
 
 
 def _which_gpu(asked: str, configured: str) -> str:
@@ -91,7 +112,7 @@ def _which_gpu(asked: str, configured: str) -> str:
 
 
 def main() -> None:
-    """python -m torl_mega.planner.command: the command line of `torl plan` plus what the launch scripts need."""
+    """python -m torl_mega.launch.plan: the command line of `torl plan` plus what the launch scripts need."""
     parser = argparse.ArgumentParser(prog="torl plan", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("conf", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="a.b=value")
@@ -104,6 +125,7 @@ def main() -> None:
     parser.add_argument("--hosts", default="", help="comma-separated node names")
     parser.add_argument("--cores", type=int, default=0, help="per node")
     parser.add_argument("--base-port", type=int, default=20000)
+    parser.add_argument("--commands", action="store_true", help="also every process that would be started")
     parser.add_argument("--out", type=Path, help="where the placement is written, if the run fits")
     args = vars(parser.parse_intermixed_args())
     try:
