@@ -85,7 +85,7 @@ def test_a_sync_on_gpus_is_verified_and_a_wrong_bit_found(
     there = torch.from_numpy(asyncio.run(prompt_logprobs(server.url, PROBE)))[1:]
     assert float((there - expected_logprobs(tiny_model, weights)).abs().max()) < 1e-2  # TF32 and fused kernels
 
-    inner = make_transport(config.serving, torch.device("cuda:0"))
+    inner = make_transport(config.serving, torch.device("cuda:0"), {})
     send = inner.send
 
     def corrupt(bucket: Bucket, deadline: object) -> None:

@@ -101,8 +101,12 @@ def destroy() -> None:
         dist.destroy_process_group()
 
 
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def is_rank0() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return rank() == 0
 
 
 def world_size() -> int:

@@ -2,7 +2,8 @@
 
 Contract: `load` fills every parameter of this rank from an HF folder; `gather` is a collective over the ranks of
 data-parallel and context-parallel rank 0 that yields HF-named, unpadded tensors on global rank 0, in the order of the
-table. They may be views of parameters: copy what must outlive an update. Both work on the type the parameters have.
+table. They may be views of parameters: copy what must outlive an update. `outlines` goes through the same steps on every
+rank, where those other than 0 get tensors without data. All work on the type the parameters have.
 Extra memory on tensor rank 0: the shards of one parameter and one tensor made of them (tests/parallel/test_reshard.py).
 """
 
@@ -85,19 +86,32 @@ class WeightMap:
         parameter.copy_(shard)
 
     def gather(self) -> Iterator[NamedTensor]:
-        """HF-named full tensors. Collective: every rank iterates to the end; yields on global rank 0 only.
+        """HF-named full tensors. Collective: every rank iterates to the end; yields on global rank 0 only."""
+        for name, tensor in self.outlines():
+            if tensor.device.type != "meta":
+                yield name, tensor
+            del tensor  # so that it is gone before the next one is there
+
+    def outlines(self) -> Iterator[NamedTensor]:
+        """As `gather`, but yields on every rank: tensors on rank 0, and on the others what they look like, on the meta device,
+        after this rank's part in the collectives behind each rule's tensors.
 
         Not under `no_grad`, whose wrapper of generators keeps each tensor until the next one is there.
         """
-        if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
-            return
+        takes_part = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+        is_rank0 = takes_part and self.tp_rank == 0 and self.pp_rank == 0
+        dtype = next(iter(self.parameters[0].values())).dtype
         for rule, prefix, stage, parameter in self.entries():
-            shards = None if parameter is None else self._gather_tensor_group(rule, parameter.detach())
-            if self.tp_rank != 0:
-                continue
-            named = self._to_rank0(prefix, rule, stage, shards)
-            del shards  # only the generator holds them, and only while they are needed
-            yield from named
+            shards = None
+            if takes_part and parameter is not None:
+                shards = self._gather_tensor_group(rule, parameter.detach())
+            if takes_part and self.tp_rank == 0:
+                named = self._to_rank0(prefix, rule, stage, shards)
+                del shards  # only the generator holds them, and only while they are needed
+                yield from named
+            if not is_rank0:
+                for name in rule.hf:
+                    yield prefix + name, torch.empty(hf_shape(name, self.shape), dtype=dtype, device="meta")
 
     def _gather_tensor_group(self, rule: Rule, shard: torch.Tensor) -> torch.Tensor | None:
         """[tensor ranks, *shard] on tensor rank 0; None elsewhere."""
