@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 import os
-import pickletools
 import signal
 import subprocess
 import sys
@@ -167,21 +165,19 @@ class Handle:
         return rebuild_cuda_tensor, handles.by_uuid(self.ARGUMENTS, "GPU-1234")
 
 
+OPEN = """
+import sys
+from sglang.srt.utils import MultiprocessingSerializer
+from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
+monkey_patch_torch_reductions()
+MultiprocessingSerializer.deserialize(sys.stdin.read())
+"""
+
+
 def test_sglang_accepts_a_handle_and_looks_its_device_up_by_uuid() -> None:
-    """Every name in it is allowed, and the argument that its patch reads as a device is the UUID."""
-    from inspect import signature
-
-    from sglang.srt.utils import MultiprocessingSerializer
-    from sglang.srt.utils.common import SafeUnpickler
-    from sglang.srt.utils.patch_torch import _REDUCE_TENSOR_ARG_DEVICE_INDEX, _device_from_maybe_uuid
-
+    """As a server's rank does, in a process of its own: past every check of names, to a GPU that is not here."""
     text = handles.payload(Bucket((("a", torch.ones(1)),)), Handle())  # type: ignore[arg-type]
-    names = [arg for opcode, arg, _ in pickletools.genops(base64.b64decode(text)) if opcode.name == "SHORT_BINUNICODE"]
-    used = {(module, name) for module, name in SafeUnpickler.ALLOWED_GLOBALS if {module, name} <= set(names)}
-    assert ("torch.multiprocessing.reductions", "rebuild_cuda_tensor") in used
-    assert list(signature(rebuild_cuda_tensor).parameters)[_REDUCE_TENSOR_ARG_DEVICE_INDEX] == "storage_device"
-    assert Handle().__reduce__()[1][_REDUCE_TENSOR_ARG_DEVICE_INDEX] == "GPU-1234"
-    with pytest.raises(Exception, match=r"Invalid device_uuid=GPU-1234|CUDA|NVIDIA|device"):
-        MultiprocessingSerializer.deserialize(text)  # past every check of names, to a GPU that is not here
-    with pytest.raises(Exception, match="Invalid device_uuid=GPU-1234"):
-        _device_from_maybe_uuid("GPU-1234")
+    done = subprocess.run(
+        [sys.executable, "-c", OPEN], input=text, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert "Invalid device_uuid=GPU-1234" in done.stderr
