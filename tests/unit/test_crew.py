@@ -92,5 +92,6 @@ def test_each_server_rank_gets_its_bytes_from_the_rank_beside_it_and_all_learn_o
     assert said[0] == said[1] == said[2]
     assert said[0]["wrong byte on rank 2"] == said[0]["good"] == ""
     assert said[0]["a server refuses"].startswith(f"{c}/update_weights_from_tensor answered HTTP 500")
+    assert said[0]["a server of another size"] == f"{b} has 3 ranks, the placement says 2; plan again"
     assert said[0]["rank 0 gives up early"] == "no server answers"
     assert said[0]["rank 0 gives up late"] == "no slices"
