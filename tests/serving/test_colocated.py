@@ -145,7 +145,7 @@ def test_sglang_reads_the_payload() -> None:
         (("a", torch.randn(3, 5)), ("b", torch.randn(7).bfloat16()), ("c", torch.ones((), dtype=torch.uint8)))
     )
     flat = bucket.flatten_into(torch.empty(bucket.num_bytes, dtype=torch.uint8))
-    read = MultiprocessingSerializer.deserialize(handles.payload(bucket, flat))
+    read = MultiprocessingSerializer.deserialize(handles.payload(bucket, flat).decode())
     again = FlattenedTensorBucket(flattened_tensor=read["flattened_tensor"], metadata=read["metadata"])
     for (name, tensor), (expected_name, expected) in zip(again.reconstruct_tensors(), bucket.named, strict=True):
         assert name == expected_name
@@ -178,6 +178,6 @@ def test_sglang_accepts_a_handle_and_looks_its_device_up_by_uuid() -> None:
     """As a server's rank does, in a process of its own: past every check of names, to a GPU that is not here."""
     text = handles.payload(Bucket((("a", torch.ones(1)),)), Handle())  # type: ignore[arg-type]
     done = subprocess.run(
-        [sys.executable, "-c", OPEN], input=text, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", OPEN], input=text.decode(), capture_output=True, text=True, timeout=120, check=False
     )
     assert "Invalid device_uuid=GPU-1234" in done.stderr

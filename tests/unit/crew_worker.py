@@ -82,7 +82,7 @@ def send_all(handles: Handles, stream: Iterator[Bucket], members: list[Member], 
 def main(owners: dict[str, list[int]], out: Path) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    handles = Handles({url: tuple(ranks) for url, ranks in owners.items()}, torch.device("cpu"), LIMIT_S)
+    handles = Handles({url: tuple(ranks) for url, ranks in owners.items()}, torch.device("cpu"))
     members = [Member(url, len(ranks), "0") for url, ranks in owners.items()]
     crew = handles._crew
     said = []
@@ -93,7 +93,7 @@ def main(owners: dict[str, list[int]], out: Path) -> None:
             if rank == 0:
                 send_all(handles, stream, members, what)
             else:
-                handles.follow(stream, Deadline(LIMIT_S))
+                handles.follow(stream, LIMIT_S)
             said.append("")
         except WeightSyncError as exc:
             said.append(str(exc))

@@ -25,18 +25,20 @@ GRACE_S = 5.0
 class Crew:
     """Its groups are made at the first `agree`: gloo for words, and where weights are on GPUs NCCL for them."""
 
-    def __init__(self, ranks: Iterable[int], device: torch.device, limit_s: float) -> None:
+    def __init__(self, ranks: Iterable[int], device: torch.device) -> None:
         self.ranks = sorted({0, *ranks})
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self._device = device
-        self._limit = timedelta(seconds=limit_s + GRACE_S)
         self.broken = False  # a rank is lost, or too late: no step of a crew follows, and no gather either
         self._words: Any = None
         self._weights: Any = None
 
     def _make_groups(self) -> tuple[Any, Any]:
         """With their connections, which NCCL leaves to the first collective."""
-        options: dict[str, Any] = {"timeout": self._limit, "use_local_synchronization": True}
+        options: dict[str, Any] = {
+            "timeout": timedelta(days=2),
+            "use_local_synchronization": True,
+        }  # deadlines are shorter
         words: Any = dist.new_group(self.ranks, backend="gloo", **options)
         weights: Any = words
         if self._device.type == "cuda":
@@ -69,11 +71,11 @@ class Crew:
         if flat.is_cuda:
             torch.cuda.current_stream(flat.device).synchronize()
 
-    def pass_on(self, text: str, to: int, deadline: Deadline) -> None:
-        """Gives `text` to another rank, which calls `take`."""
-        self._bounded(lambda: dist.send_object_list([text], dst=to, group=self._words), deadline)
+    def pass_on(self, data: bytes, to: int, deadline: Deadline) -> None:
+        """Gives `data` to another rank, which calls `take`."""
+        self._bounded(lambda: dist.send_object_list([data], dst=to, group=self._words), deadline)
 
-    def take(self, sender: int, deadline: Deadline) -> str:
+    def take(self, sender: int, deadline: Deadline) -> bytes:
         box: list[Any] = [None]
         self._bounded(lambda: dist.recv_object_list(box, src=sender, group=self._words), deadline)
         return box[0]

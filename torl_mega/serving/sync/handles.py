@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import io
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import orjson
 import torch
 from torch.multiprocessing.reductions import reduce_tensor
 
@@ -33,6 +35,7 @@ from torl_mega.serving.sync.transports import Member
 Owners = Mapping[str, tuple[int, ...]]
 """By URL of a server: the trainer's rank beside each of its ranks. A server that is not named gets all from rank 0."""
 
+_ROLLOUT_S = 86400.0  # rank 0 may first have to wait for trajectories; that it hangs is for the launcher to find
 _DEVICE = 6  # among the arguments of torch's rebuild_cuda_tensor
 
 
@@ -41,10 +44,10 @@ class Handles:
 
     in_session = True
 
-    def __init__(self, owners: Owners, device: torch.device, limit_s: float) -> None:
+    def __init__(self, owners: Owners, device: torch.device) -> None:
         self._owners = dict(owners)
         self._device = device
-        self._crew = Crew({rank for ranks in owners.values() for rank in ranks}, device, limit_s)
+        self._crew = Crew({rank for ranks in owners.values() for rank in ranks}, device)
         self._members: tuple[Member, ...] = ()
         self._calls: list[Call] = []
         self._in_flight: torch.Tensor | None = None  # a handle is valid only as long as its memory
@@ -74,13 +77,15 @@ class Handles:
             bucket.flatten_into(flat)
         self._crew.broadcast(flat, deadline)
         self._in_flight = flat
+        make = functools.partial(payload, bucket, flat)  # a handle may be opened once
+        make = make if flat.is_cuda else functools.cache(make)
         for member in self._members:
             try:
-                self._hand_over(member, bucket, flat, deadline)
+                self._hand_over(member, make, deadline)
             except WeightSyncError as exc:  # raised on every rank at the next boundary
                 self._failure = self._failure or str(exc)
 
-    def _hand_over(self, member: Member, bucket: Bucket, flat: torch.Tensor, deadline: Deadline) -> None:
+    def _hand_over(self, member: Member, make: Callable[[], bytes], deadline: Deadline) -> None:
         owners, me = self._owners.get(member.url, (0,) * member.num_ranks), self._crew.rank
         if len(owners) != member.num_ranks:
             raise WeightSyncError(
@@ -89,13 +94,14 @@ class Handles:
         payloads = []
         for owner in owners:
             if owner == me:
-                payloads.append(payload(bucket, flat))
+                payloads.append(make())
                 if owners[0] != me:
                     self._crew.pass_on(payloads[-1], owners[0], deadline)
             elif owners[0] == me:
                 payloads.append(self._crew.take(owner, deadline))
         if owners[0] == me:
-            body = {"serialized_named_tensors": payloads, "load_format": "flattened_bucket"}
+            texts = [orjson.Fragment(b'"' + part + b'"') for part in payloads]
+            body: dict[str, Any] = {"serialized_named_tensors": texts, "load_format": "flattened_bucket"}
             body |= {"flush_cache": False, "torch_empty_cache": False}
             self._calls.append(Call(member.url, "/update_weights_from_tensor", body, deadline))
 
@@ -118,9 +124,11 @@ class Handles:
             self._agreed = -1
             raise
 
-    def follow(self, buckets: Iterator[Bucket], deadline: Deadline) -> None:
-        """A whole sync on a rank other than 0, whose buckets, counted, say only what the tensors look like."""
-        self.open((), deadline)
+    def follow(self, buckets: Iterator[Bucket], limit_s: float) -> None:
+        """A whole sync on a rank other than 0, whose buckets, counted, say only what the tensors look like. `limit_s` counts
+        from when rank 0 begins."""
+        self.open((), Deadline(_ROLLOUT_S))
+        deadline = Deadline(limit_s)
         for bucket in buckets:
             self.send(bucket, deadline)
         self.finish(deadline)
@@ -144,9 +152,9 @@ class Handles:
             torch.cuda.ipc_collect()  # memory that servers have let go of since
 
 
-def payload(bucket: Bucket, flat: torch.Tensor) -> str:
-    """What `MultiprocessingSerializer.deserialize` reads: the bucket as `flat` and where in it each tensor lies. A handle may
-    be opened once: each rank of a server needs a payload of its own."""
+def payload(bucket: Bucket, flat: torch.Tensor) -> bytes:
+    """What SGLang's `MultiprocessingSerializer.deserialize` reads, in base64: the bucket as `flat`, and where in it each tensor
+    lies. A handle may be opened once: each rank of a server needs a payload of its own."""
     metadata, start = [], 0
     for name, tensor in bucket.named:
         end = start + tensor.nbytes
@@ -155,7 +163,7 @@ def payload(bucket: Bucket, flat: torch.Tensor) -> str:
         start = end
     buffer = io.BytesIO()
     _Pickler(buffer).dump({"flattened_tensor": flat, "metadata": metadata})
-    return base64.b64encode(buffer.getbuffer()).decode()
+    return base64.b64encode(buffer.getbuffer())
 
 
 class _Pickler(pickle.Pickler):

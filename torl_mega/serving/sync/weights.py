@@ -66,14 +66,14 @@ def make_owner_sink(
     """The sink of a rank other than 0 that stands beside servers and hands them the weights; None for all others."""
     if config.transport != "handles" or not any(rank in ranks for ranks in owners.values()):
         return None
-    sink = OwnerSink(config, Handles(owners, torch.device(device), config.sync_timeout_s))
+    sink = OwnerSink(config, Handles(owners, torch.device(device)))
     return Fp8Sink(sink) if config.weight_dtype == "fp8_block" else sink
 
 
 def make_transport(config: ServingConfig, device: torch.device, owners: Owners) -> Transport:
     """The transport that `serving.transport` names; `auto` without a placement is `broadcast`."""
     if config.transport == "handles":
-        return Handles(owners, device, config.sync_timeout_s)
+        return Handles(owners, device)
     if config.transport == "disk":
         assert config.disk_dir is not None  # config.py sees to it
         return Disk(Path(config.disk_dir))
@@ -92,7 +92,7 @@ class OwnerSink:
         """Hands over, and leaves checking and counting to rank 0. Raises WeightSyncError when the sync failed on any rank."""
         buckets = self._handles.count(make_buckets(tensors, self.bucket_bytes))
         try:
-            self._handles.follow(buckets, Deadline(self._limit_s))
+            self._handles.follow(buckets, self._limit_s)
         except WeightSyncError as exc:
             self._handles.drain(buckets, str(exc))
             raise
