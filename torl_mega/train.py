@@ -143,10 +143,7 @@ def build_rank0(
         in_flight = config.rollout.max_staleness > 1  # trajectories are being sampled during a sync
         flush_cache = not (in_flight and config.rollout.pause == "in_place")
         serving, owners = route_weights(config.serving)
-        senders = (
-            sorted({rank for ranks in owners.values() for rank in ranks}) if serving.transport == "handles" else [0]
-        )
-        print(f"weights travel by {serving.transport} from {len(senders)} ranks to {len(urls)} servers", flush=True)
+        print(f"weights travel to {len(urls)} servers by {serving.transport}", flush=True)
         sink = make_weight_sink(serving, urls, device=device, flush_cache=flush_cache, owners=owners)
         if config.rollout.max_staleness == 0:
             collector: Collector = build_collector(config, folder, tokenizer, run, stack)

@@ -60,14 +60,13 @@ class Crew:
 
     def broadcast(self, flat: torch.Tensor, deadline: Deadline) -> None:
         """Rank 0's bytes to all; returns when they are here, on a GPU too."""
-        if self._weights is None:
-            return
-        work = dist.broadcast(flat, src=0, group=self._weights, async_op=True)
-        try:
-            wait_for([work], self._what, deadline, ())
-        except WeightSyncError:
-            self.broken = True
-            raise
+        if self._weights is not None:
+            work = dist.broadcast(flat, src=0, group=self._weights, async_op=True)
+            try:
+                wait_for([work], self._what, deadline, ())
+            except WeightSyncError:
+                self.broken = True
+                raise
         if flat.is_cuda:
             torch.cuda.current_stream(flat.device).synchronize()
 

@@ -38,12 +38,12 @@ TORN = "torn"
 
 
 def route_weights(config: ServingConfig) -> tuple[ServingConfig, Owners]:
-    """The config with the transport that fits this run's placement, and which ranks stand beside which server: what
-    launch/commands.py put into the environment, the same on every rank."""
-    transport = os.environ.get("TORL_TRANSPORT", config.transport)
-    urls = os.environ.get("TORL_SERVERS", "").split(",")
+    """The config with the transport that fits this run's placement (`broadcast` where none is known), and which ranks stand
+    beside which server: what launch/commands.py put into the environment, the same on every rank."""
+    transport = os.environ.get("TORL_TRANSPORT", "broadcast" if config.transport == "auto" else config.transport)
     beside = [text for text in os.environ.get("TORL_OWNERS", "").split(";") if text]
-    owners = {url: tuple(map(int, ranks.split(","))) for url, ranks in zip(urls, beside, strict=bool(beside))}
+    urls = os.environ["TORL_SERVERS"].split(",") if beside else []
+    owners = {url: tuple(map(int, ranks.split(","))) for url, ranks in zip(urls, beside, strict=True)}
     return config.model_copy(update={"transport": transport}), owners
 
 
