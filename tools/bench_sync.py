@@ -168,7 +168,7 @@ def run_as_rank(folder: Path, urls: list[str], bucket_mb: int, repeat: int) -> N
 
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    weights = load_file(folder / "model.safetensors", device="cpu" if rank == 0 else "meta")
+    weights = {name: w if rank == 0 else w.to("meta") for name, w in load_file(folder / "model.safetensors").items()}
     serving = make_config(folder, bucket_mb).serving.model_copy(update={"transport": "handles"})
     beside = {url: (n,) for n, url in enumerate(urls)}
     alone = make_weight_sink(serving, urls)

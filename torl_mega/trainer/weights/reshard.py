@@ -99,8 +99,6 @@ class WeightMap:
         Not under `no_grad`, whose wrapper of generators keeps each tensor until the next one is there.
         """
         takes_part = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
-        is_rank0 = takes_part and self.tp_rank == 0 and self.pp_rank == 0
-        dtype = next(iter(self.parameters[0].values())).dtype
         for rule, prefix, stage, parameter in self.entries():
             shards = None
             if takes_part and parameter is not None:
@@ -109,9 +107,8 @@ class WeightMap:
                 named = self._to_rank0(prefix, rule, stage, shards)
                 del shards  # only the generator holds them, and only while they are needed
                 yield from named
-            if not is_rank0:
-                for name in rule.hf:
-                    yield prefix + name, torch.empty(hf_shape(name, self.shape), dtype=dtype, device="meta")
+            else:
+                yield from self._outlined(prefix, rule)
 
     def _gather_tensor_group(self, rule: Rule, shard: torch.Tensor) -> torch.Tensor | None:
         """[tensor ranks, *shard] on tensor rank 0; None elsewhere."""
@@ -124,7 +121,8 @@ class WeightMap:
         return shards
 
     def _to_rank0(self, prefix: str, rule: Rule, stage: int, shards: torch.Tensor | None) -> Iterator[NamedTensor]:
-        """Assembles a rule's tensors on the owning stage's tensor rank 0 and sends them to stage 0. Yields on global rank 0."""
+        """Assembles a rule's tensors on the owning stage's tensor rank 0 and sends them to stage 0, which yields them; the others
+        yield outlines, each in step with its tensor: rank 0 may have other business with a rank before it takes the next."""
         group: Any = parallel_state.get_pipeline_model_parallel_group()
         if shards is not None:
             named = from_shards(rule, shards, self.shape)
@@ -134,6 +132,7 @@ class WeightMap:
                     yield prefix + name, tensor
                 else:
                     dist.send(tensor.contiguous(), dst=dist.get_global_rank(group, 0), group=group)
+                    yield prefix + name, tensor.to("meta")
                 del tensor
         elif self.pp_rank == 0:
             like = next(iter(self.parameters[0].values()))
@@ -142,3 +141,10 @@ class WeightMap:
                 dist.recv(tensor, src=dist.get_global_rank(group, stage), group=group)
                 yield prefix + name, tensor
                 del tensor
+        else:
+            yield from self._outlined(prefix, rule)
+
+    def _outlined(self, prefix: str, rule: Rule) -> Iterator[NamedTensor]:
+        dtype = next(iter(self.parameters[0].values())).dtype
+        for name in rule.hf:
+            yield prefix + name, torch.empty(hf_shape(name, self.shape), dtype=dtype, device="meta")
