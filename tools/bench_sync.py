@@ -1,23 +1,28 @@
 """How fast a verified weight sync is, against a bare broadcast of the same tensors over the same wire.
 
     python tools/bench_sync.py [--megabytes 2048] [--bucket-mb 512] [--repeat 3] [--json]
+    python tools/bench_sync.py --pairs 4 [...]      4 servers, each beside a rank: every rank hands over, or rank 0 alone
 
 Makes a random Qwen2 of about the asked size, serves it with the real SGLang on this machine, and times `update` of all
 its weights: hashing, broadcast, loading into the fused parameters, hashing on the server, comparing. The yardstick moves
 the same tensors, one by one, between two processes of a gloo group: nothing is loaded, nothing is checked.
 Reports bytes/s of both, their ratio, and the sender's largest extra memory in units of a bucket. CPU and loopback only.
+With --pairs both ways take turns in the same processes, checks included; a bucket travels by value.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +30,12 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from torl_mega.config import Config
 from torl_mega.config_file import load_config
 from torl_mega.process.start import free_port
 from torl_mega.process.start import start as start_process
 from torl_mega.serving.sglang_server import launch_command, launch_env, wait_ready
-from torl_mega.serving.sync.weights import make_weight_sink
+from torl_mega.serving.sync.weights import make_owner_sink, make_weight_sink
 
 REPO = Path(__file__).parents[1]
 PEER = """
@@ -106,9 +112,8 @@ class PeakMemory:
         self._thread.join()
 
 
-def synced(folder: Path, weights: dict[str, torch.Tensor], bucket_mb: int, repeat: int) -> tuple[list[Any], int]:
-    """Statistics of each sync, after one that sets up the group, and the sender's largest extra memory."""
-    config = load_config(
+def make_config(folder: Path, bucket_mb: int) -> Config:
+    return load_config(
         REPO / "conf" / "base.yaml",
         [
             "name=bench", f"model.path={folder}", "model.dtype=float32", "data.max_prompt_tokens=32",
@@ -116,16 +121,70 @@ def synced(folder: Path, weights: dict[str, torch.Tensor], bucket_mb: int, repea
             "serving.extra_args=[--skip-tokenizer-init]",
         ],
     )  # fmt: skip
-    port = free_port()
-    command = launch_command(config, host="127.0.0.1", port=port, on_gpu=False)
-    url, log = f"http://127.0.0.1:{port}", folder / "server.log"
-    with start_process(command, name="sglang", log_path=log, env=launch_env(config, gpu_ids=())) as server:
-        asyncio.run(wait_ready(url, 300, process=server, log_path=log))
-        sink = make_weight_sink(config.serving, [url])
+
+
+@contextlib.contextmanager
+def serve(config: Config, folder: Path, number: int) -> Iterator[list[str]]:
+    """URLs of this many servers of the model."""
+    with contextlib.ExitStack() as stack:
+        started = []
+        for port in [free_port() for _ in range(number)]:
+            command = launch_command(config, host="127.0.0.1", port=port, on_gpu=False)
+            log, env = folder / f"server_{port}.log", launch_env(config, gpu_ids=())
+            server = stack.enter_context(start_process(command, name="sglang", log_path=log, env=env))
+            started.append((f"http://127.0.0.1:{port}", server, log))
+        for url, server, log in started:
+            asyncio.run(wait_ready(url, 300, process=server, log_path=log))
+        yield [url for url, _, _ in started]
+
+
+def synced(folder: Path, weights: dict[str, torch.Tensor], bucket_mb: int, repeat: int) -> tuple[list[Any], int]:
+    """Statistics of each sync, after one that sets up the group, and the sender's largest extra memory."""
+    config = make_config(folder, bucket_mb)
+    with serve(config, folder, 1) as urls:
+        sink = make_weight_sink(config.serving, urls)
         sink.update(iter(weights.items()), version=0)
         with PeakMemory() as memory:
             stats = [sink.update(iter(weights.items()), version=1 + n) for n in range(repeat)]
     return stats, memory.extra
+
+
+def colocated(folder: Path, pairs: int, bucket_mb: int, repeat: int) -> dict[str, Any]:
+    """Seconds of each sync into `pairs` servers by rank 0 alone and by the ranks beside them, in turns."""
+    with serve(make_config(folder, bucket_mb), folder, pairs) as urls:
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(pairs)}
+        command = [sys.executable, __file__, "--as-rank-of", str(folder), "--bucket-mb", str(bucket_mb)]
+        command += ["--repeat", str(repeat), "--urls", *urls]
+        ranks = [
+            subprocess.Popen(command, env={**os.environ, **address, "RANK": str(n)}, stdout=subprocess.PIPE, text=True)
+            for n in range(pairs)
+        ]
+        said = [rank.communicate()[0] for rank in ranks]
+    return json.loads(said[0])
+
+
+def run_as_rank(folder: Path, urls: list[str], bucket_mb: int, repeat: int) -> None:
+    from safetensors.torch import load_file
+
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    weights = {name: w if rank == 0 else w.to("meta") for name, w in load_file(folder / "model.safetensors").items()}
+    serving = make_config(folder, bucket_mb).serving.model_copy(update={"transport": "handles"})
+    beside = {url: (n,) for n, url in enumerate(urls)}
+    alone = make_weight_sink(serving, urls)
+    together = make_owner_sink(serving, rank, owners=beside) if rank else make_weight_sink(serving, urls, owners=beside)
+    assert together is not None
+    found: dict[str, list[float]] = {"alone_s": [], "together_s": []}
+    for version in range(repeat + 1):
+        for name, sink in (("alone_s", None if rank else alone), ("together_s", together)):
+            dist.barrier()
+            stats = sink.update(iter(weights.items()), version=version) if sink else {}
+            if rank == 0 and version:  # the first connects, and learns which slices the servers hold
+                found[name].append(stats["sync_s"])
+    if rank == 0:
+        best = min(found["alone_s"]) / min(found["together_s"])
+        print(json.dumps({"bytes": sum(w.nbytes for w in weights.values()), **found, "faster": best}))
+    dist.destroy_process_group()
 
 
 def main() -> None:
@@ -134,10 +193,20 @@ def main() -> None:
     parser.add_argument("--bucket-mb", type=int, default=512)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--pairs", type=int, default=0, help="servers with a trainer rank beside each")
+    parser.add_argument("--as-rank-of", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--urls", nargs="*", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.as_rank_of:
+        run_as_rank(args.as_rank_of, args.urls, args.bucket_mb, args.repeat)
+        return
     with tempfile.TemporaryDirectory() as temporary:
         weights = make_model(Path(temporary), args.megabytes)
+        if args.pairs:
+            del weights
+            print(json.dumps(colocated(Path(temporary), args.pairs, args.bucket_mb, args.repeat)))
+            return
         num_bytes = sum(w.nbytes for w in weights.values())
         before = bare_broadcast(weights, args.repeat)
         stats, extra = synced(Path(temporary), weights, args.bucket_mb, args.repeat)

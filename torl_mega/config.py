@@ -175,12 +175,14 @@ class ServingConfig(Section):
     bucket's transfer and one prefill, during which the scheduler is deaf."""
     max_restarts: int = Field(default=20, ge=0)
     """Unexpected deaths of one server in one run; past it the side-car ends and says so."""
-    transport: Literal["broadcast", "handles", "disk"] = "broadcast"
-    """How weights travel: process-group broadcast (gloo/NCCL), colocated handles (by value/CUDA IPC), or safetensors on disk."""
+    transport: Literal["auto", "broadcast", "handles", "disk"] = "auto"
+    """How weights travel: process-group broadcast (gloo/NCCL), colocated handles (by value/CUDA IPC), or safetensors on disk.
+    `auto` takes what fits the placement: handles where ranks and servers share GPUs, else broadcast; disk, where there is
+    `disk_dir`, for `urls` and for servers on GPUs without a rank."""
     sync_host: str | None = None
     """Address of rank 0 that servers reach for the broadcast group. None: the one from which rank 0 reaches the servers."""
     disk_dir: str | None = None
-    """Folder on a file system that trainer and servers share, for transport = disk; one copy of the weights at a time."""
+    """Folder on a file system that trainer and servers share, for `disk`; one copy of the weights at a time."""
     bucket_mb: PositiveInt = 512
     """Size of one flattened weight bucket; the sync needs at most two of them."""
     sync_timeout_s: PositiveFloat = 600.0
@@ -197,6 +199,8 @@ class ServingConfig(Section):
             raise ValueError(
                 "serving.router needs serving.urls, the servers behind it: weights go to each of them directly"
             )
+        if self.transport == "disk" and self.disk_dir is None:
+            raise ValueError("serving.transport = disk needs serving.disk_dir, a folder that both sides see")
         return self
 
 

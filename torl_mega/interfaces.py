@@ -129,7 +129,7 @@ class WeightSink(Protocol):
     def update(self, tensors: Iterable[NamedTensor], *, version: int) -> Mapping[str, float]:
         """Sends HF-named tensors, verifies what each server holds, then records `version` as its policy version.
 
-        Every trainer rank calls it with its own iterator (empty on ranks that send nothing). Returns seconds, bytes and
+        Every trainer rank calls it with its own iterator (without data on ranks other than 0). Returns seconds, bytes and
         counts. Raises `WeightSyncError` naming the tensor when a checksum differs, or the server when one refuses;
         `ServerLost` when one died while others live: calling `update` again with fresh tensors leaves it out.
         """
@@ -162,8 +162,8 @@ class Trainer(Protocol):
         ...
 
     def weights(self) -> Iterator[NamedTensor]:
-        """HF-named, unpadded, unsharded tensors in a fixed order, one at a time; yields on rank 0 only. Every rank must run
-        its iterator to the end: the gathers in between are collective."""
+        """HF-named, unpadded, unsharded tensors in a fixed order, one at a time: on rank 0 with their data, elsewhere without,
+        on the meta device. Every rank must run its iterator to the end: the gathers in between are collective."""
         ...
 
     def save(self, path: Path, *, extra: Mapping[str, Any]) -> None:

@@ -40,7 +40,7 @@ from torl_mega.run.limits import check_guards
 from torl_mega.run.metrics import RunMetrics, summarize
 from torl_mega.serving.probe import check_engines
 from torl_mega.serving.sync.paused import DrainedSink, PausedSink
-from torl_mega.serving.sync.weights import make_weight_sink
+from torl_mega.serving.sync.weights import make_owner_sink, make_weight_sink, route_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +142,9 @@ def build_rank0(
         urls = addresses("TORL_SERVERS")
         in_flight = config.rollout.max_staleness > 1  # trajectories are being sampled during a sync
         flush_cache = not (in_flight and config.rollout.pause == "in_place")
-        sink = make_weight_sink(config.serving, urls, device=device, flush_cache=flush_cache)
+        serving, owners = route_weights(config.serving)
+        print(f"weights travel to {len(urls)} servers by {serving.transport}", flush=True)
+        sink = make_weight_sink(serving, urls, device=device, flush_cache=flush_cache, owners=owners)
         if config.rollout.max_staleness == 0:
             collector: Collector = build_collector(config, folder, tokenizer, run, stack)
         else:
@@ -161,7 +163,9 @@ def _loop(config: Config, folder: RunFolder, trainer: Trainer, rank0: Rank0 | No
     other = OtherRank()
     collector: Collector = rank0.collector if rank0 else other
     log: RunLog = rank0.log if rank0 else other
-    sink: WeightSink = NoServers() if config.rollout.replay else rank0.sink if rank0 else other
+    sink: WeightSink = (
+        NoServers() if config.rollout.replay else rank0.sink if rank0 else _sink_of_other_rank(config, other)
+    )
 
     def save(done: int) -> None:
         state = parallel.share(lambda: {"steps_done": done, "rollouts": dict(collector.state())})
@@ -181,6 +185,14 @@ def _loop(config: Config, folder: RunFolder, trainer: Trainer, rank0: Rank0 | No
         eval_every=config.eval.every_steps,
         save_every=config.checkpoint.every_steps,
     )
+
+
+def _sink_of_other_rank(config: Config, idle: WeightSink) -> WeightSink:
+    """Of a rank other than 0: it hands weights to the servers beside it, if there are any."""
+    from torl_mega.trainer import parallel
+
+    serving, owners = route_weights(config.serving)
+    return make_owner_sink(serving, parallel.rank(), device=parallel.device(), owners=owners) or idle
 
 
 def _lacks_evaluation(config: Config, rank0: Rank0 | None, start: int) -> bool:

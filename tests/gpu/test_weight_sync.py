@@ -101,7 +101,7 @@ def test_a_sync_on_gpus_is_verified_and_a_wrong_bit_found(
     sink.update(iter(weights.items()), version=1)
     assert gap_to_hf(server, gpu_model, weights) < 2e-2
 
-    inner = make_transport(config.serving, torch.device("cuda:0"))
+    inner = make_transport(config.serving, torch.device("cuda:0"), {})
     send = inner.send
 
     def corrupt(bucket: Bucket, deadline: object) -> None:

@@ -72,7 +72,7 @@ def test_one_wrong_bit_is_found_by_name(
     fp8_server: LiveServer, config: Config, weights: dict[str, torch.Tensor], victim: str
 ) -> None:
     name = f"model.layers.1.{victim}"
-    transport = make_transport(config.serving, torch.device("cpu"))
+    transport = make_transport(config.serving, torch.device("cpu"), {})
     send = transport.send
 
     def corrupt(bucket: Bucket, deadline: Deadline) -> None:

@@ -46,6 +46,8 @@ def test_bit_equal_to_plain_loop(shape: tuple[int, int], dtype: torch.dtype) -> 
     wanted_values, wanted_scales = plain_reference(weight)
     assert torch.equal(values.view(torch.uint8), wanted_values.view(torch.uint8))
     assert torch.equal(scales, wanted_scales)
+    outlines = quantize_blocks(weight.to("meta"))  # what ranks without the data make their buckets from
+    assert [(o.shape, o.dtype) for o in outlines] == [(values.shape, values.dtype), (scales.shape, scales.dtype)]
 
 
 def test_error_is_that_of_three_mantissa_bits() -> None:

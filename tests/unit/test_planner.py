@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 from torl_mega.config import Config
 from torl_mega.config_file import load_config
 from torl_mega.errors import ConfigError
+from torl_mega.launch.commands import environment
 from torl_mega.launch.plan import run
 from torl_mega.layout import ModelShape, describe_model
 from torl_mega.planner.analyse import Analysis, Hardware, analyse
 from torl_mega.planner.hardware import GPUS, Assumptions, name_of
 from torl_mega.planner.known_models import KNOWN, hf_config
 from torl_mega.planner.memory import micro_batches_in_flight, trainer_memory
-from torl_mega.planner.placement import place, read_placement
+from torl_mega.planner.placement import place, read_placement, weight_transport
 from torl_mega.planner.search import search
 
 ASSUME = Assumptions()
@@ -201,6 +202,49 @@ def test_a_placement_gives_every_process_its_own(
             assert max(taken) < made.cores_per_node
 
 
+@pytest.mark.parametrize(
+    ("overrides", "gpu", "transport"),
+    [
+        ([], "h100", "handles"),
+        ([], "cpu", "handles"),
+        (["serving.transport=broadcast"], "cpu", "broadcast"),
+        (["cluster.placement=disaggregated", "cluster.server_nodes=1"], "h100", "broadcast"),
+        (
+            ["cluster.placement=disaggregated", "cluster.server_gpus_per_node=2", "serving.disk_dir=/d"],
+            "h100",
+            "broadcast",
+        ),
+        (["cluster.ranks_per_node=4", "serving.disk_dir=/d"], "h100", "disk"),
+        (["serving.urls=[http://a:1]"], "h100", "broadcast"),
+        (["serving.urls=[http://a:1]", "serving.disk_dir=/d"], "h100", "disk"),
+        (["serving.urls=[http://a:1]", "serving.disk_dir=/d", "serving.weight_dtype=fp8_block"], "h100", "broadcast"),
+    ],
+)
+def test_weights_take_the_transport_that_fits_the_placement(overrides: list[str], gpu: str, transport: str) -> None:
+    settings_ = config(*overrides)
+    made, problems = place(settings_, nodes=2, gpus=8, gpu=gpu)
+    assert made is not None, problems
+    assert weight_transport(settings_, made) == transport
+
+
+def test_each_rank_of_a_server_has_the_trainer_rank_on_its_gpu_beside_it() -> None:
+    made, _ = place(config("serving.tensor=2"), nodes=2, gpus=8, gpu="h100")
+    assert made is not None
+    on = {(rank.node, rank.gpus[0]): rank.index for rank in made.of("rank")}
+    expected = tuple(tuple(on[server.node, gpu] for gpu in server.gpus) for server in made.of("server"))
+    assert made.beside_servers() == expected == tuple((n, n + 1) for n in range(0, 16, 2))
+    env = environment(made.of("rank")[3], made, config("serving.tensor=2"))
+    assert env["TORL_OWNERS"] == "0,1;2,3;4,5;6,7;8,9;10,11;12,13;14,15"
+    assert env["TORL_TRANSPORT"] == "handles"
+
+
+def test_without_gpus_ranks_take_turns_beside_the_servers_of_their_node() -> None:
+    sizes = ["cluster.ranks_per_node=2", "cluster.servers_per_node=2", "serving.tensor=2"]
+    made, problems = place(config(*sizes), nodes=2, gpus=4, gpu="cpu")
+    assert made is not None, problems
+    assert made.beside_servers() == ((0, 1), (0, 1), (2, 3), (2, 3))
+
+
 def test_a_placement_survives_its_file(tmp_path: Path) -> None:
     made, _ = place(config(), nodes=2, gpus=8, gpu="h100", hosts=("a", "b"))
     assert made is not None
@@ -250,6 +294,10 @@ WRONG: list[tuple[list[str], dict, str]] = [
         {},
         "transport = handles",
     ),
+    (["serving.transport=broadcast"], {}, "cannot reach servers on the trainer's GPUs"),
+    (["cluster.ranks_per_node=4"], {}, "take handles with a rank on every serving GPU"),
+    (["cluster.ranks_per_node=4", "serving.transport=handles"], {}, "a trainer rank on every serving GPU"),
+    (["serving.transport=handles", "serving.urls=[http://a:1]"], {}, "the GPUs of serving.urls"),
     ([], {"nodes": 0}, "must be at least 1"),
 ]
 

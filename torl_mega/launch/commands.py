@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torl_mega.config import Config
 from torl_mega.launch.gpu_env import gpu_environment
-from torl_mega.planner.placement import Placement, Process
+from torl_mega.planner.placement import Placement, Process, weight_transport
 
 PROGRAMS = {
     "rank": ["torl_mega.train"],
@@ -56,6 +56,7 @@ def environment(mine: Process, placement: Placement, config: Config) -> dict[str
     else:  # on a CPU the trainer knows best how many threads: see trainer/parallel.py
         env["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, mine.cores[1] - mine.cores[0])))
     sandbox = config.sandbox.address
+    beside = () if config.serving.urls else placement.beside_servers()
     return env | {
         "RANK": str(mine.index),
         "WORLD_SIZE": str(placement.world_size),
@@ -64,6 +65,8 @@ def environment(mine: Process, placement: Placement, config: Config) -> dict[str
         "MASTER_ADDR": placement.of("rank")[0].reached_at,
         "MASTER_PORT": str(placement.master_port),
         "TORL_SERVERS": ",".join(config.serving.urls or placement.addresses("server")),
+        "TORL_TRANSPORT": weight_transport(config, placement),
+        "TORL_OWNERS": ";".join(",".join(map(str, ranks)) for ranks in beside),
         "TORL_SANDBOX": ",".join([sandbox] if sandbox else placement.addresses("sandbox")),
         "PYTHONFAULTHANDLER": "1",  # SIGABRT prints the stack of every thread
     }

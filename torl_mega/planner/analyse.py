@@ -118,8 +118,6 @@ def _settings(
             problems.append(f"serving.weight_dtype = fp8_block needs FP8, which {gpu.name} does not have; take model")
     if config.trainer.precision == "mxfp8" and gpu.name != "b200":
         problems.append("trainer.precision = mxfp8 needs Blackwell (b200); take fp8_current or fp8_blockwise")
-    if config.serving.transport == "handles" and placement and not placement.colocated:
-        problems.append("serving.transport = handles needs cluster.placement = colocated; take broadcast or disk")
     if placement and config.trainer.mini_batch_samples * config.parallel.model_size < placement.world_size:
         problems.append(
             f"trainer.mini_batch_samples = {config.trainer.mini_batch_samples} is fewer than the "

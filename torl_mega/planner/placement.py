@@ -82,6 +82,20 @@ class Placement:
     def addresses(self, role: str) -> tuple[str, ...]:
         return tuple(process.address for process in self.of(role))
 
+    def beside_servers(self) -> tuple[tuple[int, ...], ...]:
+        """For each server the trainer's ranks that share its GPUs, one for each of its own ranks; on a CPU those of its node in
+        turn. Empty when a server has a GPU, or stands on a node, without a rank."""
+        on = {(rank.node, gpu): rank.index for rank in reversed(self.of("rank")) for gpu in rank.gpus}
+        found = []
+        for server in self.of("server"):
+            if self.gpu == "cpu":
+                ranks = [rank.index for rank in self.of("rank") if rank.node == server.node] or [-1]
+                width = len(server.gpus)
+                found.append(tuple(ranks[(server.local * width + k) % len(ranks)] for k in range(width)))
+            else:
+                found.append(tuple(on.get((server.node, gpu), -1) for gpu in server.gpus))
+        return () if any(-1 in ranks for ranks in found) else tuple(found)
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
 
@@ -139,7 +153,7 @@ def place(
     if problems := [*(_training_problems(config, nodes, shape, gpu) if trains else ()), *_serving_problems(shape, gpu)]:
         return None, problems
     absent = _not_started(config)
-    return Placement(
+    found = Placement(
         hosts=hosts,
         gpus_per_node=gpus,
         cores_per_node=shape.cores,
@@ -151,7 +165,40 @@ def place(
         num_server_nodes=shape.num_server_nodes,
         master_port=base_port + MASTER_OFFSET,
         processes=tuple(process for process in _processes(shape, base_port) if process.role not in absent),
-    ), []
+    )
+    if trains and (problems := list(_transport_problems(config, found))):
+        return None, problems
+    return found, []
+
+
+def weight_transport(config: Config, placement: Placement) -> str:
+    """The transport of this run's weights: what `serving.transport` says, or for `auto` what fits the placement."""
+    serving = config.serving
+    if serving.transport != "auto":
+        return serving.transport
+    if placement.colocated and not serving.urls and placement.beside_servers():
+        return "handles"
+    on_disk = serving.disk_dir is not None and serving.weight_dtype != "fp8_block"
+    return "disk" if on_disk and (serving.urls or placement.colocated) else "broadcast"
+
+
+def _transport_problems(config: Config, placement: Placement) -> Iterator[str]:
+    """Why weights cannot travel to these servers as they are to."""
+    serving, on_gpu = config.serving, placement.gpu != "cpu"
+    chosen = weight_transport(config, placement)
+    if chosen == "handles" and not placement.colocated:
+        yield "serving.transport = handles needs cluster.placement = colocated; take broadcast or disk"
+    elif chosen == "handles" and on_gpu and serving.urls:
+        yield "serving.transport = handles needs to know the GPUs of serving.urls, which it cannot; take broadcast or disk"
+    elif chosen == "handles" and on_gpu and placement.num_servers and not placement.beside_servers():
+        yield (
+            "serving.transport = handles needs a trainer rank on every serving GPU; raise cluster.ranks_per_node or take disk"
+        )
+    elif chosen == "broadcast" and on_gpu and placement.colocated and placement.num_servers and not serving.urls:
+        yield (
+            f"serving.transport = {serving.transport}: a broadcast over NCCL cannot reach servers on the trainer's GPUs "
+            f"(cluster.placement = colocated); take handles with a rank on every serving GPU, or disk with serving.disk_dir"
+        )
 
 
 @dataclass(frozen=True, slots=True)

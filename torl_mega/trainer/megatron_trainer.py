@@ -188,9 +188,9 @@ class MegatronTrainer:
         return {"grad_norm": norm, "lr": lr} if finite else {"grad_norm": 0.0, "lr": lr, "faults/skipped_updates": 1.0}
 
     def weights(self) -> Iterator[NamedTensor]:
-        """HF-named, unpadded tensors, one at a time, on rank 0; every rank iterates to the end. See WeightMap.gather."""
+        """HF-named, unpadded tensors, one at a time, on rank 0, outlines on the others. See WeightMap.outlines."""
         self._settle_weights()
-        return self.weight_map.gather()
+        return self.weight_map.outlines()
 
     def save(self, path: Path, *, extra: Mapping[str, Any]) -> None:
         """Writes a checkpoint to `path`, with `extra` (JSON) beside it; see checkpoint.py for what resumes how."""

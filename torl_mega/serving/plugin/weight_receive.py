@@ -7,7 +7,7 @@ goes through the loader. That halves a server's work in a sync and saves the mem
 
 Runs in SGLang's scheduler processes, as an AROUND hook on `WeightUpdater.receive_weights_from_distributed`
 (srt/model_executor/model_runner_components/weight_updater.py); asked for with `load_format` = "torl_in_place", which
-expects one broadcast per tensor, as bytes.
+expects one broadcast per tensor, as bytes, and one of a single byte, which connects the group, where there are none.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ def receive(
             updater, names=names, dtypes=dtypes, shapes=shapes, group_name=group_name, load_format=load_format
         )
     group = updater._model_update_group[group_name]
+    if not names:
+        dist.broadcast(torch.zeros(1, dtype=torch.uint8, device=updater.device), src=0, group=group)
+        return []
     places = _places(updater.get_model(), names, dtypes, shapes)
     for_loader, works = [], []
     for name, dtype, shape in zip(names, dtypes, shapes, strict=True):

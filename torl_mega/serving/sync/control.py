@@ -32,6 +32,12 @@ class Deadline:
     def left_s(self) -> float:
         return self._end - time.monotonic()
 
+    def later(self, grace_s: float) -> Deadline:
+        """The same limit with some seconds more from its end, or from now where that is over."""
+        other = Deadline(self.limit_s)
+        other._end = max(self._end, time.monotonic()) + grace_s
+        return other
+
     def check(self, what: str) -> None:
         """Raises WeightSyncError naming `what` when the time is over."""
         if self.left_s <= 0:

@@ -1,25 +1,24 @@
-"""Three ways to move a bucket of weights to the servers, behind one Protocol.
+"""Ways to move a bucket of weights to the servers, behind one Protocol.
 
     broadcast  torch.distributed group of rank 0 and every server rank (gloo on CPUs, NCCL on GPUs), tensor by tensor
-    handles    colocated servers: CUDA IPC handles of a flattened bucket; on a CPU the tensors by value in the request
+    handles    colocated servers: handles.py
     disk       safetensors in a folder that both sides see, loaded at the end
 
 Contract: `open` and `send` return as soon as the next bucket can be prepared; `finish` waits until all is loaded. Each
-raises WeightSyncError at the deadline or before. After a failure `reset` drops everything that could block the next sync.
+raises WeightSyncError at the deadline or before. After a failure `reset` drops everything that could block the next sync,
+and `drain` goes through what is left of the stream, because other ranks wait in the collectives behind it.
 """
 
 from __future__ import annotations
 
-import base64
+import collections
 import contextlib
 import json
-import pickle
 import shutil
 import socket
 import threading
-import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -35,7 +34,8 @@ from torl_mega.errors import WeightSyncError
 from torl_mega.process.address import own_address
 from torl_mega.serving.plugin.weight_receive import IN_PLACE
 from torl_mega.serving.sync.buckets import Bucket
-from torl_mega.serving.sync.control import POLL_S, Call, Deadline, call_all, run_bounded, watch
+from torl_mega.serving.sync.control import Call, Deadline, call_all, run_bounded
+from torl_mega.serving.sync.crew import wait_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +66,26 @@ class Transport(Protocol):
         """Drops a sync that failed, whatever state it is in; does not block."""
         ...
 
+    def count(self, buckets: Iterator[Bucket]) -> Iterator[Bucket]:
+        """The buckets of a sync that begins, which the transport may count; called first of all."""
+        ...
 
-class Broadcast:
+    def drain(self, buckets: Iterator[Bucket], reason: str) -> None:
+        """Goes through the rest of a sync that failed."""
+        ...
+
+
+class _Alone:
+    """Of transports in which rank 0 does everything: no other rank waits for its buckets."""
+
+    def count(self, buckets: Iterator[Bucket]) -> Iterator[Bucket]:
+        return buckets
+
+    def drain(self, buckets: Iterator[Bucket], reason: str) -> None:
+        collections.deque(buckets, maxlen=0)
+
+
+class Broadcast(_Alone):
     """A process group of rank 0 and all server ranks, kept between syncs while the servers are the same processes."""
 
     in_session = True
@@ -106,6 +124,7 @@ class Broadcast:
         self._group = run_bounded(lambda: self._join(world_size, limit), what, deadline, calls)
         for call in calls:
             call.result()
+        self._connect(what, deadline)
 
     def _join(self, world_size: int, limit: timedelta) -> Any:
         """Rank 0 of a group beside the default one. Source: sglang srt/utils/common.py init_custom_process_group, which cannot be
@@ -117,6 +136,17 @@ class Broadcast:
         c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(world_size)}
         return group
 
+    def _connect(self, what: str, deadline: Deadline) -> None:
+        """Broadcasts a bucket of nothing, one byte: NCCL connects in its first collective, and waits there for ever for a
+        server that does not come."""
+        body = {"names": [], "dtypes": [], "shapes": [], "group_name": self._name, "flush_cache": False}
+        body |= {"load_format": IN_PLACE, "torch_empty_cache": False}
+        calls = [Call(m.url, "/update_weights_from_distributed", body, deadline) for m in self._members]
+        byte = torch.zeros(1, dtype=torch.uint8, device=self._device)
+        run_bounded(lambda: dist.broadcast(byte, src=0, group=self._group), what, deadline, calls)
+        for call in calls:
+            call.result()
+
     def send(self, bucket: Bucket, deadline: Deadline) -> None:
         body = {"names": bucket.names, "dtypes": bucket.dtypes, "shapes": bucket.shapes, "group_name": self._name}
         body |= {"flush_cache": False, "load_format": IN_PLACE, "torch_empty_cache": False}
@@ -127,16 +157,7 @@ class Broadcast:
         self._works = [dist.broadcast(flat, src=0, group=self._group, async_op=True) for flat in self._in_flight]
 
     def _wait_until_sent(self, deadline: Deadline) -> None:
-        while not all(work.is_completed() for work in self._works):
-            watch("broadcasting weights", deadline, self._calls)
-            time.sleep(POLL_S)
-        try:
-            for work in self._works:
-                work.wait()
-        except RuntimeError as exc:
-            for call in self._calls:  # a server that died says more than gloo does
-                call.check()
-            raise WeightSyncError(f"broadcasting weights: {' '.join(str(exc).split())[:300]}") from exc
+        wait_for(self._works, "broadcasting weights", deadline, self._calls)
         self._works, self._in_flight = [], []
 
     def finish(self, deadline: Deadline) -> None:
@@ -176,56 +197,7 @@ def _abort(group: Any) -> None:
         dist.destroy_process_group(group)
 
 
-class Handles:
-    """`update_weights_from_tensor`: by CUDA IPC handle on GPUs that rank 0 shares with the servers, by value on a CPU."""
-
-    in_session = True
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._members: tuple[Member, ...] = ()
-        self._calls: list[Call] = []
-        self._in_flight: list[torch.Tensor] = []  # a handle is valid only as long as its memory
-
-    def open(self, members: Sequence[Member], deadline: Deadline) -> None:
-        self._members, self._calls = tuple(members), []
-
-    def send(self, bucket: Bucket, deadline: Deadline) -> None:
-        self.finish(deadline)
-        payload, load_format = self._by_value(bucket) if self._device.type == "cpu" else self._by_handle(bucket)
-        for member in self._members:
-            body = {"serialized_named_tensors": [payload] * member.num_ranks, "load_format": load_format}
-            body |= {"flush_cache": False, "torch_empty_cache": False}
-            self._calls.append(Call(member.url, "/update_weights_from_tensor", body, deadline))
-
-    def _by_value(self, bucket: Bucket) -> tuple[str, None]:
-        """Pickled tensors; SGLang's own serialiser passes file descriptors, which only related processes can."""
-        named = [(name, tensor.cpu().clone()) for name, tensor in bucket.named]
-        return base64.b64encode(pickle.dumps(named)).decode(), None
-
-    def _by_handle(self, bucket: Bucket) -> tuple[str, str]:
-        from sglang.srt.utils import MultiprocessingSerializer
-        from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
-        from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
-
-        monkey_patch_torch_reductions()  # devices by UUID: the server numbers its GPUs differently
-        flat = bucket.flatten_into(torch.empty(bucket.num_bytes, dtype=torch.uint8, device=self._device))
-        torch.cuda.current_stream().synchronize()
-        self._in_flight = [flat]
-        metadata = FlattenedTensorBucket.empty(bucket.names, bucket.dtypes, bucket.shapes, "meta").get_metadata()
-        payload = MultiprocessingSerializer.serialize({"flattened_tensor": flat, "metadata": metadata}, output_str=True)
-        return str(payload), "flattened_bucket"
-
-    def finish(self, deadline: Deadline) -> None:
-        for call in self._calls:
-            call.result()
-        self._calls, self._in_flight = [], []
-
-    def reset(self) -> None:
-        self._calls, self._in_flight = [], []
-
-
-class Disk:
+class Disk(_Alone):
     """Writes one safetensors file per bucket and an index into a folder of its own, which is removed afterwards."""
 
     in_session = False

@@ -14,9 +14,9 @@ Not covered: speculative (draft) models, pipeline-parallel servers with tied emb
 
 from __future__ import annotations
 
-import collections
+import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -25,9 +25,10 @@ from torl_mega.config import ServingConfig
 from torl_mega.errors import ServerLost, WeightSyncError
 from torl_mega.interfaces import NamedTensor, WeightSink
 from torl_mega.serving.fp8 import Fp8Sink
-from torl_mega.serving.sync.buckets import make_buckets
+from torl_mega.serving.sync.buckets import Bucket, make_buckets
 from torl_mega.serving.sync.control import Call, Deadline, call_all
-from torl_mega.serving.sync.transports import Broadcast, Disk, Handles, Member, Transport
+from torl_mega.serving.sync.handles import Handles, Owners
+from torl_mega.serving.sync.transports import Broadcast, Disk, Member, Transport
 from torl_mega.serving.sync.verify import Expectation, SlicesCache
 
 PROBE_LIMIT_S = 4.0
@@ -36,26 +37,66 @@ CLEANUP_LIMIT_S = 3.0
 TORN = "torn"
 
 
+def route_weights(config: ServingConfig) -> tuple[ServingConfig, Owners]:
+    """The config with the transport that fits this run's placement (`broadcast` where none is known), and which ranks stand
+    beside which server: what launch/commands.py put into the environment, the same on every rank."""
+    transport = os.environ.get("TORL_TRANSPORT", "broadcast" if config.transport == "auto" else config.transport)
+    beside = [text for text in os.environ.get("TORL_OWNERS", "").split(";") if text]
+    urls = os.environ["TORL_SERVERS"].split(",") if beside else []
+    owners = {url: tuple(map(int, ranks.split(","))) for url, ranks in zip(urls, beside, strict=True)}
+    return config.model_copy(update={"transport": transport}), owners
+
+
 def make_weight_sink(
-    config: ServingConfig, urls: Sequence[str], *, device: torch.device | str = "cpu", flush_cache: bool = True
-) -> WeightSink:
+    config: ServingConfig, urls: Sequence[str], *,
+    device: torch.device | str = "cpu", flush_cache: bool = True, owners: Owners | None = None,
+) -> WeightSink:  # fmt: skip
     """Rank 0's sink. `device` is where rank 0 keeps the tensors: `cpu` (gloo, by value) or `cuda:N` (NCCL, CUDA IPC);
-    `flush_cache` as in `ServerSink`. Raises WeightSyncError without servers."""
+    `flush_cache` as in `ServerSink`; `owners` for `handles`. Raises WeightSyncError without servers."""
     if not urls:
         raise WeightSyncError("no server to send weights to; set serving.urls or serving.num_servers")
-    sink = ServerSink(config, urls, make_transport(config, torch.device(device)), flush_cache=flush_cache)
+    transport = make_transport(config, torch.device(device), owners or {})
+    sink = ServerSink(config, urls, transport, flush_cache=flush_cache)
     return Fp8Sink(sink) if config.weight_dtype == "fp8_block" else sink
 
 
-def make_transport(config: ServingConfig, device: torch.device) -> Transport:
-    """The transport that `serving.transport` names. Raises WeightSyncError for `disk` without a folder."""
-    if config.transport == "broadcast":
-        return Broadcast(config.sync_host, device)
+def make_owner_sink(
+    config: ServingConfig, rank: int, *, device: torch.device | str = "cpu", owners: Owners
+) -> WeightSink | None:
+    """The sink of a rank other than 0 that stands beside servers and hands them the weights; None for all others."""
+    if config.transport != "handles" or not any(rank in ranks for ranks in owners.values()):
+        return None
+    sink = OwnerSink(config, Handles(owners, torch.device(device)))
+    return Fp8Sink(sink) if config.weight_dtype == "fp8_block" else sink
+
+
+def make_transport(config: ServingConfig, device: torch.device, owners: Owners) -> Transport:
+    """The transport that `serving.transport` names; `auto` without a placement is `broadcast`."""
     if config.transport == "handles":
-        return Handles(device)
-    if config.disk_dir is None:
-        raise WeightSyncError("serving.transport = disk needs serving.disk_dir, a folder that both sides see")
-    return Disk(Path(config.disk_dir))
+        return Handles(owners, device)
+    if config.transport == "disk":
+        assert config.disk_dir is not None  # config.py sees to it
+        return Disk(Path(config.disk_dir))
+    return Broadcast(config.sync_host, device)
+
+
+class OwnerSink:
+    """Of a rank other than 0 that hands weights to servers beside it; its tensors have no data."""
+
+    def __init__(self, config: ServingConfig, handles: Handles) -> None:
+        self.bucket_bytes = config.bucket_mb * 2**20
+        self._limit_s = config.sync_timeout_s
+        self._handles = handles
+
+    def update(self, tensors: Iterable[NamedTensor], *, version: int) -> Mapping[str, float]:
+        """Hands over, and leaves checking and counting to rank 0. Raises WeightSyncError when the sync failed on any rank."""
+        buckets = self._handles.count(make_buckets(tensors, self.bucket_bytes))
+        try:
+            self._handles.follow(buckets, self._limit_s)
+        except WeightSyncError as exc:
+            self._handles.drain(buckets, str(exc))
+            raise
+        return {}
 
 
 class ServerSink:
@@ -75,20 +116,20 @@ class ServerSink:
     def update(self, tensors: Iterable[NamedTensor], *, version: int) -> Mapping[str, float]:
         """Sends, verifies, records `version`. Returns seconds, bytes and counts. Raises WeightSyncError."""
         begun, deadline = time.monotonic(), Deadline(self._config.sync_timeout_s)
-        stream = iter(tensors)
+        buckets = self._transport.count(make_buckets(tensors, self.bucket_bytes))
         up: list[Member] = []
         try:
             up = self._members(deadline)
             expected = Expectation(self._slices)
             urls = [member.url for member in up]
-            num_bytes, num_tensors = self._transfer(stream, expected, up, deadline)
+            num_bytes, num_tensors = self._transfer(buckets, expected, up, deadline)
             verified = time.monotonic()
             expected.compare(urls, deadline)
             verify_s = time.monotonic() - verified
             self._publish(version, urls, deadline)
         except WeightSyncError as exc:
             self._clean_up(up)
-            collections.deque(stream, maxlen=0)  # other ranks wait in the collectives behind them
+            self._transport.drain(buckets, str(exc))
             lost = sorted({member.url for member in set(up) - set(self._answering([m.url for m in up]))})
             if lost and len(lost) < len(self._urls):
                 raise ServerLost(f"{exc} (lost in the sync: {', '.join(lost)}; sync again to go on without)") from exc
@@ -102,19 +143,20 @@ class ServerSink:
         return {"sync_s": sync_s, **counts, "verify_s": verify_s}
 
     def _transfer(
-        self, stream: Iterable[NamedTensor], expected: Expectation, up: Sequence[Member], deadline: Deadline
+        self, buckets: Iterator[Bucket], expected: Expectation, up: Sequence[Member], deadline: Deadline
     ) -> tuple[int, int]:
         urls = [member.url for member in up]
         if self._transport.in_session:
             self._begin(urls, deadline)
         self._transport.open(up, deadline)
         num_bytes = num_tensors = 0
-        for bucket in make_buckets(stream, self.bucket_bytes):
+        for bucket in buckets:
             held = expected.held(bucket, urls, deadline)
             self._transport.send(bucket, deadline)
             expected.add(bucket, held)  # hashes it while it is on its way
             num_bytes += bucket.num_bytes
             num_tensors += len(bucket.named)
+            del bucket  # before the next one fills up
         self._transport.finish(deadline)
         if num_tensors == 0:
             raise WeightSyncError("the trainer gave rank 0 no tensors to send")

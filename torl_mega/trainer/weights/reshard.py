@@ -2,7 +2,8 @@
 
 Contract: `load` fills every parameter of this rank from an HF folder; `gather` is a collective over the ranks of
 data-parallel and context-parallel rank 0 that yields HF-named, unpadded tensors on global rank 0, in the order of the
-table. They may be views of parameters: copy what must outlive an update. Both work on the type the parameters have.
+table. They may be views of parameters: copy what must outlive an update. `outlines` goes through the same steps on every
+rank, where those other than 0 get tensors without data. All work on the type the parameters have.
 Extra memory on tensor rank 0: the shards of one parameter and one tensor made of them (tests/parallel/test_reshard.py).
 """
 
@@ -85,19 +86,29 @@ class WeightMap:
         parameter.copy_(shard)
 
     def gather(self) -> Iterator[NamedTensor]:
-        """HF-named full tensors. Collective: every rank iterates to the end; yields on global rank 0 only.
+        """HF-named full tensors. Collective: every rank iterates to the end; yields on global rank 0 only."""
+        for name, tensor in self.outlines():
+            if tensor.device.type != "meta":
+                yield name, tensor
+            del tensor  # so that it is gone before the next one is there
+
+    def outlines(self) -> Iterator[NamedTensor]:
+        """As `gather`, but yields on every rank: tensors on rank 0, and on the others what they look like, on the meta device,
+        after this rank's part in the collectives behind each rule's tensors.
 
         Not under `no_grad`, whose wrapper of generators keeps each tensor until the next one is there.
         """
-        if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
-            return
+        takes_part = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
         for rule, prefix, stage, parameter in self.entries():
-            shards = None if parameter is None else self._gather_tensor_group(rule, parameter.detach())
-            if self.tp_rank != 0:
-                continue
-            named = self._to_rank0(prefix, rule, stage, shards)
-            del shards  # only the generator holds them, and only while they are needed
-            yield from named
+            shards = None
+            if takes_part and parameter is not None:
+                shards = self._gather_tensor_group(rule, parameter.detach())
+            if takes_part and self.tp_rank == 0:
+                named = self._to_rank0(prefix, rule, stage, shards)
+                del shards  # only the generator holds them, and only while they are needed
+                yield from named
+            else:
+                yield from self._outlined(prefix, rule)
 
     def _gather_tensor_group(self, rule: Rule, shard: torch.Tensor) -> torch.Tensor | None:
         """[tensor ranks, *shard] on tensor rank 0; None elsewhere."""
@@ -110,7 +121,8 @@ class WeightMap:
         return shards
 
     def _to_rank0(self, prefix: str, rule: Rule, stage: int, shards: torch.Tensor | None) -> Iterator[NamedTensor]:
-        """Assembles a rule's tensors on the owning stage's tensor rank 0 and sends them to stage 0. Yields on global rank 0."""
+        """Assembles a rule's tensors on the owning stage's tensor rank 0 and sends them to stage 0, which yields them; the others
+        yield outlines, each in step with its tensor: rank 0 may have other business with a rank before it takes the next."""
         group: Any = parallel_state.get_pipeline_model_parallel_group()
         if shards is not None:
             named = from_shards(rule, shards, self.shape)
@@ -120,6 +132,7 @@ class WeightMap:
                     yield prefix + name, tensor
                 else:
                     dist.send(tensor.contiguous(), dst=dist.get_global_rank(group, 0), group=group)
+                    yield prefix + name, tensor.to("meta")
                 del tensor
         elif self.pp_rank == 0:
             like = next(iter(self.parameters[0].values()))
@@ -128,3 +141,10 @@ class WeightMap:
                 dist.recv(tensor, src=dist.get_global_rank(group, stage), group=group)
                 yield prefix + name, tensor
                 del tensor
+        else:
+            yield from self._outlined(prefix, rule)
+
+    def _outlined(self, prefix: str, rule: Rule) -> Iterator[NamedTensor]:
+        dtype = next(iter(self.parameters[0].values())).dtype
+        for name in rule.hf:
+            yield prefix + name, torch.empty(hf_shape(name, self.shape), dtype=dtype, device="meta")
