@@ -7,6 +7,7 @@ The ranks are forked anew for every part; rank 0 writes what all of them found.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import resource
 import sys
@@ -58,6 +59,7 @@ def status_bytes(field: str) -> int:
 
 def peak_growth(act: Any) -> int:
     """Bytes by which this process's resident memory rises above its present value while `act()` runs."""
+    ctypes.CDLL(None).malloc_trim(0)  # what an earlier save has freed would hide what this one takes
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = status_bytes("VmRSS")
     act()

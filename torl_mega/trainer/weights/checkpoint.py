@@ -6,7 +6,7 @@
 
 Contract: every method is a collective. Each rank writes and reads its share: the optimizer state it holds, and its part of
 the weights that data-parallel ranks have in common; a save adds that share to a rank's host memory and nothing to its GPU's.
-On a CPU a run resumed in the same layout goes on bit for bit (on GPUs with `trainer.deterministic`), in another layout to
+On a CPU a run resumed in the same layout goes on bit for bit (on GPUs see `trainer.deterministic`), in another layout to
 rounding. With `async_save` a forked process writes while training goes on, and the checkpoint appears at the first `poll`
 after it is done. Loading compares model, sizes and checksums with the manifest before it changes anything. A save that
 fails on any rank is one CheckpointError on all of them, and its folder is removed.
