@@ -82,6 +82,8 @@ def send_all(handles: Handles, stream: Iterator[Bucket], members: list[Member], 
 def main(owners: dict[str, list[int]], out: Path) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
+    if rank == 0:  # as Megatron's layouts do, which give ranks different numbers of groups
+        dist.new_group([0], backend="gloo", use_local_synchronization=True)
     handles = Handles({url: tuple(ranks) for url, ranks in owners.items()}, torch.device("cpu"))
     members = [Member(url, len(ranks), "0") for url, ranks in owners.items()]
     crew = handles._crew

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
 
 from torl_mega.errors import WeightSyncError
 from torl_mega.serving.sync.control import POLL_S, Call, Deadline, run_bounded, watch
@@ -35,14 +36,10 @@ class Crew:
 
     def _make_groups(self) -> tuple[Any, Any]:
         """With their connections, which NCCL leaves to the first collective."""
-        options: dict[str, Any] = {
-            "timeout": timedelta(days=2),
-            "use_local_synchronization": True,
-        }  # deadlines are shorter
-        words: Any = dist.new_group(self.ranks, backend="gloo", **options)
-        weights: Any = words
-        if self._device.type == "cuda":
-            weights = dist.new_group(self.ranks, backend="nccl", **options)
+        store, place = c10d._get_default_store(), self.ranks.index(self.rank)
+        words = weights = make_group("torl_crew_gloo", "gloo", store, place, self.ranks, timedelta(days=2))
+        if self._device.type == "cuda":  # deadlines are shorter than these two days
+            weights = make_group("torl_crew_nccl", "nccl", store, place, self.ranks, timedelta(days=2))
         dist.broadcast(torch.zeros(1, dtype=torch.uint8, device=self._device), src=0, group=weights)
         return words, weights
 
@@ -89,6 +86,18 @@ class Crew:
     @property
     def _what(self) -> str:
         return f"trainer ranks {', '.join(map(str, self.ranks))} in a weight sync"
+
+
+def make_group(name: str, backend: str, store: Any, rank: int, ranks: Sequence[int], limit: timedelta) -> Any:
+    """A process group of these ranks alone, beside all others. dist.new_group wants either every rank of the world to call it,
+    or the same number of groups on each of its ranks, which Megatron's layouts do not have. Source: sglang
+    srt/utils/common.py init_custom_process_group, which cannot be imported without loading all of SGLang into the trainer."""
+    store = c10d.PrefixStore(name, store)
+    group, _ = c10d._new_process_group_helper(
+        len(ranks), rank, [], c10d.Backend(backend), store, group_name=c10d.GroupName(name), timeout=limit
+    )
+    c10d._world.pg_group_ranks[group] = {member: place for place, member in enumerate(ranks)}
+    return group
 
 
 def wait_for(works: Sequence[Any], what: str, deadline: Deadline, calls: Sequence[Call]) -> None:

@@ -28,14 +28,13 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
-from torch.distributed import distributed_c10d as c10d
 
 from torl_mega.errors import WeightSyncError
 from torl_mega.process.address import own_address
 from torl_mega.serving.plugin.weight_receive import IN_PLACE
 from torl_mega.serving.sync.buckets import Bucket
 from torl_mega.serving.sync.control import Call, Deadline, call_all, run_bounded
-from torl_mega.serving.sync.crew import wait_for
+from torl_mega.serving.sync.crew import make_group, wait_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,20 +120,13 @@ class Broadcast(_Alone):
             calls.append(Call(member.url, "/init_weights_update_group", body, deadline))
             offset += member.num_ranks
         what = f"joining the weight group of {len(members)} servers"
-        self._group = run_bounded(lambda: self._join(world_size, limit), what, deadline, calls)
+        ranks, name, backend = range(world_size), self._name, self._backend
+        self._group = run_bounded(
+            lambda: make_group(name, backend, self._store, 0, ranks, limit), what, deadline, calls
+        )
         for call in calls:
             call.result()
         self._connect(what, deadline)
-
-    def _join(self, world_size: int, limit: timedelta) -> Any:
-        """Rank 0 of a group beside the default one. Source: sglang srt/utils/common.py init_custom_process_group, which cannot be
-        imported here without loading all of SGLang into the trainer."""
-        store = c10d.PrefixStore(self._name, self._store)
-        group, _ = c10d._new_process_group_helper(
-            world_size, 0, [], c10d.Backend(self._backend), store, group_name=c10d.GroupName(self._name), timeout=limit
-        )
-        c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(world_size)}
-        return group
 
     def _connect(self, what: str, deadline: Deadline) -> None:
         """Broadcasts a bucket of nothing, one byte: NCCL connects in its first collective, and waits there for ever for a
