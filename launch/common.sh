@@ -227,8 +227,6 @@ torl_stop() { # the ranks' tasks look for this file: only the rank programs are 
 }
 
 torl_attempt() { # one start of side-cars and ranks; returns the ranks' exit code
-  export TORL_STATUS=$LOGS/status
-  mkdir -p "$TORL_STATUS"
   torl_sidecars
   torl_ranks
   local code=$?
@@ -273,13 +271,16 @@ torl_job() { # DEFAULT_CONF [PROGRAM]
   local start=${SLURM_RESTART_COUNT:-0} attempt=0 code
   while :; do
     LOGS=$JOB_DIR/logs/$start.$attempt
-    mkdir -p "$LOGS" || torl_die "cannot write $LOGS"
+    export TORL_STATUS=$LOGS/status # from here on a signal leaves its note, also while the plan is made
+    rm -rf "$TORL_STATUS"
+    mkdir -p "$TORL_STATUS" || torl_die "cannot write $LOGS"
     if [ "$attempt" = 0 ]; then
       torl_plan
       torl_preflight
     else
       cp "$JOB_DIR/logs/$start.0/placement.json" "$LOGS/" && PLACEMENT=$LOGS/placement.json
     fi
+    if [ -e "$TORL_STATUS/stop" ]; then torl_requeue; fi
     torl_say "start $start, attempt $attempt on $SLURM_JOB_NODELIST: $((RANKS * RANK_NODES)) ranks, $((SERVERS * SERVER_NODES)) servers; logs in $LOGS"
     torl_attempt
     code=$?

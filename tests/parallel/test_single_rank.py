@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hf_reference as ref
@@ -88,6 +90,65 @@ def test_optimizer_offload_trains_alike_or_is_refused(tmp_path: Path) -> None:
     for refused in ("model.dtype=float32", "trainer.distributed_optimizer=false"):
         with pytest.raises(ConfigError, match=r"trainer\.optimizer_offload needs"):
             trainer_for(tmp_path, "model.dtype=bfloat16", "trainer.optimizer_offload=true", refused)
+
+
+class Stream:
+    """Stands for a CUDA stream and its events: everything is done when it was called."""
+
+    def record_event(self) -> Stream:
+        return self
+
+    def wait_stream(self, other: object) -> None: ...
+
+    def wait(self, other: object) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+def all_offloaded(hybrid: Any, fraction: float) -> Any:
+    """As HybridDeviceOptimizer shares out parameters that lie on a GPU, at a fraction of 1."""
+    copies = {p: p.detach().clone().float() for group in hybrid.param_groups for p in group["params"]}
+    on_cpu = [{**group, "params": [copies[p] for p in group["params"]]} for group in hybrid.param_groups]
+    hybrid.pin_cpu_grads = False
+    rounded = {p: c for p, c in copies.items() if p.dtype != c.dtype}
+    return on_cpu, [], copies, {c: p for p, c in copies.items()}, rounded
+
+
+def test_an_offloaded_optimizer_is_saved_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron's HybridDeviceOptimizer itself, which takes CPU tensors for those of a GPU: before the first step and after."""
+    from megatron.core.optimizer import optimizer_config
+    from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDeviceOptimizer
+
+    from torl_mega.trainer import optimizer
+
+    ref.save_model(ref.make_model("qwen2", tied=True, layers=2, dtype=torch.bfloat16), tmp_path)
+
+    def trained(trainer: Any, *steps: int) -> dict[str, torch.Tensor]:
+        for n in steps:
+            trainer.forward_backward(trainer.old_logprobs(ref.make_samples(n)))
+            trainer.optim_step()
+        return {name: t.clone() for name, t in trainer.weights()}
+
+    plain = trained(trainer_for(tmp_path, "model.dtype=bfloat16"), 0, 1, 2)
+    on_gpu = SimpleNamespace(**vars(torch) | {"cuda": SimpleNamespace(is_available=lambda: True)})
+    monkeypatch.setattr(optimizer, "torch", on_gpu)
+    monkeypatch.setattr(optimizer_config, "is_te_min_version", lambda version: True)
+    monkeypatch.setattr(HybridDeviceOptimizer, "_get_sub_optimizer_param_groups", all_offloaded)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    overrides = ("model.dtype=bfloat16", "trainer.optimizer_offload=true")
+    first = trainer_for(tmp_path, *overrides)
+    assert isinstance(first.optimizer.chained_optimizers[0].optimizer, HybridDeviceOptimizer)
+    first.save(tmp_path / "step_0", extra={})
+    trained(first, 0, 1)
+    first.save(tmp_path / "step_2", extra={})
+    wanted = trained(first, 2)
+    for name, rest in (("step_0", (0, 1, 2)), ("step_2", (2,))):
+        again = trainer_for(tmp_path, *overrides)
+        again.load(tmp_path / name)
+        found = trained(again, *rest)
+        assert all(torch.equal(t, found[n]) for n, t in wanted.items())
+    assert all(torch.equal(t, wanted[n]) for n, t in plain.items())
 
 
 def test_reference_pass_keeps_the_start_and_the_policy(tmp_path: Path) -> None:

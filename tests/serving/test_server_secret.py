@@ -15,6 +15,7 @@ from torl_mega.errors import WeightSyncError
 from torl_mega.process.start import free_port
 from torl_mega.process.start import start as start_process
 from torl_mega.serving.client import SGLangClient
+from torl_mega.serving.plugin import door
 from torl_mega.serving.probe import prompt_logprobs
 from torl_mega.serving.sglang_server import wait_ready
 from torl_mega.serving.sync.control import Call, Deadline
@@ -78,6 +79,17 @@ def test_a_server_asks_for_the_secret_and_tells_nobody(
     assert "server_args=" in texts["sglang.log"]  # where --api-key would stand
     assert not [name for name, text in texts.items() if SECRET in text]
     assert "restart" not in texts["serve.log"]  # the supervisor is let in
+
+
+@pytest.mark.parametrize("argument", [{"tokenizer_worker_num": 2}, {"grpc_port": 9}], ids=str)
+def test_what_would_leave_a_door_open_is_refused(monkeypatch: pytest.MonkeyPatch, argument: dict[str, int]) -> None:
+    from sglang.srt.runtime_context import get_context, get_serving
+
+    with get_context().override_server_args(**argument):
+        assert door.with_keys(get_serving).api_key is None
+        monkeypatch.setenv("TORL_SECRET", SECRET)
+        with pytest.raises(ValueError, match=r"--tokenizer-worker-num > 1 or --grpc-port .* serving\.extra_args"):
+            door.with_keys(get_serving)
 
 
 async def _sampled(url: str, config: Config) -> tuple[int, ...]:

@@ -141,6 +141,22 @@ def test_scancel_signal_saves_and_requeues(idle: Cluster, runs: Path, recording:
 
 
 @pytest.mark.slow
+def test_a_signal_before_there_are_ranks_requeues(
+    idle: Cluster, runs: Path, recording: Path, undisturbed: bytes
+) -> None:
+    """While the job plans and looks at its nodes."""
+    job = start(idle, runs, recording)
+    deadline = time.monotonic() + 120
+    while not list(runs.glob("*/jobs/*/logs/0.0/status")):
+        assert time.monotonic() < deadline, said(runs)
+        time.sleep(0.05)
+    idle.run("scancel", "--batch", "--signal=USR1", str(job))
+    finish(idle, job, runs, undisturbed)
+    assert int(idle.job(job)["Restarts"]) == 1
+    assert not list(runs.glob("*/jobs/*/logs/0.0/*.rank_*.log"))
+
+
+@pytest.mark.slow
 def test_the_time_limit_requeues(idle: Cluster, runs: Path, recording: Path, undisturbed: bytes) -> None:
     """The job needs longer than its limit, so it is warned (up to a minute early), saves, and goes on in a new start."""
     job = start(idle, runs, recording, "--time=2", "--signal=B:USR1@60")

@@ -116,7 +116,7 @@ def test_recomputation_and_offload_take_their_parts_away() -> None:
         return trainer_memory(shape("Qwen2.5-Math-7B"), config(*overrides), 8, 1235, ASSUME, on_cpu=False)
 
     assert memory("trainer.recompute=full").activations < 0.1 * memory().activations
-    assert memory("trainer.optimizer_offload=true").optimizer == pytest.approx(memory().optimizer * 4 / 12)
+    assert memory("trainer.optimizer_offload=true").optimizer == 0
     assert memory("trainer.distributed_optimizer=false").optimizer == pytest.approx(8 * memory().optimizer)
 
 

@@ -2,8 +2,8 @@
 
 Contract: `trainer_memory` and `server_memory` are closed forms over the model's shape, `parallel`, `trainer` and
 `serving`; `phases` adds them up per phase the way the processes really overlap: a colocated server keeps its weights
-and KV cache all the time, and the trainer keeps weights, gradients and optimizer state (of which `trainer.optimizer_offload`
-leaves the fp32 weights) all the time. A save takes memory of the host, not of the GPU. Everything is in bytes.
+and KV cache all the time, and the trainer keeps weights, gradients and optimizer state (unless `trainer.optimizer_offload`)
+all the time. A save takes memory of the host, not of the GPU. Everything is in bytes.
 
 Source of the transformer terms: Korthikanti et al. 2205.05198 section 4, redone for what is trained here: SwiGLU,
 grouped queries, flash attention, no dropout, packed sequences, a chunked output head. Megatron's own report
@@ -151,8 +151,7 @@ def trainer_memory(
     return TrainerMemory(
         weights=params * width,
         gradients=params * GRAD_BYTES,
-        # offloaded, Megatron leaves the fp32 weights on the GPU (HybridDeviceOptimizer steps on copies of them)
-        optimizer=params * (master if trainer.optimizer_offload and not on_cpu else 8 + master) / shard,
+        optimizer=0.0 if trainer.optimizer_offload and not on_cpu else params * (8 + master) / shard,
         activations=dynamic * (kept + tokens * 3 * hidden),
         working=dynamic * max(logits + head_gradient + head_copy, tokens * layer if full else 0.0),
         forward_working=dynamic * (max(logits + head_copy, tokens * layer) + tokens * 3 * hidden),

@@ -76,11 +76,14 @@ def build_optimizer(
         overlap_param_gather=trainer.overlap and trainer.distributed_optimizer,
         optimizer_cpu_offload=offload,
         optimizer_offload_fraction=1.0 if offload else 0.0,
+        # Megatron's arguments.py demands it: without, what was loaded does not reach the copies that the CPU's Adam steps on
+        use_precision_aware_optimizer=offload,
     )
     optimizer = get_megatron_optimizer(settings, wrapped)
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        init = getattr(part, "init_state_fn", None)
-        if init is not None:  # so that a checkpoint before the first step has a state to save
+        # so that a checkpoint before the first step has a state to save, and a new run one to load into
+        init = _init_offloaded if offload else getattr(part, "init_state_fn", None)
+        if init is not None:
             init(part.optimizer, part.config)
     config.grad_scale_func = optimizer.scale_loss
     schedule = OptimizerParamScheduler(
@@ -100,3 +103,16 @@ def build_optimizer(
         override_opt_param_scheduler=True,
     )
     return optimizer, schedule
+
+
+def _init_offloaded(hybrid: Any, config: Any) -> None:
+    """The state that the CPU's Adam itself begins with. HybridDeviceOptimizer has none for it but a step in random directions."""
+    del config
+    for inner in hybrid.sub_optimizers:
+        for weight in (p for group in inner.param_groups for p in group["params"]):
+            moments = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+            inner.state[weight] = {"step": torch.zeros(()), **moments}
+    hybrid._sync_sub_optimizers_state_to_hdo()
+    for group in hybrid.param_groups:  # which are saved; a class in a file is not loaded, and here none is read
+        for name in [name for name, value in group.items() if isinstance(value, type)]:
+            del group[name]
