@@ -198,6 +198,26 @@ def test_versions_are_kept_per_token_over_an_update_in_flight(
 
 
 @pytest.mark.usefixtures("fresh")
+def test_prefixes_that_older_weights_computed_are_not_read(
+    live_server: LiveServer, tiny_config: Config, reference: Reference
+) -> None:
+    # `in_place` must not flush: running requests go on with what they have
+    sink = make_weight_sink(tiny_config.serving, [live_server.url], flush_cache=False)
+    second, prompt = random_weights(reference.original(), 2), PROMPT * 10
+
+    async def work(client: SGLangClient) -> Generation:
+        client.expect_version(1)
+        await client.generate(request(token_ids=prompt))
+        await asyncio.to_thread(PausedSink(sink, [live_server.url], "in_place").update, iter(second.items()), version=2)
+        client.expect_version(2)
+        return await client.generate(request(token_ids=prompt))
+
+    generation, _ = with_client(tiny_config, [live_server.url], work)
+    reference.load(second)
+    assert reference.max_gap(prompt, generation) < 1e-4
+
+
+@pytest.mark.usefixtures("fresh")
 def test_a_cancelled_request_leaves_the_server(live_server: LiveServer, tiny_config: Config) -> None:
     async def work(client: SGLangClient) -> None:
         tasks = [asyncio.ensure_future(client.generate(request(max_new_tokens=500, stop=("@@@",)))) for _ in range(8)]

@@ -102,13 +102,14 @@ def test_the_command_line_says_what_the_config_says(tiny_config: Config) -> None
     assert not {option for option in ON_CPU if option.startswith("--")} & set(other)
     assert command[command.index("--device") :][: len(ON_CPU)] == list(ON_CPU)
     assert gpu["--random-seed"] != options["--random-seed"]
-    env = launch_env(tiny_config, gpu_ids=(2, 3), base={"RANK": "0", "PATH": "/bin"})
+    assert (options["--nccl-port"], gpu["--nccl-port"]) == ("4001", "4002"), "drawn by nobody else on this machine"
+    env = launch_env(tiny_config, gpu_ids=(2, 3), base={"RANK": "0", "PATH": "/bin", "http_proxy": "http://proxy:3128"})
     assert env["CUDA_VISIBLE_DEVICES"] == "2,3"
     assert env["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] == "0", "trainer ranks share these GPUs"
     cluster = tiny_config.cluster.model_copy(update={"placement": "disaggregated", "server_nodes": 1})
     apart = launch_env(tiny_config.model_copy(update={"cluster": cluster}), gpu_ids=(2, 3), base={})
     assert "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK" not in apart
-    assert "RANK" not in env
+    assert not {"RANK", "http_proxy"} & set(env)
 
 
 def test_a_head_in_fp32_is_asked_of_the_servers_too(tmp_path: Path, tiny_model: Path) -> None:

@@ -1,4 +1,4 @@
-"""Stop strings are found at the token at which SGLang's own search finds them."""
+"""Stop strings end a request at the first token with which its text contains one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,16 @@ def original(request: Any, new_accepted_len: int) -> bool:
     return Req._check_str_based_finish(request, new_accepted_len)
 
 
-def finish(tokens: list[int], stops: list[str], check: Any) -> tuple[int, Any, Any] | None:
+def reference(tokens: list[int], stops: list[str]) -> tuple[int, Any, Any] | None:
+    """As `finish`, by the whole text after every token."""
+    for count in range(1, len(tokens) + 1):
+        text = TOKENIZER.decode(tokens[:count])
+        if matched := [stop for stop in stops if stop in text]:
+            return count, {"type": "stop", "matched": matched[0]}, count
+    return None
+
+
+def finish(tokens: list[int], stops: list[str]) -> tuple[int, Any, Any] | None:
     """(tokens until it, matched, finished_len) of the first stop string, or None."""
     request: Any = object.__new__(Req)
     request.sampling_params = SamplingParams(stop=stops, max_new_tokens=len(tokens))
@@ -33,7 +42,7 @@ def finish(tokens: list[int], stops: list[str], check: Any) -> tuple[int, Any, A
     request.finished_reason = request.finished_len = None
     for token in tokens:
         request.output_ids.append(token)
-        if check(request, 1):
+        if stop_strings.check(original, request, 1):
             return len(request.output_ids), request.finished_reason.to_json(), request.finished_len
     return None
 
@@ -46,14 +55,21 @@ TEXT = st.text(st.sampled_from("`outpab é漢x\n "), max_size=60)
 @settings(max_examples=300, deadline=None)
 def test_the_same_token_ends_a_request(text: str, ids: list[int], stops: list[str]) -> None:
     tokens = [*ids, *TOKENIZER.encode(text), *ids]
-    ours = finish(tokens, stops, lambda request, n: stop_strings.check(original, request, n))
-    assert ours == finish(tokens, stops, Req._check_str_based_finish)
+    assert finish(tokens, stops) == reference(tokens, stops)
+
+
+def test_a_stop_string_is_found_however_it_is_spelled() -> None:
+    stop = "```output"
+    spelled = TOKENIZER.convert_tokens_to_ids(list(stop))
+    assert len(spelled) == len(stop) > len(TOKENIZER.encode(stop)) + 1
+    tokens = [*TOKENIZER.encode("x = 1\n"), *spelled]
+    assert finish(tokens, [stop]) == (len(tokens), {"type": "stop", "matched": stop}, len(tokens))
 
 
 def test_most_tokens_need_no_search() -> None:
     tokens = TOKENIZER.encode("\n```python\nprint(12*34)\n```\n```output")
     SEARCHES.clear()
-    assert finish(tokens, ["```output"], lambda request, n: stop_strings.check(original, request, n)) is not None
+    assert finish(tokens, ["```output"]) is not None
     assert len(SEARCHES) < len(tokens) / 2
 
 

@@ -112,8 +112,10 @@ def test_a_shift_of_all_rewards_changes_no_advantage(kind, groups, shift):
 
 def test_groups_without_signal_and_of_one_are_zero():
     for kind in set(ADVANTAGES) - {"reinforce_pp"}:
-        all_right, alone, mixed = step_advantages([np.ones(8), np.array([1.0]), np.array([1.0, -1.0])], kind)
+        groups = [np.ones(8), np.full(7, 0.7), np.array([1.0]), np.array([1.0, -1.0])]
+        all_right, alike, alone, mixed = step_advantages(groups, kind)
         assert not all_right.any()
+        assert not alike.any(), "0.7 seven times has another mean than 0.7"
         assert not alone.any()
         assert mixed.all()
 

@@ -96,6 +96,14 @@ def test_without_gpus_the_config_counts_and_nobody_is_pinned(gpus, tmp_path: Pat
     assert "OMP_NUM_THREADS" not in environment(made.of("rank")[0], made, quick())
 
 
+def test_no_port_is_given_out_twice(gpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(0)
+    draws = iter([20000, 20000, 20002, 20000, 20004])
+    monkeypatch.setattr("torl_mega.launch.place.free_port", lambda: next(draws))
+    made = at_home(quick("serving.num_servers=2"), tmp_path)
+    assert {made.master_port, *(p.port for p in made.of("server"))} == {20000, 20002, 20004}
+
+
 def test_gpus_that_are_there_are_taken_as_the_cluster_section_says(gpus, tmp_path: Path) -> None:
     gpus(8)
     made = at_home(load_config("conf/torl_7b.yaml"), tmp_path)

@@ -178,6 +178,7 @@ def test_ports() -> None:
 
     port = free_port()
     assert not port_in_use("127.0.0.1", port)
+    assert not port_in_use("127.0.0.1", port + 1), "an SGLang server's ranks meet there"
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", port))
         taken.listen()

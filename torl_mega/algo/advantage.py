@@ -37,7 +37,9 @@ def step_advantages(groups: Sequence[np.ndarray], kind: AdvantageKind) -> list[n
 
 def _group_advantages(rewards_G: np.ndarray, kind: AdvantageKind, step_std: float) -> np.ndarray:
     size = rewards_G.size
-    if size < 2:
+    if (
+        size < 2 or (rewards_G == rewards_G[0]).all()
+    ):  # whose mean may be off by its last bit: then all had some advantage
         return np.zeros(size)
     centred = rewards_G - rewards_G.mean()
     if kind == "grpo":

@@ -45,13 +45,16 @@ def place_here(config: Config, *, trains: bool) -> Placement:
 
 def with_addresses(placement: Placement, scratch: Path) -> Placement:
     """The placement with ports that are free now; the sandbox listens on a unix socket in its own folder of `scratch`."""
+    ports: set[int] = set()
+    while len(ports) <= len(placement.of("server")):  # one draw may repeat another
+        ports.add(free_port())
 
     def addressed(process: Process) -> Process:
         if process.role == "sandbox":
             return replace(process, port=None, socket=str(scratch / process.name / "socket"))
-        return replace(process, port=free_port()) if process.role == "server" else process
+        return replace(process, port=ports.pop()) if process.role == "server" else process
 
-    return replace(placement, master_port=free_port(), processes=tuple(map(addressed, placement.processes)))
+    return replace(placement, master_port=ports.pop(), processes=tuple(map(addressed, placement.processes)))
 
 
 def nvidia_smi(*columns: str) -> list[list[str]]:

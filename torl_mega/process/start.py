@@ -155,11 +155,12 @@ def short_tempdir(longest: int) -> str:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port nobody listens on now, below the range that the kernel hands to outgoing connections: one from there could
-    be taken while a server still loads its weights. Another program can take it too: whoever binds it must say so."""
+    """An even port nobody listens on now, nor on the next one, which an SGLang server takes too; below the range that the
+    kernel hands to outgoing connections: one from there could be taken while a server still loads its weights. Another
+    program can take it too: whoever binds it must say so."""
     for _ in range(PORT_TRIES):
-        port = random.SystemRandom().randrange(*PORTS)
-        if not port_in_use(host, port):
+        port = random.SystemRandom().randrange(*PORTS, 2)
+        if not (port_in_use(host, port) or port_in_use(host, port + 1)):
             return port
     raise OSError(f"no free port in {PORTS[0]}..{PORTS[1] - 1} on {host} after {PORT_TRIES} tries")
 

@@ -161,6 +161,8 @@ class SGLangClient:
                 "sampling_seed": request.seed,
             },
             "return_logprob": True,
+            # a namespace of the prefix cache: what weights older than `oldest` computed is never read, flushed or not
+            "extra_key": None if self._newest is None else str(self._newest),
         }
         with server.holding() as lost:
             answer = asyncio.ensure_future(self._post(self._config.router or server.url, "/generate", body))

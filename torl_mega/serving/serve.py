@@ -29,7 +29,7 @@ from torl_mega.config_file import load_config
 from torl_mega.errors import ServerError, TorlError
 from torl_mega.process.secret import authorization
 from torl_mega.process.start import GuardedProcess, start
-from torl_mega.serving.sglang_server import check_port, launch_command, launch_env, wait_ready
+from torl_mega.serving.sglang_server import check_port, launch_command, launch_env, ranks_port, wait_ready
 
 STOP_GRACE_S = 0.0  # SGLang has nothing to save, and its own shutdown takes many seconds
 WATCH_S = 5.0
@@ -46,7 +46,8 @@ class Supervisor:
         self.num_restarts = 0
 
     async def run(self) -> None:
-        check_port(self.host, self.port)
+        for port in (self.port, ranks_port(self.port)):
+            check_port(self.host, port)
         command = launch_command(self.config, host=self.host, port=self.port, on_gpu=bool(self.gpu_ids))
         env = launch_env(self.config, gpu_ids=self.gpu_ids)
         while not self.stop.is_set():

@@ -24,6 +24,7 @@ from torl_mega.serving.fp8_format import QUANTIZATION_CONFIG
 CONTEXT_SLACK = 8
 """SGLang 0.5.23 refuses prompts of context - 6 tokens and clips prompt + answer at context - 2 (tp_worker.py)."""
 POLL_S = 0.2
+PROXIES = ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")  # SGLang's warm-up would ask one for the server itself
 ON_CPU = (
     "--device", "cpu",
     "--sleep-on-idle",  # else an idle scheduler polls without pause and takes a whole core away from the trainer
@@ -43,6 +44,8 @@ def launch_command(config: Config, *, host: str, port: int, on_gpu: bool) -> lis
     _check_context(Path(config.model.path), config.max_context_tokens)
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", config.model.path, "--host", host]
     command += ["--port", str(port), "--dtype", config.model.dtype, "--tp-size", str(serving.tensor)]
+    # left to itself SGLang draws one, perhaps one that another server here will listen on once it has loaded
+    command += ["--nccl-port", str(ranks_port(port))]
     # servers of one run must not draw the same numbers, or a group spread over two of them repeats itself
     command += ["--random-seed", str(config.seed + port)]
     command += ["--context-length", str(context), "--log-level-http", "warning"]
@@ -64,7 +67,7 @@ def launch_command(config: Config, *, host: str, port: int, on_gpu: bool) -> lis
 def launch_env(config: Config, *, gpu_ids: Sequence[int], base: dict[str, str] | None = None) -> dict[str, str]:
     """The server's environment: ours (or `base`) without what belongs to a trainer rank; no `gpu_ids` means the CPU."""
     env = dict(os.environ if base is None else base)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SGLANG_USE_CPU_ENGINE"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SGLANG_USE_CPU_ENGINE", *PROXIES):
         env.pop(name, None)
     env["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"  # for CONTEXT_SLACK; _check_context refuses more
     env["TORL_SYNC_TIMEOUT_S"] = str(config.serving.sync_timeout_s)
@@ -123,6 +126,11 @@ def _check_rope(model_path: Path, rope: dict[str, Any]) -> None:
             f"model.path = {model_path}: config.json has attention_factor = {given}, which SGLang leaves out: it takes "
             f"{of / over:.6g}, and would sample from another model than is trained; serve a model without it"
         )
+
+
+def ranks_port(port: int) -> int:
+    """Where the ranks of the server at `port` meet."""
+    return port + 1
 
 
 def check_port(host: str, port: int) -> None:

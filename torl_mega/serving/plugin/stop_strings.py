@@ -2,7 +2,9 @@
 
 A stop string that appears with a new token ends inside that token's text, so its last character is in there. What one
 token alone decodes to is remembered; tokens that are a part of a character count as able to end anything, and a stop
-string that ends in white space, which decoders strip or move, is always looked for. The search itself stays SGLang's.
+string that ends in white space, which decoders strip or move, is always looked for. The search itself stays SGLang's, in
+more tokens: its tail is as long as the tokenizer's own spelling of the stop string, and a policy may sample a longer one
+(sgl-project/sglang#36698), at most a token for each byte.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ def check(original: Callable[..., bool], request: Any, new_accepted_len: int = 1
         text = text_of(request.tokenizer, request.output_ids[-1])
         if not any(can_end(stop, text) for stop in params.stop_strs):
             return False
+    params.stop_str_max_len = max(params.stop_str_max_len, *(len(stop.encode()) for stop in params.stop_strs), 0)
     return original(request, new_accepted_len)
 
 
