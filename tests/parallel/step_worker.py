@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -23,7 +24,8 @@ from forked import run_ranks
 from layout_cases import Layout
 from layout_worker import LAYOUT_LIMIT_S, config_for, largest
 
-from torl_mega.rollout.samples import make_samples, split_mini_batches
+from torl_mega.loop import split_mini_batches
+from torl_mega.rollout.samples import make_samples
 from torl_mega.trainer import parallel
 from torl_mega.trainer.cpu import backend as cpu_backend
 
@@ -78,7 +80,7 @@ def run_layout(layout: Layout, cases: list[str], results: Path, work: Path) -> N
         if found is not None:
             with results.open("a") as file:
                 file.write(json.dumps({"layout": layout.name, "case": case, **found}) + "\n")
-    parallel.barrier()
+    dist.barrier()
     parallel.destroy()
 
 
