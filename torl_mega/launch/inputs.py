@@ -35,6 +35,11 @@ def without_trainer(config: Config) -> Config:
             f"serving.weight_dtype = {config.serving.weight_dtype} needs a trainer that sends the weights; without one the "
             "servers serve model.path as it is: add serving.weight_dtype=model"
         )
+    if (folder := RunFolder.of(config)).checkpoints.exists():
+        raise ConfigError(
+            f"{folder.path} holds a training run, whose trajectories, metrics and tables would be replaced; give this one a "
+            f"name of its own (name=…)"
+        )
     if not (Path(config.model.path) / "manifest.json").is_file():
         return config
     return config.model_copy(update={"model": config.model.model_copy(update={"path": str(_converted(config))})})
