@@ -40,6 +40,7 @@ MIN_SHM_GB = 1.0  # NCCL, Gloo and SGLang share memory there
 MIN_OPEN_FILES = 4096
 BUSY_GPU_MIB = 2000
 SANDBOX_LIMIT_S = 90.0
+ADDRESS_LIMIT_S = 5.0  # for a sandbox that runs already
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,13 +266,20 @@ def run_folder(config: Config) -> Iterator[Check]:
 
 
 def sandbox(config: Config) -> Iterator[Check]:
+    from torl_mega.sandbox.client import SandboxClient
     from torl_mega.sandbox.pool import SandboxPool
 
     if config.rollout.replay is not None:
         yield Check("sandbox", "ok", "not needed: replays recorded trajectories")
         return
-    if config.sandbox.address is not None:
-        yield Check("sandbox", "ok", f"runs at {config.sandbox.address}")
+    if (address := config.sandbox.address) is not None:
+
+        async def answers() -> None:
+            async with SandboxClient(address.split(","), start_timeout_s=ADDRESS_LIMIT_S):
+                pass
+
+        asyncio.run(answers())
+        yield Check("sandbox", "ok", f"runs at {address}")
         return
 
     async def tier() -> str:
