@@ -110,6 +110,7 @@ def build_collector(
 def wait_for_servers(config: Config, run: AsyncRunner) -> None:
     """Returns when every server answers. Raises ServerError for the first that does not within its start-up time."""
     for url in addresses("TORL_SERVERS"):
+        print(f"waiting for server {url}", flush=True)
         run(wait_ready(url, config.serving.startup_timeout_s))
 
 
