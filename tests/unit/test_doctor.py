@@ -84,6 +84,8 @@ def test_missing_data_is_named(tmp_path: Path) -> None:
     found = check("data", f"eval.data=[{tmp_path}/gone.parquet]")
     assert found.level == "fail"
     assert "gone.parquet" in found.detail
+    assert check("data", "eval.data=[data/aime24.jsonl]").level == "fail"
+    assert check("data", "eval.data=[arithmetic:1,data/aime24.jsonl]").level == "warn"  # as the run: left out, and said
 
 
 def test_a_sandbox_that_does_not_answer_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,10 +12,10 @@ import pytest
 
 from torl_mega.config import Config
 from torl_mega.config_file import load_config
-from torl_mega.errors import ConfigError
+from torl_mega.errors import ConfigError, DataError
 from torl_mega.launch import local
 from torl_mega.launch.commands import command, environment, sglang_python, task_command
-from torl_mega.launch.inputs import freeze
+from torl_mega.launch.inputs import check_inputs, freeze
 from torl_mega.launch.place import HERE, place_here, with_addresses
 from torl_mega.planner.placement import Placement, place
 from torl_mega.run.folder import lock_run, open_run
@@ -177,6 +177,13 @@ def test_a_second_start_leaves_the_first_ones_config_alone(tmp_path: Path) -> No
         local.train(quick(f"runs_dir={tmp_path}", "num_steps=99"))
     os.close(lock)
     assert (folder.path / "config.json").read_bytes() == written
+
+
+def test_absent_benchmarks_are_left_out_as_long_as_one_is_there() -> None:
+    check_inputs(quick("eval.data=[arithmetic:1,data/aime24.jsonl]"), 1)
+    for wrong in ("data/aime24.jsonl", "arithmetic:1,data/mine.jsonl"):
+        with pytest.raises(DataError, match=r"eval.data = 'data/.*' is not there"):
+            check_inputs(quick(f"eval.data=[{wrong}]"), 1)
 
 
 @pytest.mark.parametrize("program", ["eval", "rollout"])
