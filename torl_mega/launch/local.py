@@ -134,6 +134,7 @@ def _watch(
         voice.copy()
         if stop.requested and deadline is None:
             deadline = time.monotonic() + GRACE_S
+            _say(f"torl: {stop.signal_name}: stopping, within {GRACE_S:g} s; the same command goes on from there")
         elif deadline is None and any(car.poll() is not None for car in sidecars):
             (status / "lost").touch()
         if deadline is not None and time.monotonic() > deadline:
