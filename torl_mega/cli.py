@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -86,7 +86,7 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, e.g. run
 def view(
     run: Run,
     step: Annotated[int | None, typer.Option(help="Which step; default the last")] = None,
-    limit: Annotated[int, typer.Option(help="At most so many trajectories")] = 64,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many trajectories")] = 64,
     out: Annotated[Path | None, typer.Option(help="Where the page goes; default RUN/view/")] = None,
     audit: Annotated[bool, typer.Option("--audit", help="Prove every token instead of making a page")] = False,
     tokenizer: Annotated[Path | None, typer.Option(help="Default: the run's model.path")] = None,
@@ -115,16 +115,15 @@ def report(
 @sandbox_app.command("serve")
 def sandbox_serve(
     host: Annotated[str, typer.Option(help="Address to listen on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free port and says which")] = 8080,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free port and says which")] = 8080,
     socket: Annotated[str | None, typer.Option(help="Also listen on this unix socket")] = None,
-    tier: Annotated[str | None, typer.Option(help="A, B or C instead of the best this machine has")] = None,
+    tier: Annotated[Literal["auto", "A", "B", "C"], typer.Option(help="auto is the best this machine has")] = "auto",
 ) -> None:
     """Serve the sandbox over HTTP with SandboxFusion's API until SIGTERM."""
     from torl_mega.config import SandboxConfig
     from torl_mega.sandbox.serve import serve
 
-    config = SandboxConfig.model_validate({} if tier is None else {"tier": tier})
-    raise typer.Exit(serve(socket=socket, host=host, port=port, config=config))
+    raise typer.Exit(serve(socket=socket, host=host, port=port, config=SandboxConfig(tier=tier)))
 
 
 def _collect(program: str, conf: Path, overrides: list[str] | None, json: bool) -> None:

@@ -11,10 +11,11 @@ file names are those of GAIR-NLP/ToRL at cb78cf1, whose verl is a copy of its ow
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
+Url = Annotated[str, Field(pattern=r"^https?://.*[^/]$")]
 AdvantageKind = Literal["grpo", "dr_grpo", "rloo", "batch_std", "reinforce_pp"]
 
 
@@ -93,7 +94,7 @@ class RolloutConfig(Section):
 
 
 class SandboxConfig(Section):
-    address: str | None = None
+    address: str | None = Field(default=None, pattern=r"^(unix:/|https?://)")
     """`unix:/path` or `http://host:port[,http://…]` (SandboxFusion) of a running sandbox; None starts one beside the trainer."""
     wall_s: PositiveFloat = 5.0
     """Wall-clock limit of one snippet, counted from its own start. Source: SandboxFusion's own default (sandbox_api.py:41),
@@ -151,9 +152,9 @@ class ServingConfig(Section):
     """SGLang servers started on one machine without GPUs; elsewhere `cluster` says how many."""
     tensor: PositiveInt = 1
     """Tensor-parallel size of each server."""
-    urls: tuple[str, ...] = ()
+    urls: tuple[Url, ...] = ()
     """Servers that run already; when given, none is started."""
-    router: str | None = None
+    router: Url | None = None
     """URL of an sglang-router in front of `urls`: it chooses the server of each generation. None: we do, by prefix and load."""
     max_total_tokens: PositiveInt | None = None
     """KV-cache size in tokens; None lets SGLang fill the memory it is given."""

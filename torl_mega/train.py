@@ -25,7 +25,7 @@ from typing import Any
 from torl_mega.config import Config
 from torl_mega.config_file import config_hash, load_config
 from torl_mega.data.tokenizer import Tokenizer
-from torl_mega.errors import TorlError
+from torl_mega.errors import Preempted, TorlError
 from torl_mega.interfaces import Collector, NamedTensor, RunLog, Trainer, WeightSink
 from torl_mega.loop import Loop, due
 from torl_mega.process import exit_codes
@@ -64,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers|torl_mega\.trainer\.cpu)")
     try:
         return train(load_config(args[0], args[1:]))
+    except Preempted:  # before the loop, which saves: nothing was done
+        return exit_codes.REQUEUE
     except TorlError as exc:
         print(f"torl: error: {exc}", file=sys.stderr, flush=True)
         return exit_codes.ERROR

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -447,6 +448,16 @@ def test_where_no_tier_works_one_line_says_why() -> None:
     assert done.stderr.startswith("sandbox: no sandbox tier works here: sandbox tier A: ")
     assert "unshare" in done.stderr
     assert "sandbox tier B needs Landlock" in done.stderr
+
+
+def test_an_address_that_cannot_be_had_is_one_line(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for where in (["--port", str(taken.getsockname()[1])], ["--socket", str(tmp_path / "none" / "s")]):
+            served = ["-m", "torl_mega.sandbox.serve", *where, "--settings", '{"data_libraries": false}']
+            done = subprocess.run([sys.executable, *served], capture_output=True, text=True, check=False)
+            assert (done.returncode, done.stdout) == (1, "")
+            assert done.stderr.startswith("sandbox: cannot listen on --")
+            assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(("tier", "mode"), [("A", 0o700), ("B", 0o755), ("B", 0o700)])

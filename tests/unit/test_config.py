@@ -55,6 +55,9 @@ def test_the_recipe_page_says_what_the_configs_say():
         ("optim.lr=fast", "optim.lr = 'fast': input should be a valid number"),
         ("rollout.group_size=0", "rollout.group_size = 0: input should be greater than 0"),
         ("serving.router=http://127.0.0.1:1", "serving.router needs serving.urls"),
+        ("serving.urls=[localhost:30000]", "serving.urls.0 = 'localhost:30000': string should match"),
+        ("serving.urls=[http://a:1/]", "serving.urls.0 = 'http://a:1/'"),  # its //ready is never there
+        ("sandbox.address=localhost:8080", "sandbox.address = 'localhost:8080'"),
         ("data.overlong_prompts=skip", "input should be 'error' or 'drop'"),
         ("trainer.mini_batch_samples=100", "trainer.mini_batch_samples = 100 does not divide the 256 samples"),
         ("trainer.mini_batch_samples=512", "is more than a step collects"),

@@ -42,6 +42,7 @@ def check(name: str, *overrides: str) -> Check:
         "tokenizer": checks.tokenizer,
         "data": checks.data,
         "run folder": checks.run_folder,
+        "sandbox": checks.sandbox,
     }
     return only(checks.guarded(name, lambda: probe[name](config(*overrides))), name)
 
@@ -83,6 +84,15 @@ def test_missing_data_is_named(tmp_path: Path) -> None:
     found = check("data", f"eval.data=[{tmp_path}/gone.parquet]")
     assert found.level == "fail"
     assert "gone.parquet" in found.detail
+    assert check("data", "eval.data=[data/aime24.jsonl]").level == "fail"
+    assert check("data", "eval.data=[arithmetic:1,data/aime24.jsonl]").level == "warn"  # as the run: left out, and said
+
+
+def test_a_sandbox_that_does_not_answer_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "ADDRESS_LIMIT_S", 0.1)
+    found = check("sandbox", f"sandbox.address=unix:{tmp_path}/none")
+    assert found.level == "fail"
+    assert f"no sandbox listens on unix:{tmp_path}/none" in found.detail
 
 
 def test_a_run_folder_that_is_a_file_is_found(tmp_path: Path) -> None:

@@ -12,12 +12,13 @@ import pytest
 
 from torl_mega.config import Config
 from torl_mega.config_file import load_config
-from torl_mega.errors import ConfigError
+from torl_mega.errors import ConfigError, DataError
+from torl_mega.launch import local
 from torl_mega.launch.commands import command, environment, sglang_python, task_command
-from torl_mega.launch.inputs import freeze
+from torl_mega.launch.inputs import check_inputs, freeze
 from torl_mega.launch.place import HERE, place_here, with_addresses
 from torl_mega.planner.placement import Placement, place
-from torl_mega.run.folder import open_run
+from torl_mega.run.folder import lock_run, open_run
 
 GPU = "NVIDIA H100 80GB HBM3\n"
 
@@ -131,6 +132,16 @@ def test_cuda_visible_devices_are_the_gpus_of_this_machine(
     assert [w[w.index("--gpu-ids") + 1] for w in words] == ["5", "3"]
 
 
+@pytest.mark.parametrize(("number", "visible", "expected"), [(0, "0", 0), (8, "-1", 0), (8, "", 0), (8, "2,-1,3", 1)])
+def test_gpus_are_counted_as_cuda_counts_them(
+    gpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, visible: str, expected: int
+) -> None:
+    gpus(number)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    made = at_home(quick(), tmp_path)
+    assert (made.gpu, made.gpus_per_node) == (("h100", expected) if expected else ("cpu", 1))
+
+
 def test_a_cpu_config_hides_the_gpus(gpus, tmp_path: Path) -> None:
     gpus(8)
     config = quick("cluster.gpu=cpu")
@@ -164,6 +175,31 @@ def test_sglang_has_one_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert sglang_python() == str(beside)
     monkeypatch.setenv("TORL_SGLANG_PYTHON", "/opt/sglang/bin/python")
     assert sglang_python() == "/opt/sglang/bin/python"
+
+
+def test_a_second_start_leaves_the_first_ones_config_alone(tmp_path: Path) -> None:
+    folder = open_run(quick(f"runs_dir={tmp_path}"))
+    written = (folder.path / "config.json").read_bytes()
+    lock = lock_run(folder)
+    with pytest.raises(ConfigError, match="in use by another process"):
+        local.train(quick(f"runs_dir={tmp_path}", "num_steps=99"))
+    os.close(lock)
+    assert (folder.path / "config.json").read_bytes() == written
+
+
+def test_absent_benchmarks_are_left_out_as_long_as_one_is_there() -> None:
+    check_inputs(quick("eval.data=[arithmetic:1,data/aime24.jsonl]"), 1)
+    for wrong in ("data/aime24.jsonl", "arithmetic:1,data/mine.jsonl"):
+        with pytest.raises(DataError, match=r"eval.data = 'data/.*' is not there"):
+            check_inputs(quick(f"eval.data=[{wrong}]"), 1)
+
+
+@pytest.mark.parametrize("program", ["eval", "rollout"])
+def test_collecting_alone_never_writes_into_a_training_run(tmp_path: Path, program: str) -> None:
+    config = quick(f"runs_dir={tmp_path}")
+    open_run(config).checkpoints.mkdir()
+    with pytest.raises(ConfigError, match=r"holds a training run.*name="):
+        local.collect(program, config, json=False)
 
 
 def test_the_frozen_config_is_the_config(tmp_path: Path) -> None:

@@ -4,12 +4,14 @@ import asyncio
 import dataclasses
 import json
 import math
+import types
 
 import numpy as np
 import pytest
 
 from torl_mega.config_file import load_config
-from torl_mega.errors import DataError, GenerationError, StaleServers
+from torl_mega.errors import DataError, GenerationError, Preempted, StaleServers
+from torl_mega.rollout import build
 from torl_mega.rollout.episode import Episode, EpisodeSettings, sampling_seed
 from torl_mega.rollout.python_tool import Limits, PythonTool
 from torl_mega.rollout.recorder import read_groups, read_rows, step_path, write_step
@@ -260,3 +262,12 @@ def test_a_damaged_record_is_named_with_its_line(tmp_path):
     path.write_bytes(b"garbage")
     with pytest.raises(DataError, match="not readable as trajectories"):
         read_groups(path)
+
+
+def test_a_stop_before_the_servers_are_waited_for_is_not_lost(monkeypatch):
+    monkeypatch.setenv("TORL_SERVERS", "http://127.0.0.1:1")
+    stop = types.SimpleNamespace(requested=True, on_request=None)
+    run = build.AsyncRunner(stop)  # type: ignore[arg-type]
+    with pytest.raises(Preempted):
+        build.wait_for_servers(load_config("conf/quickstart.yaml"), run)
+    run.close()

@@ -441,6 +441,18 @@ def test_report_says_what_is_missing(tmp_path: Path) -> None:
         report([])
 
 
+def test_a_page_that_cannot_be_written_is_one_line(tmp_path: Path, groups: tuple[Group, ...]) -> None:
+    run = _metrics(tmp_path / "run", gain=1.0, tool=True)
+    _write(run, groups)
+    blocked = run / "metrics.jsonl" / "page"
+    with pytest.raises(DataError, match=r"page cannot be written: "):
+        view(run, out=blocked)
+    with pytest.raises(DataError, match=r"page cannot be written"):
+        report([run], blocked)
+    with pytest.raises(DataError, match=r"page cannot be written"):
+        report([run], tmp_path / "r.html", png=blocked)
+
+
 def test_report_takes_hostile_names_and_values(tmp_path: Path) -> None:
     run = tmp_path / "<script>$x^{ & 'run'"
     run.mkdir()

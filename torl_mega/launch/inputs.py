@@ -10,6 +10,7 @@ from pathlib import Path
 from torl_mega.config import Config
 from torl_mega.errors import CheckpointError, ConfigError, DataError
 from torl_mega.layout import check_layout, read_hf_config
+from torl_mega.rollout.evaluate import absent_benchmarks
 from torl_mega.run.folder import RunFolder
 from torl_mega.serving.fp8_format import check_fp8_serving
 
@@ -22,7 +23,9 @@ def check_inputs(config: Config, num_ranks: int | None) -> None:
     problems = problems or check_fp8_serving(hf_config, config)
     if problems:
         raise ConfigError("; ".join(problems))
-    for setting, spec in [("data.train", config.data.train), *(("eval.data", s) for s in config.eval.data)]:
+    absent = absent_benchmarks(config.eval)  # may be left out, but not all of them
+    wanted = [spec for spec in config.eval.data if spec not in absent] or config.eval.data
+    for setting, spec in [("data.train", config.data.train), *(("eval.data", spec) for spec in wanted)]:
         if not spec.startswith("arithmetic:") and not Path(spec).exists():
             raise DataError(f"{setting} = {spec!r} is not there; give a parquet or jsonl file, or arithmetic:SEED")
 
@@ -34,6 +37,11 @@ def without_trainer(config: Config) -> Config:
         raise ConfigError(
             f"serving.weight_dtype = {config.serving.weight_dtype} needs a trainer that sends the weights; without one the "
             "servers serve model.path as it is: add serving.weight_dtype=model"
+        )
+    if (folder := RunFolder.of(config)).checkpoints.exists():
+        raise ConfigError(
+            f"{folder.path} holds a training run, whose trajectories, metrics and tables would be replaced; give this one a "
+            f"name of its own (name=…)"
         )
     if not (Path(config.model.path) / "manifest.json").is_file():
         return config

@@ -34,7 +34,7 @@ from torl_mega.process import exit_codes
 from torl_mega.process.exit_codes import as_shell_code
 from torl_mega.process.start import GuardedProcess, short_tempdir, start
 from torl_mega.process.stop_flag import StopFlag
-from torl_mega.run.folder import RunFolder, is_complete, lock_run, open_run
+from torl_mega.run.folder import RunFolder, is_complete, lock_run, make_folder, open_run
 
 POLL_S = 0.1
 GRACE_S = 60.0  # for ranks that were told to stop: finish or drop the step, write a checkpoint
@@ -69,10 +69,9 @@ def collect(program: str, config: Config, *, json: bool) -> int:
 
 @contextlib.contextmanager
 def _held(config: Config) -> Iterator[RunFolder]:
-    folder = open_run(config)
-    lock = lock_run(folder)
+    lock = lock_run(make_folder(config))  # first: a run that goes on keeps its config.json
     try:
-        yield folder
+        yield open_run(config)
     finally:
         os.close(lock)
 
@@ -135,6 +134,7 @@ def _watch(
         voice.copy()
         if stop.requested and deadline is None:
             deadline = time.monotonic() + GRACE_S
+            _say(f"torl: {stop.signal_name}: stopping, within {GRACE_S:g} s; the same command goes on from there")
         elif deadline is None and any(car.poll() is not None for car in sidecars):
             (status / "lost").touch()
         if deadline is not None and time.monotonic() > deadline:

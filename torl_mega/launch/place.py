@@ -9,6 +9,7 @@ Contract: with GPUs here the config's `cluster` section says who gets which, for
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shutil
 import subprocess
@@ -69,8 +70,12 @@ def nvidia_smi(*columns: str) -> list[list[str]]:
 
 
 def _num_gpus() -> int:
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return len(nvidia_smi("name")) if chosen is None else len([name for name in chosen.split(",") if name.strip()])
+    """As CUDA counts: where there are any, those that CUDA_VISIBLE_DEVICES names before an empty name or -1."""
+    there, chosen = len(nvidia_smi("name")), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None or not there:
+        return there
+    named = itertools.takewhile(lambda name: name not in ("", "-1"), map(str.strip, chosen.split(",")))
+    return len(list(named))
 
 
 def main() -> int:

@@ -57,6 +57,11 @@ class AsyncRunner:
             if self._stop is not None:
                 self._stop.on_request = None
 
+    def raise_if_stopped(self) -> None:
+        """Raises `Preempted` for a request that came while nothing ran here."""
+        if self._stop is not None and self._stop.requested:
+            raise Preempted
+
     def close(self) -> None:
         self._runner.close()
 
@@ -108,8 +113,11 @@ def build_collector(
 
 
 def wait_for_servers(config: Config, run: AsyncRunner) -> None:
-    """Returns when every server answers. Raises ServerError for the first that does not within its start-up time."""
+    """Returns when every server answers. Raises ServerError for the first that does not within its start-up time,
+    and Preempted."""
     for url in addresses("TORL_SERVERS"):
+        run.raise_if_stopped()
+        print(f"waiting for server {url}", flush=True)
         run(wait_ready(url, config.serving.startup_timeout_s))
 
 

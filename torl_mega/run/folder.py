@@ -70,13 +70,19 @@ class RunFolder:
         return self.checkpoints / f"step_{steps_done:05d}"
 
 
-def open_run(config: Config) -> RunFolder:
-    """The run's folder, made or found again. Raises ConfigError when it holds a run with another recipe."""
+def make_folder(config: Config) -> RunFolder:
+    """The run's folder, made or found again, with nothing of this config in it. Raises ConfigError."""
     folder = RunFolder.of(config)
     try:
         folder.logs.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
         raise ConfigError(f"runs_dir = {config.runs_dir!r}: cannot make {folder.path}: {exc.strerror}") from None
+    return folder
+
+
+def open_run(config: Config) -> RunFolder:
+    """The run's folder with this config in it. Raises ConfigError when it holds a run with another recipe."""
+    folder = make_folder(config)
     written = folder.path / "config.json"
     mine = config.model_dump(mode="json")
     if written.exists():

@@ -197,7 +197,7 @@ class SandboxClient:
         await self._open()
         try:
             await asyncio.gather(*map(self._wait_for, self._addresses))
-        except ServerError:
+        except BaseException:  # a stop request cancels it
             await self.close()
             raise
 

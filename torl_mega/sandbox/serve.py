@@ -17,7 +17,7 @@ import signal
 import sys
 
 from torl_mega.config import SandboxConfig
-from torl_mega.errors import ConfigError, TorlError
+from torl_mega.errors import ConfigError, ServerError, TorlError
 from torl_mega.sandbox.http_server import HttpServer
 from torl_mega.sandbox.pool import SandboxPool
 
@@ -51,12 +51,16 @@ async def _serve(path: str | None, host: str, port: int | None, config: SandboxC
         await http.start()
         stack.push_async_callback(http.close)
         addresses = []
-        if path is not None:
-            await http.listen_unix(path)
-            stack.callback(_unlink, path)
-            addresses.append(f"unix:{path}")
-        if port is not None:
-            addresses.append(f"http://{host}:{await http.listen_tcp(host, port)}")
+        try:
+            if path is not None:
+                await http.listen_unix(path)
+                stack.callback(_unlink, path)
+                addresses.append(f"unix:{path}")
+            if port is not None:
+                addresses.append(f"http://{host}:{await http.listen_tcp(host, port)}")
+        except (OSError, OverflowError) as exc:  # a folder, name or port that is not there, not ours, or taken
+            where = f"--socket {path}" if path is not None and not addresses else f"--host {host} --port {port}"
+            raise ServerError(f"cannot listen on {where}: {exc}") from None
         for warning in setup.warnings:
             print(f"sandbox: {warning}", file=sys.stderr, flush=True)
         print(f"sandbox ready tier={setup.tier} address={','.join(addresses)}", flush=True)

@@ -5,9 +5,10 @@ Both return an exit code, print the paths they wrote, and raise DataError with o
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -45,7 +46,8 @@ def view(
     decode = codec.decode if codec else None
     page = trajectories_page(run.name, number, shown, num_recorded=len(rows), decode=decode, note=note)
     target = out or run / "view" / f"step_{number:05d}.html"
-    write_text(target, page)
+    with _writing(target):
+        write_text(target, page)
     _say({"html": str(target), "step": number, "shown": len(shown), "recorded": len(rows)}, as_json, str(target))
     return 0
 
@@ -59,10 +61,12 @@ def report(runs: Sequence[Path], out: Path | None = None, *, png: Path | None = 
         raise DataError("torl report needs a run folder, e.g. runs/quickstart")
     read = [read_run(run) for run in runs]
     target = out or runs[0] / "report.html"
-    write_text(target, report_page(read))
-    written = {"html": str(target)}
+    page, written = report_page(read), {"html": str(target)}
+    with _writing(target):
+        write_text(target, page)
     if png is not None:
-        write_png(png, read)
+        with _writing(png):
+            write_png(png, read)
         written["png"] = str(png)
     _say(written, as_json, "\n".join(written.values()))
     return 0
@@ -125,6 +129,14 @@ def _tokenizer(run: Path, given: Path | None) -> tuple[Tokenizer | None, str]:
         return Tokenizer(_model_path(run)), ""
     except DataError as exc:
         return None, f"Shown by turn instead of by token: {exc}"
+
+
+@contextlib.contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        raise DataError(f"{target} cannot be written: {exc.strerror}; choose another --out or --png") from None
 
 
 def _say(values: Mapping[str, object], as_json: bool, text: str) -> None:

@@ -122,7 +122,7 @@ def write_png(path: Path, runs: Sequence[Run], panels: Sequence[Panel] = PICTURE
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150, metadata={"Software": None})
+        figure.savefig(path, format="png", dpi=150, metadata={"Software": None})
 
 
 def _svg_uri(panel: Panel, runs: Sequence[Run]) -> str:
