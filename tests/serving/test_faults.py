@@ -74,7 +74,7 @@ def test_a_server_dies_while_it_generates(
     async def generate(expected: int, kill: bool) -> tuple[list[Generation], Any]:
         async with SGLangClient(urls, tiny_config.serving, vocab_size=VOCAB_SIZE) as client:
             client.expect_version(expected)
-            tasks = [asyncio.ensure_future(client.generate(ask(n))) for n in range(24)]
+            tasks = [asyncio.ensure_future(client.generate(ask(n, 40 + 15 * n))) for n in range(24)]
             if kill:
                 while not any(task.done() for task in tasks):  # both are at work
                     await asyncio.sleep(0.02)
@@ -188,7 +188,7 @@ def test_a_scheduler_hangs_while_it_generates(
     async def generate() -> tuple[list[Generation], Any]:
         async with SGLangClient([steady.url, victim.url], config, vocab_size=VOCAB_SIZE) as client:
             client.expect_version(91)
-            tasks = [asyncio.ensure_future(client.generate(ask(n))) for n in range(24)]
+            tasks = [asyncio.ensure_future(client.generate(ask(n, 40 + 15 * n))) for n in range(24)]
             while not any(task.done() for task in tasks):
                 await asyncio.sleep(0.02)
             frozen = scheduler_of(victim)

@@ -173,6 +173,17 @@ def _typed(config: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, An
     return {**config, **dict.fromkeys(keys, str(dtype).removeprefix("torch."))} if dtype else dict(config)
 
 
+def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """Equal tensors make equal files: safetensors writes the entries of its metadata in any order."""
+    save_file(tensors, file, metadata=_MARK)
+    wanted, other = (json.dumps(dict(m), separators=(",", ":")).encode() for m in (_MARK, reversed(_MARK.items())))
+    with file.open("r+b") as out:
+        at = out.read(len(wanted) + 64).find(other)
+        if at >= 0:
+            out.seek(at)
+            out.write(wanted)
+
+
 def _write_files(
     folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_file_bytes: int
 ) -> tuple[int, torch.dtype | None]:
@@ -183,7 +194,7 @@ def _write_files(
     dtype: torch.dtype | None = None
 
     def flush() -> None:  # final names hold the number of files, which is known at the end
-        save_file(pending, folder / f"part-{len(parts):05d}", metadata=_MARK)
+        _save(pending, folder / f"part-{len(parts):05d}")
         parts.append(list(pending))
         pending.clear()
 
