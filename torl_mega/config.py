@@ -16,11 +16,14 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 Url = Annotated[str, Field(pattern=r"^https?://.*[^/]$")]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 AdvantageKind = Literal["grpo", "dr_grpo", "rloo", "batch_std", "reinforce_pp"]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class ModelConfig(Section):
@@ -317,7 +320,7 @@ class OptimConfig(Section):
     weight_decay: float = Field(ge=0)
     """On matrices only, as in Megatron. Source: fsdp_workers.py:278. Differs: the release decays biases and norms too, by
     1e-8 of their size an update."""
-    betas: tuple[float, float]
+    betas: tuple[Beta, Beta]
     """Adam's decay rates. Source: fsdp_workers.py:277."""
     eps: PositiveFloat
     """Adam's epsilon. Source: torch.optim.AdamW's default, which fsdp_workers.py:277 leaves."""

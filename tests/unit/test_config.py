@@ -53,6 +53,8 @@ def test_the_recipe_page_says_what_the_configs_say():
         ("clip_high=0.3", "did you mean algo.clip_high?"),
         ("roolout.group_size=4", "did you mean rollout?"),
         ("optim.lr=fast", "optim.lr = 'fast': input should be a valid number"),
+        ("optim.lr=.inf", "optim.lr = inf: input should be a finite number"),
+        ("optim.betas=[0.9, 7]", "optim.betas.1 = 7: input should be less than 1"),
         ("rollout.group_size=0", "rollout.group_size = 0: input should be greater than 0"),
         ("serving.router=http://127.0.0.1:1", "serving.router needs serving.urls"),
         ("serving.urls=[localhost:30000]", "serving.urls.0 = 'localhost:30000': string should match"),

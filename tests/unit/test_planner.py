@@ -232,7 +232,7 @@ def test_each_rank_of_a_server_has_the_trainer_rank_on_its_gpu_beside_it() -> No
     assert made is not None
     on = {(rank.node, rank.gpus[0]): rank.index for rank in made.of("rank")}
     expected = tuple(tuple(on[server.node, gpu] for gpu in server.gpus) for server in made.of("server"))
-    assert made.beside_servers() == expected == tuple((n, n + 1) for n in range(0, 16, 2))
+    assert made.beside_servers == expected == tuple((n, n + 1) for n in range(0, 16, 2))
     env = environment(made.of("rank")[3], made, config("serving.tensor=2"))
     assert env["TORL_OWNERS"] == "0,1;2,3;4,5;6,7;8,9;10,11;12,13;14,15"
     assert env["TORL_TRANSPORT"] == "handles"
@@ -242,7 +242,7 @@ def test_without_gpus_ranks_take_turns_beside_the_servers_of_their_node() -> Non
     sizes = ["cluster.ranks_per_node=2", "cluster.servers_per_node=2", "serving.tensor=2"]
     made, problems = place(config(*sizes), nodes=2, gpus=4, gpu="cpu")
     assert made is not None, problems
-    assert made.beside_servers() == ((0, 1), (0, 1), (2, 3), (2, 3))
+    assert made.beside_servers == ((0, 1), (0, 1), (2, 3), (2, 3))
 
 
 def test_a_placement_survives_its_file(tmp_path: Path) -> None:
@@ -392,3 +392,10 @@ def test_wrong_input_is_one_line(arguments: list[str], message: str) -> None:
     assert done.returncode == 1
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(("nodes", "said"), [(1_000_000, "--nodes 1000000 is more than the 1024"), (128, "fits")])
+def test_many_nodes_are_planned_or_refused_at_once(nodes: int, said: str) -> None:
+    command = [sys.executable, "-m", "torl_mega.cli", "plan", str(Path("conf") / "torl_7b.yaml"), "--nodes", str(nodes)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert said in done.stdout + done.stderr

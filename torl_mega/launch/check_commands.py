@@ -9,7 +9,7 @@ that means "yourself" told to another node, cores given twice, ends of one NCCL 
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,16 +75,15 @@ def _gpus_twice(started: Sequence[Started]) -> Iterator[str]:
 def _loopback(placement: Placement, config: Config, started: Sequence[Started]) -> Iterator[str]:
     if len(placement.hosts) < 2:
         return
-    told = {"serving.sync_host": config.serving.sync_host, "serving.router": config.serving.router}
-    for each in started:
-        told |= {f"{name} of {each.process.name}": each.environment.get(name) for name in _ADDRESSES}
-        told |= {
-            f"{word} of {each.process.name}": each.command[i + 1]
-            for i, word in enumerate(each.command)
-            if word == "--host"
-        }
-    for name, text in told.items():
-        for address in (text or "").split(",") if text else ():
+    told = {config.serving.sync_host: "serving.sync_host", config.serving.router: "serving.router"}
+    for each in started:  # most are told the same: each text once, with the first that is told
+        for name in _ADDRESSES:
+            told.setdefault(each.environment.get(name), f"{name} of {each.process.name}")
+        for word, after in itertools.pairwise(each.command):
+            if word == "--host":
+                told.setdefault(after, f"--host of {each.process.name}")
+    for text, name in told.items():
+        for address in text.split(",") if text else ():
             host = urlsplit(address).hostname if "//" in address else address
             if address.startswith("unix:") or is_loopback(host or ""):
                 yield f"{name} = {address}, which on another node is that node itself; give an address that all nodes reach"
@@ -92,8 +91,10 @@ def _loopback(placement: Placement, config: Config, started: Sequence[Started]) 
 
 def _cores(placement: Placement, started: Sequence[Started]) -> Iterator[str]:
     """Processes share cores only where a node has fewer cores than processes."""
-    for host in placement.hosts:
-        mine = [each.process for each in started if each.process.host == host]
+    on_host: dict[str, list[Process]] = defaultdict(list)
+    for each in started:
+        on_host[each.process.host].append(each.process)
+    for host, mine in on_host.items():
         pool = sum(last - first for first, last in (p.cores for p in mine if p.role == "sandbox"))
         if sum(p.role != "sandbox" for p in mine) > placement.cores_per_node - pool:
             continue

@@ -56,7 +56,6 @@ def environment(mine: Process, placement: Placement, config: Config) -> dict[str
     else:  # on a CPU the trainer knows best how many threads: see trainer/parallel.py
         env["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, mine.cores[1] - mine.cores[0])))
     sandbox = config.sandbox.address
-    beside = () if config.serving.urls else placement.beside_servers()
     return env | {
         "RANK": str(mine.index),
         "WORLD_SIZE": str(placement.world_size),
@@ -66,7 +65,7 @@ def environment(mine: Process, placement: Placement, config: Config) -> dict[str
         "MASTER_PORT": str(placement.master_port),
         "TORL_SERVERS": ",".join(config.serving.urls or placement.addresses("server")),
         "TORL_TRANSPORT": weight_transport(config, placement),
-        "TORL_OWNERS": ";".join(",".join(map(str, ranks)) for ranks in beside),
+        "TORL_OWNERS": "" if config.serving.urls else placement.owners,
         "TORL_SANDBOX": ",".join([sandbox] if sandbox else placement.addresses("sandbox")),
         "PYTHONFAULTHANDLER": "1",  # SIGABRT prints the stack of every thread
     }

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,11 +15,13 @@ from rich.console import Console
 from torl_mega.config_file import load_config
 from torl_mega.errors import ConfigError, TorlError
 from torl_mega.launch.check_commands import Started, everything_started, faults
+from torl_mega.launch.place import nvidia_smi
 from torl_mega.planner import report
 from torl_mega.planner.analyse import Hardware, analyse
 from torl_mega.planner.hardware import Assumptions, name_of
 from torl_mega.planner.search import search as search_layouts
 
+MAX_NODES = 1024
 WIDTH = 170  # of the tables where stdout is a file
 
 
@@ -59,6 +59,8 @@ def run(conf: Path, overrides: Sequence[str] = (), options: PlanOptions = PlanOp
         cores=options.cores,
         base_port=options.base_port,
     )
+    if hardware.nodes > MAX_NODES:
+        raise ConfigError(f"--nodes {hardware.nodes} is more than the {MAX_NODES} that a plan can be made for")
     assume = Assumptions()
     analysis = analyse(config, hardware, assume, mean_response)
     wanted = (options.search or not analysis.fits) and hardware.gpu != "cpu" and analysis.shape is not None
@@ -95,19 +97,13 @@ def _which_gpu(asked: str, configured: str) -> str:
     """The GPU that `--gpu` means. `auto` on a CPU config stays `cpu`: the config says that the engines run there."""
     if asked != "auto":
         return asked
-    if configured == "cpu" or shutil.which("nvidia-smi") is None:
+    found = nvidia_smi("name", "memory.total") if configured != "cpu" else []
+    if not found:
         return configured
-    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-    done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
-    first = done.stdout.strip().splitlines()[:1] if done.returncode == 0 else []
-    if not first:
-        return configured
-    product, _, memory = first[0].rpartition(",")
+    product, memory = found[0]
     known = name_of(product, int(memory))
     if known is None:
-        raise ConfigError(
-            f"--gpu auto: {product.strip()} ({memory.strip()} MiB) is not in the table; name the nearest one"
-        )
+        raise ConfigError(f"--gpu auto: {product} ({memory} MiB) is not in the table; name the nearest one")
     return known
 
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 from torl_mega.config import Config
@@ -52,7 +54,7 @@ class Process:
         return f"unix:{self.socket}" if self.socket else f"http://{self.reached_at}:{self.port}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots, for what is computed once
 class Placement:
     """Every process of a run. `rank_nodes` and `server_nodes` are ranges of node indices, as srun wants them."""
 
@@ -77,24 +79,44 @@ class Placement:
         return self.servers_per_node * self.num_server_nodes
 
     def of(self, role: str) -> list[Process]:
-        return [process for process in self.processes if process.role == role]
+        return self._by_role.get(role, [])
 
     def addresses(self, role: str) -> tuple[str, ...]:
-        return tuple(process.address for process in self.of(role))
+        return self._addresses.get(role, ())
 
+    @cached_property
+    def _by_role(self) -> dict[str, list[Process]]:
+        found: dict[str, list[Process]] = defaultdict(list)
+        for process in self.processes:
+            found[process.role].append(process)
+        return dict(found)
+
+    @cached_property
+    def _addresses(self) -> dict[str, tuple[str, ...]]:
+        return {role: tuple(process.address for process in members) for role, members in self._by_role.items()}
+
+    @cached_property
     def beside_servers(self) -> tuple[tuple[int, ...], ...]:
         """For each server the trainer's ranks that share its GPUs, one for each of its own ranks; on a CPU those of its node in
         turn. Empty when a server has a GPU, or stands on a node, without a rank."""
         on = {(rank.node, gpu): rank.index for rank in reversed(self.of("rank")) for gpu in rank.gpus}
+        by_node: dict[int, list[int]] = defaultdict(list)
+        for rank in self.of("rank"):
+            by_node[rank.node].append(rank.index)
         found = []
         for server in self.of("server"):
             if self.gpu == "cpu":
-                ranks = [rank.index for rank in self.of("rank") if rank.node == server.node] or [-1]
+                ranks = by_node.get(server.node) or [-1]
                 width = len(server.gpus)
                 found.append(tuple(ranks[(server.local * width + k) % len(ranks)] for k in range(width)))
             else:
                 found.append(tuple(on.get((server.node, gpu), -1) for gpu in server.gpus))
         return () if any(-1 in ranks for ranks in found) else tuple(found)
+
+    @cached_property
+    def owners(self) -> str:
+        """`beside_servers` as text: ranks of a server with commas, servers with semicolons."""
+        return ";".join(",".join(map(str, ranks)) for ranks in self.beside_servers)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -129,9 +151,9 @@ def place(
     trains: False leaves every GPU to the servers, beside one collecting program that needs none.
     """
     cluster = config.cluster
-    hosts = hosts or tuple(f"n{i}" for i in range(nodes))
     if nodes < 1 or gpus < 1:
         return None, [f"--nodes {nodes} --gpus {gpus}: both must be at least 1"]
+    hosts = hosts or tuple(f"n{i}" for i in range(nodes))
     if len(hosts) != nodes:
         return None, [f"--hosts names {len(hosts)} nodes, --nodes says {nodes}"]
     shared = cluster.placement == "colocated" or cluster.server_nodes > 0  # all GPUs of a node that serves
@@ -176,7 +198,7 @@ def weight_transport(config: Config, placement: Placement) -> str:
     serving = config.serving
     if serving.transport != "auto":
         return serving.transport
-    if placement.colocated and not serving.urls and placement.beside_servers():
+    if placement.colocated and not serving.urls and placement.beside_servers:
         return "handles"
     on_disk = serving.disk_dir is not None and serving.weight_dtype != "fp8_block"
     return "disk" if on_disk and (serving.urls or placement.colocated) else "broadcast"
@@ -190,7 +212,7 @@ def _transport_problems(config: Config, placement: Placement) -> Iterator[str]:
         yield "serving.transport = handles needs cluster.placement = colocated; take broadcast or disk"
     elif chosen == "handles" and on_gpu and serving.urls:
         yield "serving.transport = handles needs to know the GPUs of serving.urls, which it cannot; take broadcast or disk"
-    elif chosen == "handles" and on_gpu and placement.num_servers and not placement.beside_servers():
+    elif chosen == "handles" and on_gpu and placement.num_servers and not placement.beside_servers:
         yield (
             "serving.transport = handles needs a trainer rank on every serving GPU; raise cluster.ranks_per_node or take disk"
         )

@@ -61,6 +61,7 @@ def _candidates(config: Config, hardware: Hardware) -> Iterator[Overrides]:
         splits += [
             {"cluster.placement": "disaggregated", "cluster.server_nodes": n, "cluster.server_gpus_per_node": 0}
             for n in range(1, hardware.nodes)
+            if n <= 8 or n % (hardware.nodes // 8) == 0
         ]
     for split in splits:
         shared = split["cluster.placement"] == "colocated"

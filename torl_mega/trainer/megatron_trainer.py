@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -46,6 +45,7 @@ from torl_mega.trainer.packing import MicroBatchPlan, plan_micro_batches
 from torl_mega.trainer.parallel import is_rank0, raise_together, share, world_size
 from torl_mega.trainer.pipeline import schedule_arguments
 from torl_mega.trainer.precision import check_precision, this_machine, token_multiple
+from torl_mega.trainer.reference import Reference
 from torl_mega.trainer.vocab_parallel import token_logprobs
 from torl_mega.trainer.weights import checkpoint
 from torl_mega.trainer.weights.hf_io import HfReader, write_hf
@@ -75,7 +75,7 @@ class MegatronTrainer:
         chunks = build_chunks(self.shape, self.model_config, config.parallel, choose_spec())
         self.weight_map = WeightMap(chunks, self.shape)
         self._load_start()
-        self._reference = self._copy_weights() if config.algo.kl_coef > 0 else None
+        self._reference = Reference(self._parameters()) if config.algo.kl_coef > 0 else None
         self.model_config.finalize_model_grads_func = finalize_without_division
         self.model = wrap_ddp(chunks, self.model_config, config.trainer)
         self.optimizer, self.schedule = build_optimizer(
@@ -108,7 +108,8 @@ class MegatronTrainer:
         logprobs, entropies = self._score(samples) if self.config.needs_old_logprobs else (nothing, nothing)
         reference: Sequence[Any] = nothing
         if self._reference is not None:
-            with self._at_reference():
+            self._settle_weights()
+            with self._reference.in_model():
                 reference, _ = self._score(samples)
         scored = [TrainSample(*fields) for fields in zip(samples, logprobs, entropies, reference, strict=True)]
         return charge_kl(scored, algo) if algo.kl_coef and algo.kl_in == "reward" else scored
@@ -196,14 +197,13 @@ class MegatronTrainer:
         """Writes a checkpoint to `path`, with `extra` (JSON) beside it; see checkpoint.py for what resumes how."""
         self._settle_weights()
         reference = None
-        if self._reference_moves:
-            with self._at_reference():
+        if self._reference is not None and self._reference_moves:
+            with self._reference.in_model():
                 reference = checkpoint.reference_state(self.model)
         self.checkpoints.save(path, self.model, self.optimizer, self.schedule, extra, reference)
 
     def load(self, path: Path) -> Mapping[str, Any]:
         """Goes on from a checkpoint of any layout; returns its `extra`. Raises CheckpointError before anything changed."""
-
         take = self._take_reference if self._reference_moves else None
         return self.checkpoints.load(path, self.model, self.optimizer, self.schedule, take)
 
@@ -366,16 +366,6 @@ class MegatronTrainer:
             for chunk in self.model:
                 chunk.start_param_sync(force_sync=True)
 
-    def _copy_weights(self) -> list[torch.Tensor]:
-        """This rank's parameters in host memory: pieces of one buffer, pinned so that a GPU moves it at the bus's speed."""
-        parameters = self._parameters()
-        sizes, (dtype,) = [p.numel() for p in parameters], {p.dtype for p in parameters}
-        buffer = torch.empty(sum(sizes), dtype=dtype, pin_memory=not self.on_cpu)
-        pieces = [piece.view_as(p) for piece, p in zip(buffer.split(sizes), parameters, strict=True)]
-        for piece, parameter in zip(pieces, parameters, strict=True):
-            piece.copy_(parameter.detach())
-        return pieces
-
     def _parameters(self) -> list[torch.Tensor]:
         """All parameters of this rank, in a fixed order."""
         return [p for names in self.weight_map.parameters for p in names.values()]
@@ -384,42 +374,18 @@ class MegatronTrainer:
     def _reference_moves(self) -> bool:
         return self._reference is not None and self.config.algo.ref_every_steps > 0
 
-    def _take_reference(self, saved: Sequence[Mapping[str, torch.Tensor]]) -> None:
-        """Takes the reference of a checkpoint."""
-        self._fill_reference([saved[n][name] for n, names in enumerate(self.weight_map.parameters) for name in names])
-
-    def _fill_reference(self, weights: Sequence[torch.Tensor]) -> None:
-        assert self._reference is not None
-        for kept, weight in zip(self._reference, weights, strict=True):
-            kept.copy_(weight)
-
     def _move_reference(self) -> None:
         """Every `algo.ref_every_steps` RL steps the policy becomes the reference."""
         done, rest = divmod(self.schedule.num_steps, self.config.updates_per_step)
         if self._reference_moves and done and not rest and done % self.config.algo.ref_every_steps == 0:
             self._settle_weights()
-            self._fill_reference([p.detach() for p in self._parameters()])
+            assert self._reference is not None
+            self._reference.take([p.detach() for p in self._parameters()])
 
-    @contextmanager
-    def _at_reference(self) -> Iterator[None]:
-        """The model holds the reference's weights meanwhile."""
-        self._swap_reference()
-        try:
-            yield
-        finally:
-            self._swap_reference()
-
-    @torch.no_grad()
-    def _swap_reference(self) -> None:
-        """Exchanges the policy's weights with the starting ones, in place and bit for bit; a second call undoes the first."""
+    def _take_reference(self, saved: Sequence[Mapping[str, torch.Tensor]]) -> None:
+        """Takes the reference of a checkpoint."""
         assert self._reference is not None
-        self._settle_weights()
-        for parameter, kept in zip(self._parameters(), self._reference, strict=True):
-            current = parameter.detach().clone()
-            parameter.copy_(kept, non_blocking=True)
-            kept.copy_(current, non_blocking=True)  # on the same stream, so after `kept` was read
-        if not self.on_cpu:
-            torch.cuda.synchronize()
+        self._reference.take([saved[n][name] for n, names in enumerate(self.weight_map.parameters) for name in names])
 
 
 def _offsets(samples: Sequence[Sample]) -> np.ndarray:
