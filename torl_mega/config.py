@@ -150,6 +150,13 @@ class SandboxConfig(Section):
     """Where tier B puts working folders; None is the system's temporary folder. Tier A writes nothing to disk."""
 
 
+_PLANNED = {
+    "--max-total-tokens": "serving.max_total_tokens",
+    "--mem-fraction-static": "serving.mem_fraction",
+    "--enable-memory-saver": "cluster.turns",
+}
+
+
 class ServingConfig(Section):
     num_servers: PositiveInt = 1
     """SGLang servers started on one machine without GPUs; elsewhere `cluster` says how many."""
@@ -160,14 +167,15 @@ class ServingConfig(Section):
     router: Url | None = None
     """URL of an sglang-router in front of `urls`: it chooses the server of each generation. None: we do, by prefix and load."""
     max_total_tokens: PositiveInt | None = None
-    """KV-cache size in tokens; None lets SGLang fill the memory it is given."""
+    """Most tokens of KV cache; None = what serving.mem_fraction leaves beside the weights."""
     weight_dtype: Literal["model", "fp8_block"] = "model"
     """What servers hold: the trainer's weights as they are (model.dtype), or its linear layers quantised to FP8 in blocks of
     128 x 128 at every sync (GPUs only)."""
     max_running_requests: PositiveInt | None = None
     """Requests decoded together; None is SGLang's own choice."""
-    mem_fraction: float = Field(default=0.8, gt=0, lt=1)
-    """Share of GPU memory for weights and KV cache (SGLang's mem-fraction-static); ignored on CPU."""
+    mem_fraction: float = Field(default=0.75, gt=0, lt=1)
+    """Share of a GPU's whole memory for weights and KV cache. The plan turns it into tokens, which a server holds whatever else
+    was on its GPUs when it started; ignored on CPU."""
     startup_timeout_s: PositiveFloat = 1800.0
     """From start to the first 200 of /ready; a cold file system takes minutes, and kernels compiled for the first time more."""
     request_timeout_s: PositiveFloat = 600.0
@@ -199,6 +207,10 @@ class ServingConfig(Section):
 
     @model_validator(mode="after")
     def _routed(self) -> Self:
+        if taken := next((word for word in self.extra_args if word.partition("=")[0] in _PLANNED), None):
+            raise ValueError(
+                f"serving.extra_args has {taken}, which the plan decides; set {_PLANNED[taken.partition('=')[0]]} instead"
+            )
         if self.router is not None and not self.urls:
             raise ValueError(
                 "serving.router needs serving.urls, the servers behind it: weights go to each of them directly"
@@ -379,6 +391,9 @@ class TrainerConfig(Section):
     optimizer_offload: bool = False
     """Keep optimizer state in host memory and step there (Megatron's HybridDeviceOptimizer); needs bfloat16 and the
     distributed optimizer. Without a GPU it changes nothing."""
+    park_weights: bool = False
+    """While servers sample keep the weights in host memory too, where ranks and servers take turns (cluster.turns). Gradients
+    and optimizer state leave the GPU in any case."""
     gradient_bucket_parameters: PositiveInt = 40_000_000
     """Parameters per gradient bucket when `overlap` is on (Megatron's own default)."""
     collective_timeout_s: PositiveFloat = 1800.0
@@ -466,7 +481,11 @@ class ClusterConfig(Section):
     gpu: Literal["a100", "h100", "h200", "b200", "cpu"] = "h100"
     """Kind of GPU (table in planner/hardware.py); `cpu` runs every engine on cores, one rank per would-be GPU."""
     placement: Literal["colocated", "disaggregated"] = "colocated"
-    """Ranks and servers share each GPU in turns, or each has GPUs of its own."""
+    """Ranks and servers share each GPU, or each has GPUs of its own."""
+    turns: Literal["auto", "always", "never"] = "auto"
+    """Colocated: servers let go of weights and KV cache while the trainer trains, and the trainer of gradients and optimizer
+    state while they sample; `never` keeps both resident. `auto` is `always` on GPUs, but `never` with rollout.max_staleness > 0,
+    where servers sample all the time."""
     server_nodes: int = Field(default=0, ge=0)
     """Disaggregated: how many nodes, the last of the allocation, only serve."""
     server_gpus_per_node: int = Field(default=0, ge=0)
@@ -485,6 +504,10 @@ class ClusterConfig(Section):
         split = (self.server_nodes > 0) + (self.server_gpus_per_node > 0)
         if self.placement == "colocated" and split:
             raise ValueError("cluster.server_nodes and server_gpus_per_node need cluster.placement = disaggregated")
+        if self.placement == "disaggregated" and self.turns == "always":
+            raise ValueError(
+                "cluster.turns = always needs cluster.placement = colocated: nobody shares a GPU otherwise"
+            )
         if self.placement == "disaggregated" and split != 1:
             raise ValueError(
                 "cluster.placement = disaggregated needs exactly one of cluster.server_nodes and server_gpus_per_node"
@@ -586,6 +609,20 @@ class Config(Section):
         if self.rollout.max_staleness and not self.logging.trajectories:
             raise ValueError(
                 "rollout.max_staleness > 0 needs logging.trajectories: a resumed run reads collected steps back"
+            )
+        if self.cluster.turns == "always" and self.rollout.max_staleness:
+            raise ValueError(
+                f"cluster.turns = always needs rollout.max_staleness = 0, found {self.rollout.max_staleness}: servers sample all "
+                "the time; take cluster.turns = never or cluster.placement = disaggregated"
+            )
+        if self.cluster.turns == "always" and self.serving.urls:
+            raise ValueError("cluster.turns = always needs servers that the run itself starts; leave serving.urls out")
+        if self.trainer.park_weights and (
+            self.cluster.turns == "never" or self.cluster.placement == "disaggregated" or self.rollout.max_staleness
+        ):
+            raise ValueError(
+                "trainer.park_weights needs ranks and servers that take turns: cluster.placement = colocated, cluster.turns = auto "
+                "or always, rollout.max_staleness = 0"
             )
         if self.rollout.attempts_per_prompt and self.rollout.attempts_per_prompt < self.rollout.group_size:
             raise ValueError(

@@ -166,6 +166,12 @@ class Trainer(Protocol):
         on the meta device. Every rank must run its iterator to the end: the gathers in between are collective."""
         ...
 
+    def hold(self, parts: frozenset[str]) -> None:
+        """Exactly these of `weights`, `gradients` and `optimizer` are on the device when it returns, on every rank; the others are
+        in host memory, but gradients nowhere. A verb finds there what it needs: `score`, `weights` and `export_hf` the weights,
+        `save` the optimizer too, `load`, `forward_backward` and `optim_step` all."""
+        ...
+
     def save(self, path: Path, *, extra: Mapping[str, Any]) -> None:
         """Writes a checkpoint folder, complete or not there; with `checkpoint.async_save` it appears later. `extra` is
         JSON-able and comes back from `load`. Raises `CheckpointError` when the disk refuses."""
@@ -182,6 +188,27 @@ class Trainer(Protocol):
 
     def export_hf(self, path: Path) -> None:
         """Writes the weights as an HF folder with config and tokenizer. Raises `CheckpointError` when the disk refuses."""
+        ...
+
+
+class Turns(Protocol):
+    """Whose memory is on the GPUs that ranks and servers share. Every verb is a collective, and nothing where it is that turn
+    already. Raises `ServerError` when a server does not give its memory up."""
+
+    def train(self) -> None:
+        """The trainer has all its memory, servers none."""
+        ...
+
+    def sync(self) -> None:
+        """Trainer and servers have their weights and no more; those of the servers are to be filled."""
+        ...
+
+    def sample(self) -> None:
+        """Servers have all their memory; the trainer keeps its weights at most."""
+        ...
+
+    def save(self) -> None:
+        """The trainer has weights and optimizer state; servers keep what weights they have."""
         ...
 
 

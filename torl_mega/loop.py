@@ -20,7 +20,7 @@ import numpy as np
 
 from torl_mega.algo.correction import mismatch
 from torl_mega.errors import Preempted, ServerLost, StaleServers, WeightSyncError
-from torl_mega.interfaces import Collector, RunLog, Share, Trainer, WeightSink
+from torl_mega.interfaces import Collector, RunLog, Share, Trainer, Turns, WeightSink
 
 SAMPLING_TRIES = 3
 T = TypeVar("T")
@@ -34,6 +34,7 @@ class Loop:
     sink: WeightSink
     collector: Collector
     share: Share
+    turns: Turns
     log: RunLog
     check_guards: Callable[[int, Mapping[str, float]], None]
     save: Callable[[int], None]  # (steps done) -> checkpoint
@@ -60,13 +61,13 @@ class Loop:
                 if self.share(self.stop_requested):
                     break
                 if done == self.num_steps or due(done, self.save_every):
-                    self.save(done)
+                    self._save(done)
         except Preempted:
             pass  # the step that was being collected is dropped
         else:
             if done == self.num_steps:
                 return True
-        self.save(done)
+        self._save(done)
         return False
 
     def _step(self, step: int) -> dict[str, float]:
@@ -74,6 +75,7 @@ class Loop:
         with _timed(times, "rollout_s"):
             batch = self._on_rank0(lambda: self.collector.collect(step), version=step)
         with _timed(times, "train_s"):
+            self.turns.train()
             train_samples = self.trainer.old_logprobs(batch.samples)
             updates = [
                 {**self.trainer.forward_backward(mini), **self.trainer.optim_step()}
@@ -90,6 +92,10 @@ class Loop:
             "step_s": sum(times.values()),
         }
 
+    def _save(self, done: int) -> None:
+        self.turns.save()
+        self.save(done)
+
     def _evaluate(self, done: int) -> None:
         self.log.evaluation(done, self._on_rank0(lambda: self.collector.evaluate(done), version=done))
 
@@ -97,10 +103,12 @@ class Loop:
         """Runs `sample` on rank 0 and shares the result. On StaleServers (restarted servers hold the checkpoint's weights)
         syncs and tries again."""
         for _ in range(SAMPLING_TRIES - 1):
+            self.turns.sample()
             try:
                 return self.share(sample)
             except StaleServers:
                 self.sync(version)
+        self.turns.sample()
         return self.share(sample)
 
     def sync(self, version: int) -> Mapping[str, float]:
@@ -114,6 +122,7 @@ class Loop:
 
     def _try_sync(self, version: int) -> tuple[Mapping[str, float], WeightSyncError | None]:
         """The sink's report, or the failure, which only the rank that sends knows of."""
+        self.turns.sync()
         try:
             return self.sink.update(self.trainer.weights(), version=version), None
         except WeightSyncError as exc:

@@ -3,7 +3,7 @@
     python -m torl_mega.train CONF [a.b=value …]      with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT (torchrun's names)
                                                       and TORL_SERVERS, TORL_SANDBOX in the environment
 
-        config ──► trainer (all ranks) ──────────────────┐
+        config ──► trainer (all ranks), whose turn it is ┐
                └─► rank 0: collector, weight sink, log ──┴─► Loop.run ──► summary.json, hf/
 
 Exit codes: 0 done, 1 an error in one line, 85 stopped by SIGTERM/SIGUSR1 after a checkpoint (requeue me).
@@ -15,18 +15,19 @@ import collections
 import contextlib
 import gc
 import logging
+import os
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torl_mega.config import Config
 from torl_mega.config_file import config_hash, load_config
 from torl_mega.data.tokenizer import Tokenizer
 from torl_mega.errors import Preempted, TorlError
-from torl_mega.interfaces import Collector, NamedTensor, RunLog, Trainer, WeightSink
+from torl_mega.interfaces import Collector, NamedTensor, RunLog, Trainer, Turns, WeightSink
 from torl_mega.loop import Loop, due
 from torl_mega.process import exit_codes
 from torl_mega.process.start import forks_die_with_parent
@@ -38,9 +39,14 @@ from torl_mega.run.files import write_json
 from torl_mega.run.folder import RunFolder, open_run
 from torl_mega.run.limits import check_guards
 from torl_mega.run.metrics import RunMetrics, summarize
+from torl_mega.serving.gate import TrainerGate, notes_folder
 from torl_mega.serving.probe import check_engines
 from torl_mega.serving.sync.paused import DrainedSink, PausedSink
 from torl_mega.serving.sync.weights import make_owner_sink, make_weight_sink, route_weights
+from torl_mega.serving.turns import Resident, SharedGpus, SharedServers
+
+TAKE_GPUS_S = 60.0  # for a server to let go, beyond the time after which a silent one is ended
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,20 +89,25 @@ def train(config: Config) -> int:
     try:
         with contextlib.ExitStack() as stack:
             folder = parallel.share(lambda: open_run(config))
+            shared = parallel.share(lambda: bool(os.environ.get("TORL_TURNS")))
+            servers = _on_rank0(lambda: take_gpus(config, stop)) if shared else None
             trainer = MegatronTrainer(config)
             latest = parallel.share(lambda: checkpoint.latest(folder.checkpoints))
             saved: Mapping[str, Any] = trainer.load(latest) if latest else {"steps_done": 0, "rollouts": None}
             device = parallel.device()
             rank0 = _on_rank0(lambda: stack.enter_context(build_rank0(config, folder, saved, stop, device=device)))
-            loop = _loop(config, folder, trainer, rank0, stop)
+            park = config.trainer.park_weights
+            turns = SharedGpus(trainer, servers, parallel.share, park_weights=park) if shared else Resident()
+            loop = _loop(config, folder, trainer, rank0, stop, turns)
             start = int(saved["steps_done"])
             loop.log.first_sync(start, loop.sync(start))
-            check_engines(trainer, rank0, config, parallel.share)
+            check_engines(trainer, rank0, config, parallel.share, turns)
             complete = loop.run(start, evaluate_first=_lacks_evaluation(config, rank0, start))
             trainer.finish_saves()
             if not complete:
                 return exit_codes.REQUEUE
             if config.checkpoint.export_hf:
+                turns.save()
                 trainer.export_hf(folder.hf)
             if rank0 is not None:
                 _finish(config, folder, rank0, time.monotonic() - started)
@@ -105,13 +116,25 @@ def train(config: Config) -> int:
         parallel.destroy()
 
 
-def _on_rank0(build: Callable[[], Rank0]) -> Rank0 | None:
+def take_gpus(config: Config, stop: StopFlag) -> SharedServers:
+    """Waits for the servers, which start first, and has them give their GPUs to the trainer. Raises TorlError."""
+    with contextlib.closing(AsyncRunner(stop)) as run:
+        wait_for_servers(config, run)
+    serving = config.serving
+    gate = TrainerGate(notes_folder(), serving.startup_timeout_s)
+    limit_s = serving.hang_timeout_s + TAKE_GPUS_S
+    servers = SharedServers(addresses("TORL_SERVERS"), gate, limit_s=limit_s, startup_s=serving.startup_timeout_s)
+    servers.hold(frozenset())
+    return servers
+
+
+def _on_rank0(build: Callable[[], T]) -> T | None:
     """What `build` makes on rank 0, None elsewhere; what it raises is raised on every rank."""
     from torl_mega.trainer import parallel
 
-    built: Rank0 | None = None
+    built: T | None = None
 
-    def keep() -> None:  # shares the outcome, not the Rank0, which holds sockets and processes
+    def keep() -> None:  # shares the outcome, not what was built, which holds sockets and processes
         nonlocal built
         built = build()
 
@@ -159,7 +182,9 @@ def build_rank0(
         yield Rank0(collector, sink, log, tokenizer, urls, run)
 
 
-def _loop(config: Config, folder: RunFolder, trainer: Trainer, rank0: Rank0 | None, stop: StopFlag) -> Loop:
+def _loop(
+    config: Config, folder: RunFolder, trainer: Trainer, rank0: Rank0 | None, stop: StopFlag, turns: Turns
+) -> Loop:
     from torl_mega.trainer import parallel
 
     other = OtherRank()
@@ -178,6 +203,7 @@ def _loop(config: Config, folder: RunFolder, trainer: Trainer, rank0: Rank0 | No
         sink=sink,
         collector=collector,
         share=parallel.share,
+        turns=turns,
         log=log,
         check_guards=lambda step, metrics: check_guards(step, metrics, config.guards),
         save=save,

@@ -31,8 +31,9 @@ def temporary(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained(runs_dir, temporary):
-    """A finished run of three small steps."""
-    done = torl("train", runs_dir, "trained", TMPDIR=str(temporary))
+    """A finished run of three small steps, trainer and server taking turns. Replays of it keep all their memory all the time."""
+    turns = ("cluster.turns=always", "trainer.park_weights=true")
+    done = torl("train", runs_dir, "trained", *turns, TMPDIR=str(temporary))
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == f"done: {runs_dir / 'trained' / 'summary.json'}"
     assert not list(temporary.iterdir())
@@ -264,3 +265,24 @@ def test_replayed_metrics_repeat_bit_for_bit(trained, runs_dir):
     for a, b in zip(first, second, strict=True):
         assert (a["loss"], a["grad_norm"]) == (b["loss"], b["grad_norm"])
     assert all(np.array_equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cut", ["data=1", "tensor=2"])
+def test_a_server_killed_while_turns_are_taken_comes_back_and_no_bit_of_the_policy_moves(runs_dir, tmp_path, cut):
+    """The undisturbed trainer that replays the record, with all its memory all the time, ends with the same weights."""
+    name = f"turns_{cut.replace('=', '')}"
+    with (tmp_path / "out").open("w") as out:
+        turns = ("cluster.turns=always", "trainer.park_weights=true", f"parallel.{cut}", "num_steps=8")
+        process = start(command("train", runs_dir, name, *turns, "eval.every_steps=2"), out)
+        for step in (1, 4):
+            wait_until(lambda step=step: len(rows(runs_dir / name)) >= step, limit_s=LIMIT_S, what="a step")
+            os.kill(pid_of(f"name={name}", "sglang.launch_server"), signal.SIGKILL)
+        assert process.wait(LIMIT_S) == 0, (tmp_path / "out").read_text()
+    assert [row["step"] for row in rows(runs_dir / name)] == list(range(8))
+    done = torl(
+        "train", runs_dir, f"{name}_replayed", f"rollout.replay={runs_dir / name}", f"parallel.{cut}", "num_steps=8"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, other = (load_file(runs_dir / n / "hf" / "model.safetensors") for n in (name, f"{name}_replayed"))
+    assert all(np.array_equal(one[key], other[key]) for key in one)

@@ -17,6 +17,7 @@ from torl_mega.data.tokenizer import Tokenizer
 from torl_mega.errors import ServerError
 from torl_mega.serving.probe import check_engines
 from torl_mega.serving.sync.weights import make_weight_sink
+from torl_mega.serving.turns import Resident
 from torl_mega.types import Sample
 
 
@@ -62,7 +63,7 @@ def test_trainer_and_server_that_disagree_are_found(
     tokenizer = Tokenizer(tiny_config.model.path)
 
     def check(tokenizer: Any, *urls: str) -> None:
-        check_engines(trainer, Rank0(tokenizer, urls), tiny_config, lambda make: make())
+        check_engines(trainer, Rank0(tokenizer, urls), tiny_config, lambda make: make(), Resident())
 
     check(tokenizer, live_server.url)
     with pytest.raises(ServerError, match=rf"{live_server.url} and the trainer encode .* differently from token 0 on"):

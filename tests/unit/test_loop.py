@@ -11,6 +11,7 @@ from torl_mega.errors import GuardError, Preempted, ServerError, ServerLost, Sta
 from torl_mega.loop import Loop, split_mini_batches
 from torl_mega.run.limits import check_guards
 from torl_mega.serving.probe import check_gap
+from torl_mega.serving.turns import Resident
 from torl_mega.train import NoServers, OtherRank
 from torl_mega.types import Sample, StepBatch, TrainSample
 
@@ -68,7 +69,7 @@ class Recorder:
 
 
 def loop(fake, **over):
-    settings = {"num_steps": 2, "num_mini_batches": 2, "eval_every": 0, "save_every": 1} | over
+    settings = {"num_steps": 2, "num_mini_batches": 2, "eval_every": 0, "save_every": 1, "turns": Resident()} | over
     return Loop(
         trainer=fake,
         sink=fake,

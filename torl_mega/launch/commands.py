@@ -13,7 +13,11 @@ from pathlib import Path
 
 from torl_mega.config import Config
 from torl_mega.launch.gpu_env import gpu_environment
-from torl_mega.planner.placement import Placement, Process, weight_transport
+from torl_mega.layout import describe_model
+from torl_mega.planner.hardware import GPUS, Assumptions
+from torl_mega.planner.known_models import hf_config
+from torl_mega.planner.memory import server_memory
+from torl_mega.planner.placement import Placement, Process, takes_turns, weight_transport
 
 PROGRAMS = {
     "rank": ["torl_mega.train"],
@@ -35,9 +39,14 @@ def command(role: str, mine: Process, placement: Placement, config: Config, conf
     where = ["--socket", mine.socket] if mine.socket else ["--host", mine.reached_at, "--port", str(mine.port)]
     if role == "sandbox":
         return [sys.executable, "-m", "torl_mega.sandbox.serve", *where, "--settings", config.sandbox.model_dump_json()]
-    gpus = [] if placement.gpu == "cpu" else ["--gpu-ids", ",".join(map(device_number, mine.gpus))]
+    room = ["--in-turns"] if takes_turns(config, placement) else []
+    if placement.gpu != "cpu":
+        shape, assume = describe_model(hf_config(config.model.path)), Assumptions()
+        memory = server_memory(shape, config, GPUS[placement.gpu], assume)
+        room += ["--kv-tokens", str(int(memory.kv_tokens)), "--mem-fraction", str(memory.mem_fraction)]
+        room += ["--gpu-ids", ",".join(map(device_number, mine.gpus))]
     log = ["--log", str(logs / f"sglang_{mine.index}.log")]
-    return [sglang_python(), "-m", "torl_mega.serving.serve", conf, *where, *gpus, *log]
+    return [sglang_python(), "-m", "torl_mega.serving.serve", conf, *where, *room, *log]
 
 
 def environment(mine: Process, placement: Placement, config: Config) -> dict[str, str]:
@@ -66,6 +75,7 @@ def environment(mine: Process, placement: Placement, config: Config) -> dict[str
         "TORL_SERVERS": ",".join(config.serving.urls or placement.addresses("server")),
         "TORL_TRANSPORT": weight_transport(config, placement),
         "TORL_OWNERS": "" if config.serving.urls else placement.owners,
+        "TORL_TURNS": "1" if takes_turns(config, placement) else "",
         "TORL_SANDBOX": ",".join([sandbox] if sandbox else placement.addresses("sandbox")),
         "PYTHONFAULTHANDLER": "1",  # SIGABRT prints the stack of every thread
     }

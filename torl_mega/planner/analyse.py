@@ -19,7 +19,7 @@ from torl_mega.planner.hardware import GIB, Assumptions, Gpu
 from torl_mega.planner.hardware import gpu as gpu_row
 from torl_mega.planner.known_models import hf_config
 from torl_mega.planner.memory import PhaseMemory, ServerMemory, TrainerMemory
-from torl_mega.planner.placement import Placement, place
+from torl_mega.planner.placement import Placement, place, takes_turns
 from torl_mega.planner.steptime import Setup, StepTime, Workload
 from torl_mega.serving.fp8_format import check_fp8_serving
 
@@ -85,7 +85,8 @@ def analyse(config: Config, hardware: Hardware, assume: Assumptions, mean_respon
     on_cpu = hardware.gpu == "cpu"
     trainer = memory.trainer_memory(shape, config, data, work.mean_tokens, assume, on_cpu)
     server = memory.server_memory(shape, config, gpu, assume)
-    found = tuple(memory.phases(trainer, server, gpu, placement.colocated))
+    turns = takes_turns(config, placement)
+    found = tuple(memory.phases(trainer, server, gpu, config, colocated=placement.colocated, turns=turns))
     problems += _memory_problems(config, found, server, on_cpu)
     servers = max(1, placement.num_servers)
     time = steptime.predict(Setup(shape, config, gpu, assume, world, servers, hardware.nodes), server, work)
@@ -156,8 +157,9 @@ def _largest(phase: PhaseMemory) -> str:
 def _remedy(config: Config, phase: PhaseMemory) -> str:
     name = max(phase.parts, key=lambda part: phase.parts[part])
     tensor = config.parallel.tensor
+    apart = ", or cluster.placement = disaggregated" if phase.where == "shared" else ""
     remedies = {
-        "KV cache": f"serving.mem_fraction = {_lower_fraction(config, phase):.2f}, or cluster.placement = disaggregated",
+        "KV cache": f"serving.mem_fraction = {_lower_fraction(config, phase):.2f}{apart}",
         "activations": "trainer.recompute = full"
         if config.trainer.recompute != "full"
         else f"trainer.micro_batch_tokens = {max(config.max_train_tokens, config.trainer.micro_batch_tokens // 2)}",

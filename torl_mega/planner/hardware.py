@@ -57,8 +57,9 @@ class Assumptions:
     mean_fraction: float = 0.35  # mean response length over its limit; the longest of a batch always reaches the limit
     host_per_sample_s: float = 0.002  # rewards, packing, recording: rank 0's part per trajectory
     context_gib: float = 0.6  # CUDA context and libraries, per process
-    nccl_gib: float = 1.0  # NCCL buffers of a trainer rank (TP, PP, DP and sync groups)
-    server_gib: float = 2.0  # CUDA graphs and workspace of a server rank
+    nccl_gib: float = (
+        1.0  # NCCL buffers of a trainer rank (TP, PP, DP and sync groups), or of a server's rank among several
+    )
     fragmentation: float = 0.04  # of what the trainer allocates dynamically
 
 

@@ -1,9 +1,9 @@
 """Predicts the memory of one GPU (or of one process on a CPU) in every phase of a step.
 
 Contract: `trainer_memory` and `server_memory` are closed forms over the model's shape, `parallel`, `trainer` and
-`serving`; `phases` adds them up per phase the way the processes really overlap: a colocated server keeps its weights
-and KV cache all the time, and the trainer keeps weights, gradients and optimizer state (unless `trainer.optimizer_offload`)
-all the time. A save takes memory of the host, not of the GPU. Everything is in bytes.
+`serving`; `phases` adds them up per phase the way the processes really overlap. Where ranks and servers take turns
+(torl_mega/turns.py) each phase counts what its turn leaves on the GPU; else both keep all they have, all the time. A save takes
+memory of the host, not of the GPU. Everything is in bytes.
 
 Source of the transformer terms: Korthikanti et al. 2205.05198 section 4, redone for what is trained here: SwiGLU,
 grouped queries, flash attention, no dropout, packed sequences, a chunked output head. Megatron's own report
@@ -52,11 +52,26 @@ class ServerMemory:
     weights: float
     kv_pool: float
     kv_tokens: float  # tokens, not bytes: how many fit into the pool
-    fixed: float
+    process: float  # context, NCCL
+    graphs: float  # CUDA graphs, outside of torch's memory
+    reserve: float  # what SGLang leaves free for activations and graphs
 
     @property
-    def total(self) -> float:
-        return self.weights + self.kv_pool + self.fixed
+    def awake(self) -> float:
+        """Beside weights and KV cache, while it samples."""
+        return self.process + self.reserve
+
+    @property
+    def asleep(self) -> float:
+        """What is left of it once weights, KV cache and unused activations are gone."""
+        return self.process + self.graphs
+
+    @property
+    def mem_fraction(self) -> float:
+        """SGLang's mem-fraction-static, of what is free when it starts: with it the KV cache has at least the planned tokens
+        wherever the planned bytes are free, and the tokens themselves are its upper limit."""
+        held = self.weights + self.kv_pool
+        return math.ceil(held / (held + self.reserve) * 1e4) / 1e4
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,38 +187,75 @@ def server_weight_bytes(shape: ModelShape, config: Config) -> float:
 
 
 def server_memory(shape: ModelShape, config: Config, gpu: Gpu, assume: Assumptions) -> ServerMemory:
-    """Memory of one server rank. SGLang takes `mem_fraction` of the GPU for weights and KV pool together."""
+    """Memory of one server rank: `mem_fraction` of the GPU for weights and KV pool, and what SGLang itself sets aside."""
     serving, width = config.serving, dtype_bytes(config)
     weights = server_weight_bytes(shape, config) / serving.tensor
     per_token = shape.kv_bytes_per_token(width) / min(serving.tensor, shape.num_kv_groups)
     if math.isinf(gpu.memory):
         pool = (serving.max_total_tokens or 8 * config.max_context_tokens) * per_token
-    else:
-        pool = max(0.0, serving.mem_fraction * gpu.memory - weights)
+        return ServerMemory(weights, pool, pool / per_token, 0.0, 0.0, 0.0)
+    pool = max(0.0, serving.mem_fraction * gpu.memory - weights)
     if serving.max_total_tokens:
         pool = min(pool, serving.max_total_tokens * per_token)
-    fixed = 0.0 if math.isinf(gpu.memory) else (assume.context_gib + assume.server_gib) * GIB
-    return ServerMemory(weights, pool, pool / per_token, fixed)
+    process = (assume.context_gib + (assume.nccl_gib if serving.tensor > 1 else 0.0)) * GIB
+    graphs, reserve = sglang_reserve(config, gpu)
+    return ServerMemory(weights, pool, pool / per_token, process, graphs, reserve)
 
 
-def phases(trainer: TrainerMemory, server: ServerMemory, gpu: Gpu, colocated: bool) -> list[PhaseMemory]:
-    """The memory of every phase of a step, on a GPU of each kind that takes part in it."""
-    keep = {
-        "weights": trainer.weights, "gradients": trainer.gradients, "optimizer": trainer.optimizer,
-        "batch": trainer.batch, "context + NCCL": trainer.fixed,
-    }  # fmt: skip
-    serve = {"server weights": server.weights, "KV cache": server.kv_pool, "server context + graphs": server.fixed}
-    own = {**keep, **(serve if colocated else {})}
-    where = "shared" if colocated else "trainer"
+def sglang_reserve(config: Config, gpu: Gpu) -> tuple[float, float]:
+    """Bytes of CUDA graphs, and of graphs and activations together, as SGLang 0.5.23 reckons them before it fixes its own
+    mem-fraction-static (srt/arg_groups/memory_hook.py:59-401). It counts in MiB."""
+    serving = config.serving
+    large = gpu.memory >= 160 * GIB
+    decode = 512 if large or serving.tensor >= 4 else 256  # requests of the largest graph
+    decode = min(decode, serving.max_running_requests or decode)
+    chunk = 16384 if large else 8192  # tokens of one prefill
+    graphs = 2 * decode + 8 * len(_prefill_graphs(min(chunk, serving.max_total_tokens or chunk)))
+    reserve = max(512 + 1.5 * chunk + serving.tensor / 8 * 1024 + graphs, 10 * 1024)
+    return graphs * 2**20, reserve * 2**20
+
+
+def _prefill_graphs(most: int) -> list[int]:
+    """Tokens of each prefill graph (srt/arg_groups/cuda_graph_hook.py:480-497)."""
+    steps = ((4, 33, 4), (48, 257, 16), (288, 513, 32), (576, 1025, 64), (1280, 4097, 256), (4608, most + 1, 512))
+    return [size for step in steps for size in range(*step) if size <= most]
+
+
+def phases(
+    trainer: TrainerMemory, server: ServerMemory, gpu: Gpu, config: Config, *, colocated: bool, turns: bool
+) -> list[PhaseMemory]:
+    """The memory of every phase of a step, on a GPU of each kind that takes part in it, then of a rank's host memory."""
+    weights = {"weights": trainer.weights}
+    fixed = {"batch": trainer.batch, "context + NCCL": trainer.fixed}
+    updating = {"gradients": trainer.gradients, "optimizer": trainer.optimizer}
+    serve = {"server weights": server.weights, "KV cache": server.kv_pool, _SERVER: server.awake}
     backward = {"activations": trainer.activations, "logits, layer at work": trainer.working}
     scoring = {"logits, layer at work": trainer.forward_working}
+    buckets = {"sync buckets": trainer.sync}
+    save = PhaseMemory("save", "host", {"weights": trainer.saved_weights, "optimizer": trainer.saved_optimizer})
+    if turns:
+        asleep, loading = {_SERVER: server.asleep}, {"server weights": server.weights, _SERVER: server.asleep}
+        parked = weights if config.trainer.park_weights else {}
+        of = {
+            "rollout": {**({} if parked else weights), **fixed, **serve},
+            "log-probs": {**weights, **updating, **fixed, **asleep, **scoring},
+            "training": {**weights, **updating, **fixed, **asleep, **backward},
+            "weight sync": {**weights, **fixed, **loading, **buckets},
+            "save": {**weights, "optimizer": trainer.optimizer, **fixed, **loading},
+        }
+        found = [PhaseMemory(phase, "shared", parts, gpu.memory) for phase, parts in of.items()]
+        return [*found, PhaseMemory("rollout", "host", {**parked, "optimizer": trainer.optimizer}), save]
+    own = {**weights, **updating, **fixed, **(serve if colocated else {})}
+    where, sampling = ("shared", "shared") if colocated else ("trainer", "server")
     found = [
-        PhaseMemory("rollout", "shared" if colocated else "server", own if colocated else serve, gpu.memory),
+        PhaseMemory("rollout", sampling, own if colocated else serve, gpu.memory),
         PhaseMemory("log-probs", where, {**own, **scoring}, gpu.memory),
         PhaseMemory("training", where, {**own, **backward}, gpu.memory),
-        PhaseMemory("weight sync", where, {**own, "sync buckets": trainer.sync}, gpu.memory),
-    ]  # fmt: skip
+        PhaseMemory("weight sync", where, {**own, **buckets}, gpu.memory),
+    ]
     if not colocated:
         found.append(PhaseMemory("weight sync", "server", {**serve, "sync buckets": trainer.sync / 2}, gpu.memory))
-    save = {"weights": trainer.saved_weights, "optimizer": trainer.saved_optimizer}
-    return [*found, PhaseMemory("save", "host", save)]
+    return [*found, save]
+
+
+_SERVER = "server context + graphs"

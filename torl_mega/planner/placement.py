@@ -204,6 +204,14 @@ def weight_transport(config: Config, placement: Placement) -> str:
     return "disk" if on_disk and (serving.urls or placement.colocated) else "broadcast"
 
 
+def takes_turns(config: Config, placement: Placement) -> bool:
+    """Whether ranks and servers of this run hold the memory of their GPUs in turns, as `cluster.turns` says."""
+    if not placement.num_servers or not any(rank.gpus for rank in placement.of("rank")):
+        return False  # nobody serves, or nobody trains
+    automatic = placement.colocated and placement.gpu != "cpu" and config.rollout.max_staleness == 0
+    return automatic if config.cluster.turns == "auto" else config.cluster.turns == "always"
+
+
 def _transport_problems(config: Config, placement: Placement) -> Iterator[str]:
     """Why weights cannot travel to these servers as they are to."""
     serving, on_gpu = config.serving, placement.gpu != "cpu"

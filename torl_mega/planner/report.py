@@ -13,6 +13,7 @@ from torl_mega.config import Config
 from torl_mega.planner.analyse import Analysis
 from torl_mega.planner.hardware import GIB, Assumptions
 from torl_mega.planner.memory import dtype_bytes
+from torl_mega.planner.placement import takes_turns
 from torl_mega.planner.search import Candidate
 
 
@@ -98,10 +99,14 @@ def _placement(config: Config, analysis: Analysis) -> list[str]:
         f"x context {p.context} x data {data}, sequence parallel {'on' if p.sequence else 'off'}"
     ]
     if analysis.phases:
-        copied = analysis.phases[-1].total * place.world_size / place.num_rank_nodes
-        lines.append(
-            f"  a save: at most {copied / GIB:,.1f} GiB of each training node's host memory, as much is written"
-        )
+        ranks = place.world_size / place.num_rank_nodes
+        save = analysis.phases[-1].total * ranks
+        if takes_turns(config, place):
+            parked = analysis.phases[-2].total * ranks
+            lines.append(
+                f"  ranks and servers take turns: {parked / GIB:,.1f} GiB of each node's host memory hold what ranks let go of"
+            )
+        lines.append(f"  a save: at most {save / GIB:,.1f} GiB of each training node's host memory, as much is written")
     if config.rollout.replay is not None:
         return [*lines, f"  no servers, no sandbox: replays {config.rollout.replay}"]
     if place.num_servers:

@@ -65,7 +65,7 @@ def _candidates(config: Config, hardware: Hardware) -> Iterator[Overrides]:
         ]
     for split in splits:
         shared = split["cluster.placement"] == "colocated"
-        fractions = sorted({0.2, 0.25, 0.3, 0.4, 0.5, config.serving.mem_fraction}) if shared else [0.8]
+        fractions = sorted({0.2, 0.3, 0.4, 0.5, 0.6, 0.7, config.serving.mem_fraction}) if shared else [0.75]
         for tensor in sizes:
             for pipeline in (1, 2, 4, 8):
                 for budget in budgets:

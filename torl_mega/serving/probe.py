@@ -15,7 +15,7 @@ import numpy as np
 from torl_mega.config import Config
 from torl_mega.data.tokenizer import PROBE_TEXT
 from torl_mega.errors import ServerError
-from torl_mega.interfaces import Share, Trainer
+from torl_mega.interfaces import Share, Trainer, Turns
 from torl_mega.process.secret import authorization
 from torl_mega.types import Sample
 
@@ -41,15 +41,16 @@ class ServerSide(Protocol):
     def run(self) -> Callable[[Awaitable[Any]], Any]: ...  # to its end, on the event loop of rank 0's clients
 
 
-def check_engines(trainer: Trainer, rank0: ServerSide | None, config: Config, share: Share) -> None:
-    """Compares every server with the trainer on the probe text. Collective; `rank0` is None on other ranks. Raises
-    ServerError on every rank, naming the server and what differs."""
+def check_engines(trainer: Trainer, rank0: ServerSide | None, config: Config, share: Share, turns: Turns) -> None:
+    """Compares every server with the trainer on the probe text, after a sync. Collective; `rank0` is None on other ranks.
+    Raises ServerError on every rank, naming the server and what differs."""
     ids = share(lambda: tuple(rank0.tokenizer.encode(PROBE_TEXT)) if rank0 and rank0.server_urls else ())
     if not ids:
         return
     mask = np.arange(len(ids)) > 0  # nothing predicts the first token
     sample = Sample(np.array(ids, np.int64), mask, np.zeros(len(ids), np.float32), np.full(len(ids), -1, np.int32), 0.0)
     ours = trainer.score(sample, temperature=1.0)  # as the servers' prompt log-probs are, whatever they sample at
+    turns.sample()
     share(lambda: rank0 and _compare(rank0, ids, ours, config))
 
 

@@ -11,6 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,19 @@ ON_CPU = (
 )  # fmt: skip
 
 
-def launch_command(config: Config, *, host: str, port: int, on_gpu: bool) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What the plan gives a server on its GPUs."""
+
+    kv_tokens: int | None = None  # most tokens of its KV cache; None = serving.max_total_tokens
+    mem_fraction: float | None = None  # SGLang's mem-fraction-static; None = serving.mem_fraction
+    in_turns: bool = False  # it must be able to let go of its memory
+
+
+PLAIN = Room()
+
+
+def launch_command(config: Config, *, host: str, port: int, on_gpu: bool, room: Room = PLAIN) -> list[str]:
     """`sglang.launch_server` for the policy. Raises ServerError when the model cannot serve the context it needs."""
     serving = config.serving
     context = config.max_context_tokens + CONTEXT_SLACK
@@ -53,14 +66,16 @@ def launch_command(config: Config, *, host: str, port: int, on_gpu: bool) -> lis
         command += ["--enable-fp32-lm-head"]
     if serving.weight_dtype == "fp8_block":
         command += _fp8_arguments(on_gpu=on_gpu)
-    if serving.max_total_tokens is not None:
-        command += ["--max-total-tokens", str(max(serving.max_total_tokens, context))]
+    if (tokens := room.kv_tokens or serving.max_total_tokens) is not None:
+        command += ["--max-total-tokens", str(max(tokens, context))]
     running = 1 if serving.deterministic and not on_gpu else serving.max_running_requests
     if running is not None:
         command += ["--max-running-requests", str(running)]
     if serving.deterministic:
         command += ["--enable-deterministic-inference"] if on_gpu else ["--disable-radix-cache"]
-    command += ["--mem-fraction-static", str(serving.mem_fraction)] if on_gpu else ON_CPU
+    command += ["--mem-fraction-static", str(room.mem_fraction or serving.mem_fraction)] if on_gpu else ON_CPU
+    if room.in_turns and on_gpu:  # without GPUs plugin/sleep.py does it
+        command += ["--enable-memory-saver"]
     return [*command, *serving.extra_args]
 
 

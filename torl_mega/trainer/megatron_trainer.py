@@ -43,6 +43,7 @@ from torl_mega.trainer.model import build_chunks, transformer_config
 from torl_mega.trainer.optimizer import build_optimizer, finalize_without_division, wrap_ddp
 from torl_mega.trainer.packing import MicroBatchPlan, plan_micro_batches
 from torl_mega.trainer.parallel import is_rank0, raise_together, share, world_size
+from torl_mega.trainer.parking import Parking
 from torl_mega.trainer.pipeline import schedule_arguments
 from torl_mega.trainer.precision import check_precision, this_machine, token_multiple
 from torl_mega.trainer.reference import Reference
@@ -81,6 +82,7 @@ class MegatronTrainer:
         self.optimizer, self.schedule = build_optimizer(
             self.model, self.model_config, config.optim, config.trainer, total_steps=self._total_steps()
         )
+        self._parking = Parking(self.model, self.optimizer)
         self._skipped_in_a_row = 0
         self.checkpoints = checkpoint.Checkpoints(config.checkpoint, self.shape, self.hf_config)
         self._metric_names: tuple[str, ...] = ()
@@ -192,6 +194,13 @@ class MegatronTrainer:
         """HF-named, unpadded tensors, one at a time, on rank 0, outlines on the others. See WeightMap.outlines."""
         self._settle_weights()
         return self.weight_map.outlines()
+
+    def hold(self, parts: frozenset[str]) -> None:
+        """Moves all other parts of this rank's memory to the host's, and these back; see parking.py."""
+        if "weights" in self._parking.on_device:
+            self._settle_weights()
+        self._parking.hold(parts)
+        raise_together(None)  # returns when every rank has
 
     def save(self, path: Path, *, extra: Mapping[str, Any]) -> None:
         """Writes a checkpoint to `path`, with `extra` (JSON) beside it; see checkpoint.py for what resumes how."""

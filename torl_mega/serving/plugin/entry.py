@@ -1,7 +1,7 @@
 """What SGLang 0.5.23 loads of ours by itself, in every process it starts: the two entry points of pyproject.toml.
 
-    everywhere         weights: verification (held_weights.py), reception in place (weight_receive.py); stop_strings.py;
-                       the run's secret (door.py)
+    everywhere         weights: verification (held_weights.py), reception in place (weight_receive.py); letting go of
+                       memory (sleep.py); stop_strings.py; the run's secret (door.py)
     without a GPU too  a CPU platform with SGLang's pure torch kernels (native_cpu.py), attention for whole batches
                        (cpu_attention.py), seeds that count (seeded_sampling.py), a quick start (cpu_start.py)
 
@@ -13,6 +13,8 @@ Limits of the CPU platform: text models in fp32 or bf16, torch-native attention,
 from __future__ import annotations
 
 from typing import Any
+
+_MANAGER = "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 
 
 def activate() -> str | None:
@@ -35,13 +37,15 @@ def _common_hooks() -> None:
     """On GPUs and CPUs alike: the server's half of a verified weight sync, and a cheaper search for stop strings."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from torl_mega.serving.plugin import door, held_weights, stop_strings, weight_receive
+    from torl_mega.serving.plugin import door, held_weights, sleep, stop_strings, weight_receive
 
     around = {
         "utils.weight_checker.WeightChecker.handle": held_weights.handle,
         "model_executor.model_runner_components.weight_updater.WeightUpdater.receive_weights_from_distributed": (
             weight_receive.receive
         ),
+        f"{_MANAGER}.release_memory_occupation": sleep.release,
+        f"{_MANAGER}.resume_memory_occupation": sleep.resume,
         "managers.schedule_batch.Req._check_str_based_finish": stop_strings.check,
         "entrypoints.http_server._setup_and_run_http_server": door.with_keys,
     }
