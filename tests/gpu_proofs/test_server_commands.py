@@ -24,9 +24,12 @@ from torl_mega.config import Config  # noqa: E402
 from torl_mega.config_file import load_config  # noqa: E402
 from torl_mega.errors import ServerError  # noqa: E402
 from torl_mega.launch.gpu_env import gpu_environment  # noqa: E402
+from torl_mega.layout import describe_model  # noqa: E402
+from torl_mega.planner.hardware import GPUS, Assumptions  # noqa: E402
 from torl_mega.planner.known_models import hf_config  # noqa: E402
+from torl_mega.planner.memory import server_memory, sglang_reserve  # noqa: E402
 from torl_mega.serving.fp8_format import QUANTIZATION_CONFIG  # noqa: E402
-from torl_mega.serving.sglang_server import launch_command  # noqa: E402
+from torl_mega.serving.sglang_server import PLAIN, Room, launch_command  # noqa: E402
 
 SHIPPED = sorted(p for p in (*ROOT.glob("conf/torl_*.yaml"), *ROOT.glob("conf/clusters/torl_*.yaml")))
 VARIANTS: dict[str, list[str]] = {
@@ -34,8 +37,17 @@ VARIANTS: dict[str, list[str]] = {
     "deterministic": ["serving.deterministic=true"],
     "fp8": ["serving.weight_dtype=fp8_block"],
     "limited": ["serving.max_total_tokens=131072", "serving.max_running_requests=256"],
-    "sleeping": ["serving.extra_args=[--enable-memory-saver]"],
+    "in turns": [],
 }
+GPUS_OF = [
+    ("h100", 1, {}),
+    ("h100", 2, {}),
+    ("h100", 8, {}),
+    ("h200", 4, {}),
+    ("b200", 2, {}),
+    ("h100", 2, {"requests": 64}),
+]
+"""GPU, serving.tensor, limits: what SGLang keeps free there is what the plan books."""
 OWN_FACTOR = {**YARN, "rope_theta": 1e4, "attention_factor": 1.3}
 CASES = [(conf.stem, variant) for conf in SHIPPED for variant in VARIANTS]
 # of a job: nothing said, a setting of the site's own, a folder for compiled kernels
@@ -52,9 +64,10 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Config], dict[
         model = folder / Path(load_config(conf).model.path).name
         model.mkdir(exist_ok=True)
         (model / "config.json").write_text(json.dumps(hf_config(model.name)))
-        for overrides in VARIANTS.values():
+        for variant, overrides in VARIANTS.items():
             configs.append(load_config(conf, [f"model.path={model}", *overrides]))
-            command = launch_command(configs[-1], host="10.0.0.7", port=30000, on_gpu=True)
+            room = planned(configs[-1]) if variant == "in turns" else PLAIN
+            command = launch_command(configs[-1], host="10.0.0.7", port=30000, on_gpu=True, room=room)
             assert command[1:3] == ["-m", "sglang.launch_server"]
             commands.append(command[3:])
     ours = [{**job, **gpu_environment(configs[0], job)} for job in JOBS]
@@ -65,7 +78,12 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Config], dict[
         change(Path(ropes[-1]), **settings)
     file = folder / "questions.json"
     questions = {"commands": commands, "environments": [*JOBS, *ours], "model": str(ROOT / "conf/quickstart")}
-    file.write_text(json.dumps({**questions, "ropes": ropes}))
+    gpus = []
+    for gpu, tensor, limits in GPUS_OF:
+        words = ["--tp-size", str(tensor), "--enable-memory-saver", "--cuda-graph-backend-prefill", "breakable"]
+        words += ["--max-running-requests", str(limits["requests"])] if limits else []
+        gpus.append([GPUS[gpu].memory / 2**20, words])
+    file.write_text(json.dumps({**questions, "ropes": ropes, "gpus": gpus}))
     output = run_python(Path(__file__).with_name("sglang_reads.py"), file, timeout_s=200)
     return configs, {**json.loads(output.splitlines()[-1]), "models": ropes}
 
@@ -84,15 +102,26 @@ def test_sglang_reads_what_we_mean(read: Read, conf: str, variant: str) -> None:
     assert (found["model_path"], found["host"], found["port"]) == (config.model.path, "10.0.0.7", 30000)
     assert (found["tp_size"], found["dtype"]) == (serving.tensor, "bfloat16")
     assert found["device"] is None or found["device"] == "cuda", "a GPU server names no CPU"
-    assert found["mem_fraction_static"] == serving.mem_fraction
+    room = planned(config) if variant == "in turns" else PLAIN
+    assert found["mem_fraction_static"] == (room.mem_fraction or serving.mem_fraction)
     assert found["context_length"] > config.max_context_tokens
     assert found["enable_deterministic_inference"] == serving.deterministic
-    assert found["enable_memory_saver"] == (variant == "sleeping")
-    assert found["max_total_tokens"] == serving.max_total_tokens
+    assert found["enable_memory_saver"] == (variant == "in turns")
+    assert found["max_total_tokens"] == (room.kv_tokens or serving.max_total_tokens)
     assert found["max_running_requests"] == serving.max_running_requests
     assert (found["load_format"] == "dummy") == (variant == "fp8")
     override = json.loads(found["json_model_override_args"])
     assert override == ({"quantization_config": QUANTIZATION_CONFIG} if variant == "fp8" else {})
+
+
+@pytest.mark.parametrize("n", range(len(GPUS_OF)))
+def test_case_9_the_plan_books_what_sglang_keeps_free(asked: tuple[list[Config], dict[str, Any]], n: int) -> None:
+    gpu, tensor, limits = GPUS_OF[n]
+    limit = [f"serving.max_running_requests={limits['requests']}"] if limits else []
+    config = load_config(ROOT / "conf/torl_7b.yaml", [f"serving.tensor={tensor}", *limit])
+    total = GPUS[gpu].memory
+    _, reserve = sglang_reserve(config, GPUS[gpu])
+    assert asked[1]["fractions"][n] == round((total - reserve) / total, 3)
 
 
 @pytest.mark.parametrize("n", range(len(JOBS)))
@@ -116,6 +145,14 @@ def test_kernels_are_kept_where_the_container_does_not_end(asked: tuple[list[Con
     caches = {k: v for k, v in answers["environments"][len(JOBS) + n].items() if not k.startswith("NCCL_")}
     assert {"TRITON_CACHE_DIR", "FLASHINFER_WORKSPACE_BASE", "CUDA_CACHE_PATH"} <= caches.keys()
     assert all(place.startswith(folder) for place in caches.values()), caches
+
+
+def planned(config: Config) -> Room:
+    """What a server's side-car is told on the config's own hardware."""
+    memory = server_memory(
+        describe_model(hf_config(config.model.path)), config, GPUS[config.cluster.gpu], Assumptions()
+    )
+    return Room(int(memory.kv_tokens), memory.mem_fraction, in_turns=True)
 
 
 def hf_rotary(model: str, positions: int) -> torch.Tensor:

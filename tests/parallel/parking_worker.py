@@ -44,17 +44,22 @@ def live_bytes() -> int:
     return sum({s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
 
 
+def as_bytes(tensor: torch.Tensor) -> bytes:
+    """Of a copy: numpy forbids every later change of a storage's size."""
+    return tensor.detach().clone().view(-1).view(torch.uint8).numpy().tobytes()
+
+
 def bits(trainer: Any) -> Iterator[bytes]:
     """Of this rank's weights and of what its optimizer keeps, as Megatron's own state dicts have it."""
     for chunk in trainer.model:
         for parameter in chunk.parameters():
-            yield parameter.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            yield as_bytes(parameter)
     for part in getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer]):
         for group in part.optimizer.param_groups:
             for main in group["params"]:
                 state = part.optimizer.state[main]
                 for tensor in (main.detach(), state["exp_avg"], state["exp_avg_sq"]):
-                    yield tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+                    yield as_bytes(tensor)
 
 
 def run(config: Any, work: Path, *, parked: bool) -> dict[str, Any]:
@@ -72,7 +77,7 @@ def run(config: Any, work: Path, *, parked: bool) -> dict[str, Any]:
                 sizes[name] = max(sizes.get(name, 0), live_bytes())
         digest = hashlib.sha256(json.dumps({k: float(v).hex() for k, v in metrics.items()}).encode())
         for _, tensor in trainer.weights():  # as for a sync, with nothing else on the device
-            digest.update(b"" if tensor.is_meta else tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(b"" if tensor.is_meta else as_bytes(tensor))
         if step == 1:
             trainer.save(work / f"step_{step}_{'parked' if parked else 'plain'}", extra={})
         trainer.hold(ALL)
