@@ -6,6 +6,7 @@ import asyncio
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,12 +14,11 @@ import psutil
 import pytest
 from live_server import LiveServer, write_config
 from reference import Reference, random_weights
-from test_faults import restarted, scheduler_of, sglang_of
+from test_faults import restarted, sglang_of
 from test_weights import gap
 from tiny_model import make_tiny_model
 
 from torl_mega.config_file import load_config
-from torl_mega.errors import WeightSyncError
 from torl_mega.process.start import free_port
 from torl_mega.process.start import start as start_process
 from torl_mega.serving.gate import TrainerGate
@@ -48,7 +48,17 @@ def shared(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Liv
 
 
 def resident(server: LiveServer) -> int:
-    return scheduler_of(server).memory_info().rss
+    """Bytes of the scheduler's process, of rank 0 of several."""
+    tree = psutil.Process(server.sidecar.pid).children(recursive=True)
+    schedulers = [p for p in tree if " ".join(p.cmdline()).startswith("sglang::scheduler")]
+    return schedulers[0].memory_info().rss
+
+
+def wait_for(server: LiveServer, note: Path, word: str) -> None:
+    """What the side-car says of itself, as long as it lives."""
+    while note.read_text() != word:
+        assert server.sidecar.poll() is None
+        time.sleep(0.05)
 
 
 def test_memory_goes_and_comes_back_and_the_policy_with_the_sync(
@@ -83,8 +93,7 @@ def test_memory_goes_and_comes_back_and_the_policy_with_the_sync(
     assert sizes["awake 2"] - sizes["weights 2"] > 0.95 * kv, sizes
     servers.hold(NOTHING)
     servers.hold(EVERYTHING)
-    with pytest.raises((AssertionError, WeightSyncError, Exception)):
-        assert gap(server, reference, weights) < 1e-4, "weights that nobody sent must not look like the policy's"
+    assert not gap(server, reference, weights) < 1e-4, "weights that nobody sent must not look like the policy's"
 
 
 def test_requests_under_way_are_ended_before_memory_goes(shared: tuple[LiveServer, SharedServers, Path]) -> None:
@@ -100,7 +109,7 @@ def test_requests_under_way_are_ended_before_memory_goes(shared: tuple[LiveServe
     for thread in asking:
         thread.start()
     while not Call(server.url, "/v1/loads?include=core", None, Deadline(10)).result()["loads"][0]["num_running_reqs"]:
-        pass
+        time.sleep(0.01)
     assert servers.hold(NOTHING) == 1
     for thread in asking:
         thread.join(60)
@@ -116,14 +125,12 @@ def test_a_server_that_dies_in_the_trainers_turn_waits_for_its_own(
     old.kill()
     psutil.wait_procs([old], timeout=20)
     note = next((folder / "status").glob("gpus_of_*"))
-    while note.read_text() != "waiting":
-        assert server.sidecar.poll() is None
+    wait_for(server, note, "waiting")
     assert servers.hold(WEIGHTS) == 0
     assert note.read_text() == "waiting", "it is the sync's turn"
     assert servers.hold(EVERYTHING) == 0
     servers.wait_for_one()
     restarted(server, old)
-    while note.read_text() != "up":
-        assert server.sidecar.poll() is None
+    wait_for(server, note, "up")
     assert servers.hold(NOTHING) == 1
     assert server.version() == ASLEEP
