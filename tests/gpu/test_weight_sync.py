@@ -23,11 +23,13 @@ from torl_mega.launch.commands import sglang_python
 from torl_mega.process.start import GuardedProcess, free_port
 from torl_mega.process.start import start as start_process
 from torl_mega.serving.fp8 import is_quantized, quantize_blocks
+from torl_mega.serving.gate import TrainerGate
 from torl_mega.serving.plugin.checksum import checksum, word_sum
 from torl_mega.serving.probe import prompt_logprobs
 from torl_mega.serving.sglang_server import wait_ready
 from torl_mega.serving.sync.buckets import Bucket
 from torl_mega.serving.sync.weights import ServerSink, make_transport, make_weight_sink
+from torl_mega.serving.turns import EVERYTHING, NOTHING, WEIGHTS, SharedServers
 
 pytestmark = pytest.mark.gpu
 PROBE = tuple(range(40, 72))
@@ -127,6 +129,23 @@ def test_fp8_servers_compute_with_what_the_policy_rounds_to(
         sink.update(iter(weights.items()), version=version)
         rounded = {n: dequantize_blocks(*quantize_blocks(w)) if is_quantized(n) else w for n, w in weights.items()}
         assert gap_to_hf(server, gpu_model, rounded) < 0.1  # activations are rounded to FP8 too
+
+
+def test_the_memory_saver_gives_memory_back(gpu_server: Callable[..., LiveServer], gpu_model: Path) -> None:
+    tokens = 20_000_000  # of 1 KiB: 2 layers, keys and values, 2 heads of 64, bf16
+    room = ("--in-turns", "--kv-tokens", str(tokens), "--mem-fraction", "0.8")
+    server = gpu_server(0, *room, "serving.transport=handles")
+    servers = SharedServers([server.url], TrainerGate(None, 60), limit_s=60, startup_s=60)
+    awake = torch.cuda.mem_get_info(0)[0]
+    servers.hold(NOTHING)
+    asleep = torch.cuda.mem_get_info(0)[0]
+    assert asleep - awake > 0.9 * tokens * 2 * 2 * 2 * 64 * 2
+    servers.hold(WEIGHTS)
+    config = load_config(server.log.parent / "tiny.yaml", ["model.dtype=bfloat16", "serving.transport=handles"])
+    weights = weights_on("cuda:0", gpu_model, 5)
+    make_weight_sink(config.serving, [server.url], device="cuda:0").update(iter(weights.items()), version=5)
+    servers.hold(EVERYTHING)
+    assert gap_to_hf(server, gpu_model, weights) < 2e-2
 
 
 @pytest.mark.parametrize("numel", [1, 16383, 16384, 5_000_001])

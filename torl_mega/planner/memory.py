@@ -2,7 +2,7 @@
 
 Contract: `trainer_memory` and `server_memory` are closed forms over the model's shape, `parallel`, `trainer` and
 `serving`; `phases` adds them up per phase the way the processes really overlap. Where ranks and servers take turns
-(torl_mega/turns.py) each phase counts what its turn leaves on the GPU; else both keep all they have, all the time. A save takes
+(serving/turns.py) each phase counts what its turn leaves on the GPU; else both keep all they have, all the time. A save takes
 memory of the host, not of the GPU. Everything is in bytes.
 
 Source of the transformer terms: Korthikanti et al. 2205.05198 section 4, redone for what is trained here: SwiGLU,
