@@ -134,7 +134,7 @@ def test_fp8_servers_compute_with_what_the_policy_rounds_to(
 def test_the_memory_saver_gives_memory_back(gpu_server: Callable[..., LiveServer], gpu_model: Path) -> None:
     tokens = 20_000_000  # of 1 KiB: 2 layers, keys and values, 2 heads of 64, bf16
     room = ("--in-turns", "--kv-tokens", str(tokens), "--mem-fraction", "0.8")
-    server = gpu_server(0, *room, "serving.transport=handles")
+    server = gpu_server(0, *room)
     servers = SharedServers([server.url], TrainerGate(None, 60), limit_s=60, startup_s=60)
     awake = torch.cuda.mem_get_info(0)[0]
     servers.hold(NOTHING)
