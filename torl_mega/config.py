@@ -113,7 +113,9 @@ class SandboxConfig(Section):
     tier: Literal["auto", "A", "B", "C"] = "auto"
     """Confinement: auto takes the strongest of A (namespaces) and B (none) that works; C does not isolate and must be asked for."""
     max_running: int = Field(default=0, ge=0)
-    """Snippets running at once; the rest wait in the queue. 0: cores + 2, so that a sleeping snippet idles no core."""
+    """Snippets in their first 50 ms at once; the rest wait in the queue. 0: cores + 2."""
+    max_aside: int = Field(default=224, ge=0)
+    """Snippets that have run for longer and go on at the lowest priority beside those, as far as memory allows."""
     zygotes: int = Field(default=0, ge=0)
     """Fork servers for ordinary snippets; each forks one snippet at a time. 0: one per four cores."""
     data_libraries: bool = True
@@ -171,6 +173,9 @@ class ServingConfig(Section):
     weight_dtype: Literal["model", "fp8_block"] = "model"
     """What servers hold: the trainer's weights as they are (model.dtype), or its linear layers quantised to FP8 in blocks of
     128 x 128 at every sync (GPUs only)."""
+    prefix_cache: bool = True
+    """Keep the KV cache of finished prompts and turns for requests that begin alike. Without it every turn computes its
+    whole context again, which is cheaper where contexts are some hundred tokens of a small model on a CPU."""
     max_running_requests: PositiveInt | None = None
     """Requests decoded together; None is SGLang's own choice."""
     mem_fraction: float = Field(default=0.75, gt=0, lt=1)

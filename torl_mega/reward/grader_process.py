@@ -13,7 +13,7 @@ An answer that runs longer than `_ASIDE_S` is set aside: it keeps running at low
 place, so hanging answers run into their limits side by side and never in a queue. Waiting requests are served longest text
 first: what is likely to take long begins early, and its limit ends early.
 
-The limit is wall-clock time, but no answer times out before it had `timeout_s / 50` seconds of CPU or three times
+The limit is wall-clock time, but no answer times out before it had `timeout_s / 10` seconds of CPU or three times
 the limit, so a crowded machine does not turn ordinary answers into timeouts.
 
 Limits: Linux (fork, /proc, prctl). The process ends, and its children with it, when its stdin closes or its parent dies.
@@ -184,7 +184,7 @@ class _Pool:
         for child in [c for c in self.children if c.job is not None]:
             running_s = now - child.started
             if running_s > self.timeout_s and (
-                running_s > 3 * self.timeout_s or _cpu_s(child.pid) - child.cpu_at_start >= self.timeout_s / 50
+                running_s > 3 * self.timeout_s or _cpu_s(child.pid) - child.cpu_at_start >= self.timeout_s / 10
             ):
                 assert child.job is not None
                 _reply(child.job, "timeout")

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ class ZygoteHandle:
         self.replacing = False
         self.num_started = 0
         self.reserved = 0
+        self.on_long: Callable[[int], None] = lambda _: None  # gets the id of a snippet that has run for some time
         self._pending: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._hello: asyncio.Future[dict[str, Any]] | None = None
         self._socket: socket.socket | None = None
@@ -100,8 +102,9 @@ class ZygoteHandle:
         answer.add_done_callback(lambda _: self._pending.pop(request_id, None))
         return answer
 
-    def stop_snippet(self, request_id: int, why: str) -> None:
-        self._send({"kill": request_id, "why": why})
+    def order(self, request_id: int, what: str) -> None:
+        """`aside`, `hold` and `go` as in jail/zygote.py; anything else kills the snippet and is the reason."""
+        self._send({"do": request_id, "what": what})
 
     def discard_box(self, request_id: int) -> None:
         """The files have been read back: the zygote removes the snippet's folder."""
@@ -130,6 +133,9 @@ class ZygoteHandle:
             if "id" not in message:
                 if self._hello is not None and not self._hello.done():
                     self._hello.set_result(message)
+                continue
+            if "long" in message:
+                self.on_long(message["id"])
                 continue
             answer = self._pending.get(message["id"])
             if answer is not None and not answer.done():

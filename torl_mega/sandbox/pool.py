@@ -1,8 +1,12 @@
 """The sandbox pool: admits, runs and answers. One per node, in a process of its own (serve.py).
 
-    run() ─► queue per kind (FIFO, unbounded, cheap) ─► a zygote with a free slot ─► child ─► ExecutionResult
-                  ▲ at most `max_running` children at once                     │
+    run() ─► queue per kind (unbounded, cheap) ─► a zygote with a free slot ─► child ─► ExecutionResult
+                  ▲ at most `max_running` slots                                │ │
+                  │                                                            │ └─ longer than 50 ms: aside (aside.py)
                   └── retried once when its zygote died ◄───────────────────────┘   then INFRA
+
+Of those that wait the oldest and the newest begin in turn: nobody waits for ever, and a few calls that come behind a
+thousand of somebody else's are served after as many as they are themselves.
 
 Kinds: "math" (numpy, sympy) and "data" (scipy, pandas, matplotlib too), chosen by the imports in the code. Time spent in
 the queue counts against no limit. A zygote that dies is replaced; one that has started many snippets is retired when
@@ -24,10 +28,12 @@ from typing import Any, Self
 from torl_mega.config import SandboxConfig
 from torl_mega.errors import ServerError
 from torl_mega.sandbox import tiers
+from torl_mega.sandbox.aside import TICK_S, Aside, available_mb
 from torl_mega.sandbox.capture import Capture
 from torl_mega.sandbox.fetch import read_back
 from torl_mega.sandbox.host import ZygoteDied, ZygoteHandle
 from torl_mega.sandbox.jail import payload
+from torl_mega.sandbox.jail.zygote import PATIENCE
 from torl_mega.sandbox.metrics import Metrics
 from torl_mega.sandbox.tiers import PoolSetup
 from torl_mega.types import ExecutionRequest, ExecutionResult, ExecutionStatus
@@ -67,6 +73,10 @@ class SandboxPool:
         self.setup: PoolSetup | None = None
         self._kinds: dict[str, _Kind] = {}
         self._running = 0
+        self._aside = Aside(0, 0)
+        self._memory_watch: asyncio.Task[None] | None = None
+        self._num_slots = 0  # as far as memory allows
+        self._newest_next = False
         self._order = itertools.count(1)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closed = False
@@ -94,7 +104,9 @@ class SandboxPool:
     async def _start_tier(self, tier: str) -> PoolSetup:
         setup = self.setup = await asyncio.to_thread(tiers.set_up, self.config, tier)
         self._kinds = {name: _Kind(name) for name in setup.kinds}
-        zygote = ZygoteHandle("math", setup.settings("math"))
+        self._aside = Aside(self.config.max_aside, len(os.sched_getaffinity(0)))
+        self._num_slots = setup.max_running
+        zygote = self._make_zygote("math")
         self._kinds["math"].zygotes.append(zygote)
         ready = await zygote.start()
         setup.note_ready(ready)
@@ -131,11 +143,17 @@ class SandboxPool:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    def _make_zygote(self, kind: str) -> ZygoteHandle:
+        assert self.setup is not None
+        zygote = ZygoteHandle(kind, self.setup.settings(kind))
+        zygote.on_long = lambda snippet: self._set_aside(snippet, zygote)
+        return zygote
+
     async def _start_zygote(self, kind: _Kind) -> None:
         """One more zygote of this kind; tries again, more slowly each time, while callers wait for one."""
         assert self.setup is not None
         kind.starting += 1
-        zygote = ZygoteHandle(kind.name, self.setup.settings(kind.name))
+        zygote = self._make_zygote(kind.name)
         try:
             await zygote.start()
         except ServerError as e:
@@ -188,6 +206,28 @@ class SandboxPool:
         self._running -= 1
         zygote.reserved -= 1
         self._reap_or_recycle(zygote)
+        self._take_aside()
+
+    def _set_aside(self, snippet: int, zygote: ZygoteHandle) -> None:
+        self._aside.note_long(snippet, zygote)
+        self._take_aside()
+
+    def _take_aside(self) -> None:
+        self._running -= self._aside.take()
+        if self._aside and (self._memory_watch is None or self._memory_watch.done()):
+            self._memory_watch = asyncio.get_running_loop().create_task(self._watch_memory())
+            self._tasks.add(self._memory_watch)
+            self._memory_watch.add_done_callback(self._tasks.discard)
+        self._dispatch()
+
+    async def _watch_memory(self) -> None:
+        while self._aside:
+            assert self.setup is not None
+            self._num_slots = self._aside.balance(available_mb(), self.setup.max_running)
+            self._dispatch()
+            await asyncio.sleep(TICK_S)
+        if self.setup is not None:
+            self._num_slots = self.setup.max_running
         self._dispatch()
 
     def _reap_or_recycle(self, zygote: ZygoteHandle) -> None:
@@ -220,20 +260,23 @@ class SandboxPool:
             return
         if any(not k.zygotes or any(z.dead for z in k.zygotes) for k in self._kinds.values()):
             self._start_missing()
-        while self._running < self.setup.max_running:
+        while self._running < self._num_slots:
+            end, sign = (-1, -1) if self._newest_next else (0, 1)
             best: tuple[int, _Kind, ZygoteHandle] | None = None
             for kind in self._kinds.values():
-                while kind.waiting and kind.waiting[0][1].done():
-                    kind.waiting.popleft()
+                while kind.waiting and kind.waiting[end][1].done():
+                    del kind.waiting[end]
                 if not kind.waiting:
                     continue
                 zygote = self._zygote_for(kind)
-                if zygote is not None and (best is None or kind.waiting[0][0] < best[0]):
-                    best = (kind.waiting[0][0], kind, zygote)
+                if zygote is not None and (best is None or sign * kind.waiting[end][0] < best[0]):
+                    best = (sign * kind.waiting[end][0], kind, zygote)
             if best is None:
                 return
             _, kind, zygote = best
-            _, ticket = kind.waiting.popleft()
+            _, ticket = kind.waiting[end]
+            del kind.waiting[end]
+            self._newest_next = not self._newest_next
             self._running += 1
             zygote.reserved += 1
             ticket.set_result(zygote)
@@ -302,7 +345,7 @@ class SandboxPool:
                     r, w = os.pipe2(os.O_CLOEXEC)
                     os.set_blocking(r, False)
                     theirs.append(w)
-                    captures.append(Capture(r, kept, flood, lambda: zygote.stop_snippet(request_id, "output")))
+                    captures.append(Capture(r, kept, flood, lambda: zygote.order(request_id, "output")))
                 if request.fetch_files:
                     box, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
                     theirs.append(other.detach())
@@ -319,6 +362,8 @@ class SandboxPool:
         except OSError as e:
             return ExecutionResult.infra(f"the pool could not run a snippet: {e}")
         finally:
+            if self._aside.leave(request_id):
+                self._running += 1  # of which the caller makes it free again
             for capture in captures:
                 capture.close()
             if box is not None:
@@ -329,11 +374,11 @@ class SandboxPool:
         self, zygote: ZygoteHandle, request_id: int, job: asyncio.Future[dict[str, Any]], wall_s: float
     ) -> dict[str, Any]:
         """Waits for the answer; a zygote that gives none is killed, which ends the wait by ZygoteDied."""
-        timeout = asyncio.get_running_loop().call_later(wall_s + _SETUP_S + _GRACE_S, zygote.kill)
+        timeout = asyncio.get_running_loop().call_later(PATIENCE * wall_s + _SETUP_S + _GRACE_S, zygote.kill)
         try:
             return await asyncio.shield(job)
         except asyncio.CancelledError:
-            zygote.stop_snippet(request_id, "cancel")
+            zygote.order(request_id, "cancel")
             await asyncio.wait([job], timeout=1.0)
             raise
         finally:

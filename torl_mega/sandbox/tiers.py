@@ -86,7 +86,7 @@ class PoolSetup:
         now = time.monotonic()
         if now - self._counted[0] > _COUNT_EVERY_S:
             self._counted = (now, count_threads(os.getuid() if self.users.uid is None else self.users.uid))
-        return self._counted[1] + self.max_running * self.config.max_threads
+        return self._counted[1] + (self.max_running + self.config.max_aside) * self.config.max_threads
 
     def remove_scratch(self) -> None:
         if self.scratch is not None:
@@ -108,10 +108,10 @@ def set_up(config: SandboxConfig, tier: str) -> PoolSetup:
     cores = len(os.sched_getaffinity(0))
     running = config.max_running or cores + 2
     num_math = config.zygotes or max(1, cores // 4)
-    kinds = {"math": KindSetup(num_math, -(-running // num_math))}
+    kinds = {"math": KindSetup(num_math, -(-(running + config.max_aside) // num_math))}
     if config.data_libraries:
         num_data = max(1, num_math // 4)
-        kinds["data"] = KindSetup(num_data, -(-running // num_data))
+        kinds["data"] = KindSetup(num_data, -(-(running + config.max_aside // 4) // num_data))
     num_slots = sum(k.num_zygotes * (k.slots + SPARE_SLOTS) for k in kinds.values())
     users = choose(tier, config.uid_base, num_slots)
     warnings = [users.warning] if users.warning else []

@@ -71,8 +71,10 @@ def launch_command(config: Config, *, host: str, port: int, on_gpu: bool, room: 
     running = 1 if serving.deterministic and not on_gpu else serving.max_running_requests
     if running is not None:
         command += ["--max-running-requests", str(running)]
-    if serving.deterministic:
-        command += ["--enable-deterministic-inference"] if on_gpu else ["--disable-radix-cache"]
+    if serving.deterministic and on_gpu:
+        command += ["--enable-deterministic-inference"]
+    if not serving.prefix_cache or (serving.deterministic and not on_gpu):
+        command += ["--disable-radix-cache"]
     command += ["--mem-fraction-static", str(room.mem_fraction or serving.mem_fraction)] if on_gpu else ON_CPU
     if room.in_turns and on_gpu:  # without GPUs plugin/sleep.py does it
         command += ["--enable-memory-saver"]

@@ -112,7 +112,7 @@ def main(control_fd: int, raw_settings: str, project: str) -> None:
         vm = os.open("self/statm", os.O_RDONLY | os.O_CLOEXEC, dir_fd=procfs)
         cage.vm_bytes = int(os.read(vm, 100).split()[0]) * mmap.PAGESIZE
         os.close(vm)
-        zygote = Zygote(control, cage, namespaces, base)
+        zygote = Zygote(control, cage, namespaces, base, procfs)
         runner.set_environment(base.path if base else confine.BOX)
         _forget_own_modules()
         linecache.clearcache()
@@ -120,7 +120,6 @@ def main(control_fd: int, raw_settings: str, project: str) -> None:
         gc.freeze()
         gc.disable()
         _use_huge_pages(procfs)
-        os.close(procfs)
     except BaseException as e:
         control.send(json.dumps({"failed": f"{type(e).__name__}: {e}"}).encode())
         os._exit(1)

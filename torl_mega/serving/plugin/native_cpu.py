@@ -20,3 +20,7 @@ class NativeCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     def get_compile_backend(self, mode: str | None = None) -> str:
         return "eager"
+
+    def empty_cache(self) -> None:
+        """Nothing: SGLang collects garbage here, at each flush of the prefix cache, over everything it ever imported. What
+        a flush lets go of is in no cycle."""
