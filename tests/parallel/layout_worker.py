@@ -42,6 +42,7 @@ def config_for(layout: Layout, model_path: Path, extra: tuple[str, ...] = ()) ->
         [
             f"model.path={model_path}",
             "data.max_prompt_tokens=8",
+            "algo.old_logprobs=always",
             "rollout.max_response_tokens=40",
             f"rollout.temperature={ref.TEMPERATURE}",
             f"algo.entropy_coef={ref.ENTROPY_COEF}",

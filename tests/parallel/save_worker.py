@@ -30,7 +30,11 @@ from torl_mega.planner.memory import trainer_memory
 from torl_mega.trainer import parallel
 from torl_mega.trainer.cpu import backend as cpu_backend
 
-TINY_FILE, SMALL_FILE = 20_000, 100_000  # bytes: less than a writer's file, and less than anything
+NO_FILE, TINY_FILE, SMALL_FILE = (
+    500,
+    20_000,
+    100_000,
+)  # bytes: the first is less than the state that ranks have in common
 
 
 def trainer_for(layout: Layout, model: Path, *overrides: str) -> Any:
@@ -160,7 +164,12 @@ def main(out: Path, work: Path, small: Path, large: Path) -> None:
     work.mkdir()
     run_ranks(4, partial(cost, large, work / "cost/step_000002", out), LAYOUT_LIMIT_S)
     run_ranks(2, partial(gathered, small, work / "gathered", out), LAYOUT_LIMIT_S)
-    for rank, limit, asynchronous in ((0, SMALL_FILE, False), (1, TINY_FILE, False), (1, TINY_FILE, True)):
+    for rank, limit, asynchronous in (
+        (0, NO_FILE, False),
+        (0, SMALL_FILE, False),
+        (1, TINY_FILE, False),
+        (1, TINY_FILE, True),
+    ):
         folder = work / f"full_{rank}_{limit}_{asynchronous}"
         run_ranks(2, partial(full_disk, small, folder, out, rank, limit, asynchronous), LAYOUT_LIMIT_S)
 

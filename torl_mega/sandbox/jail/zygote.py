@@ -7,7 +7,8 @@ The zygote is trusted and holds no secret: it never reads a payload, and its env
 clocks: wall time from the moment foreign code starts (a stamp on a pipe that the child closes first), CPU time from the
 process clock. A snippet that has run for 50 ms is reported; the pool may then set it aside (low priority, the lowest after
 half a second of CPU time) or hold it (SIGSTOP). Time in which it waited for a core, by the kernel's account, or was held, is
-not charged to its wall limit, up to four times that limit. End of file on the control socket, or SIGTERM, kills every child and removes the scratch folder.
+not charged to its wall limit, up to four times that limit. End of file on the control socket, or SIGTERM, kills every child
+and removes the scratch folder.
 Tier A keeps one tiny init per slot, in a pid namespace of its own: the snippet joins it, so that signals it sends to
 itself behave as anywhere (they would not for pid 1), and nobody else is there to be seen.
 When idle for 1 ms the zygote pre-forks the next child, so an unloaded call waits for neither fork nor mounts.

@@ -34,6 +34,7 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import core as megatron_files
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+from megatron.core.dist_checkpointing.strategies import common
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
@@ -251,34 +252,67 @@ def _finish(writer: Any, metadata: Any) -> None:
 
 def _save_request(folder: Path, state: dict[str, Any], metadata: dict[str, Any]) -> Any:
     """The state, planned and shared out over the ranks, as a request to write it now or in a process of its own."""
-    _start_helper()
+    parallel.raise_together(_cannot_start_helper())
     # From 0.17 on the writer is chosen by name and its default is that of nvidia-resiliency-ext, which may be absent
-    # (serialization.py, strategies/torch.py:get_async_strategy of 0.19.2). Megatron's own is the one `_start_helper` keeps.
+    # (serialization.py, strategies/torch.py:get_async_strategy of 0.19.2). Megatron's own is the one `_cannot_start_helper` keeps.
     named = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
     strategy: dict[str, Any] = {"async_strategy": "mcore"} if named else {}
-    request: Any = dist_checkpointing.save(
-        state,
-        str(folder),
-        FullyParallelSaveStrategyWrapper(_Writer("torch_dist", 1), metadata["dp_cp_group"]),
-        async_sharded_save=True,
-        content_metadata={k: v for k, v in metadata.items() if k != "dp_cp_group"},
-        **strategy,
-    )
+    with _common_state_written_together():
+        request: Any = dist_checkpointing.save(
+            state,
+            str(folder),
+            FullyParallelSaveStrategyWrapper(_Writer("torch_dist", 1), metadata["dp_cp_group"]),
+            async_sharded_save=True,
+            content_metadata={k: v for k, v in metadata.items() if k != "dp_cp_group"},
+            **strategy,
+        )
     del request.finalize_fns[1:]  # metadata.json, which `_finish` writes
     return request
 
 
-def _start_helper() -> None:
+@contextmanager
+def _common_state_written_together() -> Iterator[None]:
+    """Rank 0 alone writes common.pt (strategies/common.py of 0.16.1; 0.19.2 shares it out like the rest) while the others go
+    on to the next collective and would wait there for ever when it cannot."""
+    owner: Any = getattr(common, "TorchCommonSaveStrategy", None)
+    if owner is None:
+        yield
+        return
+    original = owner.save_common
+
+    def together(self: Any, *args: Any) -> None:
+        error: BaseException | None = None
+        try:
+            original(self, *args)
+        except _ERRORS as exc:
+            error = exc
+        parallel.raise_together(error)
+
+    owner.save_common = together
+    try:
+        yield
+    finally:
+        owner.save_common = original
+
+
+def _cannot_start_helper() -> CheckpointError | None:
     """Starts the process through which Megatron's writers return their results; it is kept between saves. Started as our
-    child so that it dies with this rank; restarted when it is gone."""
+    child so that it dies with this rank; restarted when it is gone. Returns why it cannot be had."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     with contextlib.suppress(EOFError, OSError):  # it is gone
         if filesystem_async._results_queue is not None and filesystem_async._results_queue.qsize() >= 0:
-            return
-    manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-    manager.start(die_with_parent, (os.getpid(),))
-    filesystem_async._results_queue = manager.Queue()
+            return None
+    reason = ""
+    for _ in range(2):
+        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        try:
+            manager.start(die_with_parent, (os.getpid(),))
+            filesystem_async._results_queue = manager.Queue()
+            return None
+        except (EOFError, OSError) as exc:  # it was killed while it started
+            reason = f"{type(exc).__name__} {exc}".strip()
+    return CheckpointError(f"the process that writes checkpoints ended while it started ({reason}); is memory short?")
 
 
 def _read(folder: Path, state: dict[str, Any]) -> Any:
