@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from torl_mega.sandbox.jail.pid_namespaces import INIT
+
 PROJECT = Path(__file__).resolve().parents[2]
 ORDINARY_UID = 61999  # no account
 SECRET = "canary-secret-7f3a"  # what no snippet may see
@@ -100,13 +102,15 @@ def start(
     )  # type: ignore[call-overload]
 
 
-def descendants(pid: int) -> set[int]:
+def descendants(pid: int, *, slot_inits: bool = True) -> set[int]:
+    """Of the process tree below `pid`; slots get their inits when they are first used."""
     children: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             with contextlib.suppress(OSError, IndexError):
                 stat = Path("/proc", entry, "stat").read_text()
-                children.setdefault(int(stat.rsplit(")", 1)[1].split()[1]), []).append(int(entry))
+                if slot_inits or f"({INIT.decode()})" not in stat:
+                    children.setdefault(int(stat.rsplit(")", 1)[1].split()[1]), []).append(int(entry))
     out: set[int] = set()
     queue = [pid]
     while queue:

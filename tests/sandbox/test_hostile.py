@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from hostile import Hostile, cases
 from pools import ORDINARY_UID, PROJECT, SECRET, Pool, descendants, pool, wait_gone
 
 from torl_mega.sandbox.client import SandboxClient
+from torl_mega.sandbox.jail.clock import NICE, PATIENCE
 from torl_mega.types import ExecutionRequest, ExecutionStatus
 
 ROOT = os.getuid() == 0
@@ -44,12 +46,14 @@ x = sympy.symbols("x")
 limits = [resource.getrlimit(n) for n in (resource.RLIMIT_CPU, resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE, resource.RLIMIT_CORE)]
 handlers = [str(signal.getsignal(n)) for n in (1, 2, 13, 14, 15)]
 print(6 * 7, sympy.solve(x - 1), sympy.S.Zero + 1, sympy.Integer(3) == 4, np.arange(3).sum(), np.array([1.23456]), np.geterr())
-print(os.listdir("."), os.umask(0), os.nice(0), signal.pthread_sigmask(signal.SIG_BLOCK, []), signal.getitimer(0), handlers, limits)
+print(os.listdir("."), os.umask(0), os.nice(0) in OURS, signal.pthread_sigmask(signal.SIG_BLOCK, []), signal.getitimer(0))
+print(handlers, limits)
 print(sorted((k, v.replace(here, "HERE")) for k, v in os.environ.items()), sys.argv, [p.replace(here, "HERE") for p in sys.path])
 print(sys.gettrace(), sys.getprofile(), len(sys.meta_path), len(sys.path_hooks), sys.getrecursionlimit(), sys.getswitchinterval())
 print(decimal.getcontext().prec, locale.setlocale(locale.LC_ALL), len("abc"), "abc".upper(), sorted(vars(str))[-1], math.sqrt(4))
 print(threading.active_count(), gc.isenabled(), gc.callbacks, time.time() > 1e9, len(dir(__builtins__)), sorted(globals())[:8])
-"""
+""".replace("OURS", repr({0, *(nice for _, nice in NICE)}))  # set aside when the machine is busy
+LATE = re.compile(": (took|ended as timeout_wall) ")
 OTHER = "x = 'other-snippet-51c9'\nleft_by_other = 1\nimport time\ntime.sleep(0.2)\n"
 
 
@@ -115,7 +119,7 @@ async def attack(client: SandboxClient, case: Hostile, canaries: Canaries) -> li
         wrong.append(f"escaped: {result.stdout[:200]}")
     if case.stdout is not None and result.stdout != case.stdout:
         wrong.append(f"said {result.stdout[:100]!r} {result.stderr[-200:]}")
-    if result.wall_s > case.limit_s + 1.0:
+    if result.wall_s > PATIENCE * case.limit_s + 1.0:  # by the limit where it does not wait for others' cores
         wrong.append(f"took {result.wall_s:.1f} s")
     after = await client.run(ExecutionRequest(LOOK))
     if after.stdout != canaries.fresh:
@@ -141,10 +145,8 @@ async def _attack_all(served: Pool, canaries: Canaries, chosen: list[Hostile]) -
                 assert (await client.run(ExecutionRequest(OTHER))).status is ExecutionStatus.OK
 
         await asyncio.gather(*(worker() for _ in range(8)), neighbour())
-        late = {
-            w.split(":")[0] for w in wrong if ": took " in w
-        }  # late among others on a busy machine: once more, alone
-        wrong = [w for w in wrong if ": took " not in w]
+        late = {w.split(":")[0] for w in wrong if LATE.search(w)}  # among others on a busy machine: once more, alone
+        wrong = [w for w in wrong if not LATE.search(w)]
         for case in [c for c in chosen if c.name in late]:
             wrong.extend(await attack(client, case, canaries))
     return wrong
@@ -166,7 +168,7 @@ def test_hostile_corpus(tier: str, user: int | None) -> None:
         before = descendants(served.process.pid)
         try:
             wrong = asyncio.run(_attack_all(served, canaries, [c for c in cases() if c.name not in SEES_OWN_TMP]))
-            left = descendants(served.process.pid) - before
+            left = descendants(served.process.pid, slot_inits=False) - before
             asyncio.run(_run_one(served))  # in the child that was forked ahead
             stray = wait_gone(left, 2.0)
         finally:

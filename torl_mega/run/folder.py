@@ -22,8 +22,8 @@ FREE = frozenset("name runs_dir num_steps sandbox serving parallel eval checkpoi
 FREE_PARTS = frozenset(
     """
     trainer.micro_batch_tokens trainer.logprob_chunk_tokens trainer.recompute trainer.overlap trainer.optimizer_offload
-    trainer.deterministic trainer.gradient_bucket_parameters trainer.collective_timeout_s trainer.share_timeout_s
-    rollout.max_concurrency rollout.trajectory_deadline_s
+    trainer.deterministic trainer.gradient_bucket_parameters trainer.park_weights trainer.collective_timeout_s
+    trainer.share_timeout_s rollout.max_concurrency rollout.trajectory_deadline_s
     """.split()
 )
 

@@ -16,8 +16,8 @@ from torl_mega.sandbox.host import ZygoteHandle
 
 TICK_S = 0.05  # a program fills some 100 MB in it
 # shares of the memory that was available at first
-_AGAIN = 0.45  # above it held snippets go on
-_FLOOR = 0.35  # below it snippets are held
+_SHORT = 0.35  # below it, and while it shrinks, fewer may run
+_STEADY = 0.005
 _CAREFUL = 0.2  # below it they begin one at a time: most need little, and one that wants more is held soon
 _NONE = 0.07  # below it none begins
 _CGROUP = Path("/sys/fs/cgroup")
@@ -27,13 +27,14 @@ class Aside:
     """The pool's book of snippets that ran for long: waiting for a place aside, aside, held."""
 
     def __init__(self, limit: int, keep: int) -> None:
-        """At most `limit` aside; `keep` of them always run, so that memory is given back in the end."""
+        """At most `limit` aside; the `keep` oldest of them always run, so that memory is given back in the end."""
         self._limit, self._keep = limit, keep
         self._long: dict[int, ZygoteHandle] = {}  # in slots still, oldest first
-        self._aside: dict[int, ZygoteHandle] = {}
+        self._aside: dict[int, ZygoteHandle] = {}  # oldest first
         self._held: set[int] = set()
+        self._may_run = limit  # so many of the oldest; the others are held
         self._first_mb = available_mb()
-        self._short = False
+        self._share = 1.0
 
     def __len__(self) -> int:
         return len(self._aside)
@@ -48,35 +49,41 @@ class Aside:
             snippet = next(iter(self._long))
             self._aside[snippet] = zygote = self._long.pop(snippet)
             zygote.order(snippet, "aside")
-            if self._short and len(self._aside) - len(self._held) > self._keep:
-                self._hold(snippet)
             count += 1
+        self._hold_and_go()
         return count
 
     def leave(self, snippet: int) -> bool:
         """The snippet has ended; whether it was aside."""
         self._long.pop(snippet, None)
         self._held.discard(snippet)
-        return self._aside.pop(snippet, None) is not None
+        if self._aside.pop(snippet, None) is None:
+            return False
+        self._hold_and_go()
+        return True
 
     def balance(self, free_mb: float, slots: int) -> int:
-        """Holds the newest half of those that run when memory is short, lets the oldest go on when it is not. Returns how many
-        of the pool's slots may be taken."""
-        share = free_mb / self._first_mb if self._aside else 1.0
-        self._short = share < _FLOOR
-        running = [snippet for snippet in self._aside if snippet not in self._held]
-        if self._short:
-            for snippet in running[max(self._keep, len(running) // 2) :]:
-                self._hold(snippet)
-        if self._held and (share > _AGAIN or len(running) < self._keep):
-            oldest = next(snippet for snippet in self._aside if snippet in self._held)
-            self._held.remove(oldest)
-            self._aside[oldest].order(oldest, "go")
-        return 0 if share < _NONE else 1 if share < _CAREFUL else slots
+        """Half as many may run as do when memory is short and shrinks, one more when it does not shrink. Returns how many of
+        the pool's slots may be taken."""
+        before, self._share = self._share, free_mb / self._first_mb if self._aside else 1.0
+        running = len(self._aside) - len(self._held)
+        if self._share < _SHORT and self._share < before - _STEADY:
+            self._may_run = max(self._keep, running // 2)
+        elif self._share < _CAREFUL:
+            self._may_run = self._keep
+        else:
+            self._may_run = min(self._limit, max(self._may_run, running) + 1)
+        self._hold_and_go()
+        return 0 if self._share < _NONE else 1 if self._share < _CAREFUL else slots
 
-    def _hold(self, snippet: int) -> None:
-        self._held.add(snippet)
-        self._aside[snippet].order(snippet, "hold")
+    def _hold_and_go(self) -> None:
+        for rank, (snippet, zygote) in enumerate(self._aside.items()):
+            if rank >= self._may_run and snippet not in self._held:
+                self._held.add(snippet)
+                zygote.order(snippet, "hold")
+            elif rank < self._may_run and snippet in self._held:
+                self._held.remove(snippet)
+                zygote.order(snippet, "go")
 
 
 def available_mb() -> float:

@@ -40,6 +40,10 @@ class Ready:
     landlock: int
 
 
+_SETUP_S = 30.0  # for the way to its first line, on a machine at its limit
+_GRACE_S = 5.0
+
+
 class ZygoteHandle:
     """A running zygote as the pool sees it. The pool holds `reserved` of its `settings.slots`."""
 
@@ -54,6 +58,8 @@ class ZygoteHandle:
         self.reserved = 0
         self.on_long: Callable[[int], None] = lambda _: None  # gets the id of a snippet that has run for some time
         self._pending: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._looks: dict[int, asyncio.TimerHandle] = {}
+        self._here: set[int] = set()  # still running when last looked for
         self._hello: asyncio.Future[dict[str, Any]] | None = None
         self._socket: socket.socket | None = None
         self.process: subprocess.Popen[bytes] | None = None
@@ -99,11 +105,34 @@ class ZygoteHandle:
             raise ZygoteDied from None
         self.num_started += 1
         answer = self._pending[request_id] = asyncio.get_running_loop().create_future()
-        answer.add_done_callback(lambda _: self._pending.pop(request_id, None))
+        self._look_after(request_id, limits["wall_s"] + _SETUP_S)
+        answer.add_done_callback(lambda _: self._forget(request_id))
         return answer
 
+    def _forget(self, request_id: int) -> None:
+        self._pending.pop(request_id, None)
+        self._looks.pop(request_id).cancel()
+        self._here.discard(request_id)
+
+    def _look_after(self, request_id: int, seconds: float) -> None:
+        """A zygote that does not know of a snippet by then hangs, and is killed. (One that is held for memory may take long.)"""
+        loop = asyncio.get_running_loop()
+
+        def look() -> None:
+            self._here.discard(request_id)
+            self.order(request_id, "look")
+            self._looks[request_id] = loop.call_later(_GRACE_S, judge)
+
+        def judge() -> None:
+            if request_id in self._here:
+                self._look_after(request_id, _SETUP_S)
+            else:
+                self.kill()
+
+        self._looks[request_id] = loop.call_later(seconds, look)
+
     def order(self, request_id: int, what: str) -> None:
-        """`aside`, `hold` and `go` as in jail/zygote.py; anything else kills the snippet and is the reason."""
+        """`aside`, `hold`, `go` and `look` as in jail/zygote.py; anything else kills the snippet and is the reason."""
         self._send({"do": request_id, "what": what})
 
     def discard_box(self, request_id: int) -> None:
@@ -133,6 +162,9 @@ class ZygoteHandle:
             if "id" not in message:
                 if self._hello is not None and not self._hello.done():
                     self._hello.set_result(message)
+                continue
+            if "here" in message:
+                self._here.add(message["id"])
                 continue
             if "long" in message:
                 self.on_long(message["id"])

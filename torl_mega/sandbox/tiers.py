@@ -80,13 +80,14 @@ class PoolSetup:
             self.warnings.append("not importable in the sandbox: " + "; ".join(ready.missing))
 
     def nproc(self) -> int | None:
-        """RLIMIT_NPROC where the kernel can only count a user's threads as a whole; None where it counts exactly."""
+        """RLIMIT_NPROC where the kernel can only count a user's threads as a whole; None where it counts exactly. Those that
+        are aside when a snippet begins are counted, those that come later with one thread each."""
         if self.exact_threads:
             return None
         now = time.monotonic()
         if now - self._counted[0] > _COUNT_EVERY_S:
             self._counted = (now, count_threads(os.getuid() if self.users.uid is None else self.users.uid))
-        return self._counted[1] + (self.max_running + self.config.max_aside) * self.config.max_threads
+        return self._counted[1] + self.max_running * self.config.max_threads + self.config.max_aside
 
     def remove_scratch(self) -> None:
         if self.scratch is not None:

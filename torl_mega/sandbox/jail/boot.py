@@ -17,34 +17,10 @@ import socket
 import sys
 
 from torl_mega.sandbox.jail import confine, linux, runner, scratch
+from torl_mega.sandbox.jail.pid_namespaces import PidNamespaces
 from torl_mega.sandbox.jail.zygote import Zygote
 
 _HUGE_PAGE = 2 << 20
-
-
-def _start_slots(settings: confine.ZygoteSettings, procfs: int) -> list[int]:
-    """Tier A: a pid namespace per slot, kept alive by an init that only sleeps. Returns their descriptors."""
-    own = os.open("self/ns/pid", os.O_RDONLY | os.O_CLOEXEC, dir_fd=procfs)
-    out = []
-    for _ in range(settings.slots + confine.SPARE_SLOTS):
-        linux.setns(own, linux.CLONE_NEWPID)
-        linux.unshare(linux.CLONE_NEWPID)
-        if os.fork() == 0:
-            _slot_init()
-        out.append(os.open("self/ns/pid_for_children", os.O_RDONLY | os.O_CLOEXEC, dir_fd=procfs))
-    linux.setns(own, linux.CLONE_NEWPID)
-    os.close(own)
-    return out
-
-
-def _slot_init() -> None:
-    linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
-    os.setsid()
-    linux.close_range(0)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
-    while True:
-        signal.pause()
 
 
 def _fork_into_pid_namespace(control: socket.socket) -> None:
@@ -92,11 +68,11 @@ def main(control_fd: int, raw_settings: str, project: str) -> None:
         os.setpriority(os.PRIO_PROCESS, 0, niceness - 10)  # it keeps time even when others fight for the cores
     procfs = vm = -1
     try:
-        namespaces: list[int] = []
+        namespaces: PidNamespaces | None = None
         if settings.tier == "A":
             procfs = confine.enter_namespaces(settings)
             _fork_into_pid_namespace(control)
-            namespaces = _start_slots(settings, procfs)
+            namespaces = PidNamespaces(procfs)
             confine.mount_box(settings)  # for what libraries write when they are imported; each snippet gets its own
         else:
             procfs = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

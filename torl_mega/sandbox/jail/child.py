@@ -48,7 +48,7 @@ def run_in_child(
     leave = os._exit
     try:
         confine.die_with_parent(parent)
-        os.setsid()
+        os.setpgid(0, 0)  # a session would be a scheduling group of its own (autogroup), where niceness means nothing
         runner.reset_signals()
         confine.prepare_box(cage)
         request, fds, scratch = get_job()

@@ -16,6 +16,7 @@ CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
 MS_BIND, MS_REC, MS_PRIVATE = 4096, 16384, 1 << 18
 MNT_DETACH = 2
+_PR_SET_NAME = 15
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 1, 4, 22, 38, 47
 PR_CAP_AMBIENT_CLEAR_ALL = 4
 SECCOMP_MODE_FILTER = 2
@@ -66,6 +67,12 @@ def setns(fd: int, flags: int) -> None:
 
 def prctl(option: int, arg: int = 0) -> None:
     check(libc.prctl(option, *map(ctypes.c_ulong, (arg, 0, 0, 0))), f"prctl({option})")
+
+
+def set_name(name: bytes) -> None:
+    """As ps shows this process, at most 15 bytes."""
+    text = ctypes.create_string_buffer(name)
+    prctl(_PR_SET_NAME, ctypes.addressof(text))
 
 
 def drop_capabilities() -> None:

@@ -5,9 +5,8 @@
 
 The zygote is trusted and holds no secret: it never reads a payload, and its environment is made for it. It owns the
 clocks: wall time from the moment foreign code starts (a stamp on a pipe that the child closes first), CPU time from the
-process clock. A snippet that has run for 50 ms is reported; the pool may then set it aside (low priority, the lowest after
-half a second of CPU time) or hold it (SIGSTOP). Time in which it waited for a core, by the kernel's account, or was held, is
-not charged to its wall limit, up to four times that limit. End of file on the control socket, or SIGTERM, kills every child
+process clock. A snippet whose own time (clock.py) reaches 50 ms is reported; the pool may then set it aside (a priority that
+sinks with the CPU time it has used) or hold it (SIGSTOP). End of file on the control socket, or SIGTERM, kills every child
 and removes the scratch folder.
 Tier A keeps one tiny init per slot, in a pid namespace of its own: the snippet joins it, so that signals it sends to
 itself behave as anywhere (they would not for pid 1), and nobody else is there to be seen.
@@ -32,15 +31,13 @@ from dataclasses import dataclass
 
 from torl_mega.sandbox.jail import confine, linux, runner, scratch
 from torl_mega.sandbox.jail.child import Job, run_in_child, send_job, wait_for_job
-from torl_mega.sandbox.jail.wait_clock import WaitClock
+from torl_mega.sandbox.jail.clock import Clock
+from torl_mega.sandbox.jail.pid_namespaces import PidNamespaces
 
 _SETUP_S = 20.0  # from fork to the first line of foreign code, on a machine at its limit
 _REAP_S = 0.3  # how long an answer waits for a killed child to be gone (freeing 65,000 maps takes a second)
 _IDLE_MS = 1  # without an event, before a child is pre-forked
-ASIDE_S = 0.05  # several ordinary snippets' time
-_ASIDE_NICE, _HOG_NICE = 10, 19
-_HOG_S = 0.5  # of CPU time: more than almost every program needs that ends by itself
-PATIENCE = 4  # a snippet ends after so many wall limits, however little of a core it had
+ASIDE_S = 0.05  # of its own time: several ordinary snippets need as much
 _TICK_S = 0.1  # how often a running snippet's scratch folder is measured in tier B
 
 
@@ -59,10 +56,7 @@ class Child:
     trouble: str = ""
     answered: bool = False
     told: bool = False  # the pool knows that it takes longer
-    nice: int = 0  # beyond what the pool gave it
-    waited: WaitClock | None = None
-    held_at: float | None = None  # since when it is stopped
-    held_s: float = 0.0  # how long it was before
+    clock: Clock | None = None  # of one that has run for a while
     killed: str = ""  # "wall", "cpu", "disk", "output", "cancel", "setup"
 
 
@@ -82,7 +76,7 @@ class Zygote:
         self,
         control: socket.socket,
         cage: confine.Cage,
-        pid_namespaces: list[int],
+        pid_namespaces: PidNamespaces | None,
         base: scratch.Base | None,
         procfs: int,
     ) -> None:
@@ -190,17 +184,17 @@ class Zygote:
                 return
 
     def _obey(self, child: Child, what: str) -> None:
-        """The pool's word on one snippet: `aside`, `hold`, `go`, or why it is killed."""
-        if what == "aside":
-            _make_nice(child, _ASIDE_NICE)
-        elif what == "hold" and child.held_at is None and not child.killed:
-            child.held_at = time.monotonic()
+        """The pool's word on one snippet: `aside`, `hold`, `go`, `look` (is it here still?), or why it is killed."""
+        clock, now = child.clock, time.monotonic()
+        if what == "aside" and clock:
+            clock.set_aside(self.cage.niceness)
+        elif what == "hold" and clock and not child.killed and clock.hold(now):
             os.kill(child.pid, signal.SIGSTOP)
-        elif what == "go" and child.held_at is not None:
-            child.held_s += time.monotonic() - child.held_at
-            child.held_at = None
+        elif what == "go" and clock and clock.go(now):
             os.kill(child.pid, signal.SIGCONT)
-        elif what not in ("hold", "go"):
+        elif what == "look":
+            self._send({"id": child.id, "here": True})
+        elif what not in ("aside", "hold", "go"):
             self._kill(child, what)
 
     # -------------------------------------------------------------------------------------------- one snippet
@@ -225,7 +219,7 @@ class Zygote:
         flags = mmap.mmap(-1, mmap.PAGESIZE)
         try:
             if self.pid_namespaces:
-                linux.setns(self.pid_namespaces[slot], linux.CLONE_NEWPID)
+                linux.setns(self.pid_namespaces.of(slot), linux.CLONE_NEWPID)
             pid = os.fork()
         except OSError:
             os.close(stamp_r)
@@ -315,22 +309,25 @@ class Zygote:
                 self._kill(child, "setup")
                 return None
             return now + 0.02
-        if not child.told and now - child.started >= ASIDE_S:
-            child.told = True
-            self._send({"id": child.id, "long": True})
-        wall_left = self._wall_left(child, now)
-        cpu_left = child.request["cpu_s"] - _cpu_s(child.pid)
+        ran_s, cpu_s = now - child.started, _cpu_s(child.pid)
+        if child.clock is None and ran_s >= min(ASIDE_S, child.request["wall_s"]):
+            child.clock = Clock(child.pid, self.procfs, child.started, child.request["wall_s"])
+        clock = child.clock
+        wall_left = clock.left_s(now, cpu_s) if clock else child.request["wall_s"] - ran_s
+        cpu_left = child.request["cpu_s"] - cpu_s
         if wall_left <= 0 or cpu_left <= 0:
             self._kill(child, "wall" if wall_left <= 0 else "cpu")
             return None
         wait = min(wall_left, max(cpu_left / (os.cpu_count() or 1), 0.01))
         if not child.told:
-            wait = min(wait, child.started + ASIDE_S - now)
-        elif child.nice == _ASIDE_NICE:
-            used_s = child.request["cpu_s"] - cpu_left
-            if used_s > _HOG_S:
-                _make_nice(child, _HOG_NICE)
-            wait = min(wait, max(_HOG_S - used_s, _TICK_S))
+            until_told_s = ASIDE_S - (clock.own_s(now) if clock else ran_s)
+            if until_told_s <= 0:
+                child.told = True
+                self._send({"id": child.id, "long": True})
+            else:
+                wait = min(wait, max(until_told_s, 0.01))
+        elif clock:
+            wait = min(wait, clock.sink(cpu_s))
         if self.base and child.box:
             settings = self.cage.settings
             if scratch.exceeds(child.box, settings.scratch_mb << 20, settings.scratch_inodes):
@@ -338,18 +335,6 @@ class Zygote:
                 return None
             wait = min(wait, _TICK_S)
         return now + wait
-
-    def _wall_left(self, child: Child, now: float) -> float:
-        """Seconds that the child may still run; what it waited for others is looked up only when its time seems over."""
-        assert child.started is not None
-        limit_s = child.request["wall_s"]
-        left_s = child.started + limit_s - now
-        if left_s > 0:
-            return left_s
-        held_s = child.held_s + (now - child.held_at if child.held_at is not None else 0.0)
-        if child.waited is None:
-            child.waited = WaitClock(child.pid, self.procfs)
-        return min(left_s + held_s + child.waited.read_s(), child.started + PATIENCE * limit_s - now)
 
     def _kill(self, child: Child, why: str) -> None:
         if not child.killed:
@@ -375,7 +360,7 @@ class Zygote:
                 if pid in scratch.removers:
                     scratch.removers.discard(pid)
                     continue
-                self.ended = True  # a slot's init died: this zygote can no longer isolate
+                self.ended = True  # a slot's init died, and with it their maker: this zygote can no longer isolate
                 return
             self._finish(child, status, usage)
 
@@ -383,8 +368,8 @@ class Zygote:
         now = time.monotonic()
         self._read_stamp(child)
         os.close(child.stamp_fd)
-        if child.waited:
-            child.waited.close()
+        if child.clock:
+            child.clock.close()
         memory_flag = child.flags[0] == runner.MEMORY_FLAG
         child.flags.close()
         self.free_slots.append(child.slot)
@@ -420,12 +405,6 @@ class Zygote:
                 "wall_s": now - (child.started or now), "cpu_s": cpu_s, "rss_kb": rss_kb,
             }
         )  # fmt: skip
-
-
-def _make_nice(child: Child, nice: int) -> None:
-    child.nice = nice
-    with contextlib.suppress(OSError):  # it goes on at its own priority, or has ended
-        os.setpriority(os.PRIO_PROCESS, child.pid, max(nice, os.getpriority(os.PRIO_PROCESS, child.pid)))
 
 
 def _cpu_s(pid: int) -> float:
