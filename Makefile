@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 HAVE_CUDA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
 
-.PHONY: quickstart install test test-slow test-gpu lint format mcore-next te gpu-sources trl tiny-base clean
+.PHONY: quickstart install test test-slow test-gpu gpu-evidence lint format mcore-next te gpu-sources trl tiny-base clean
 
 quickstart: install
 	$(BIN)/torl train conf/quickstart$(if $(HAVE_CUDA),_gpu).yaml
@@ -41,6 +41,9 @@ test-slow: install gpu-sources
 
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu tests/gpu
+
+gpu-evidence: install
+	$(BIN)/python tools/gpu_evidence.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -71,12 +71,13 @@ def plan(
 def doctor(
     conf: Annotated[Path | None, typer.Argument(metavar="[CONF]", help="Also check what this config needs")] = None,
     overrides: Overrides = None,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Also run the engines on the GPUs: half a minute")] = False,
     json: Json = False,
 ) -> None:
     """Say what this machine has and lacks: engines, GPUs, sandbox tier, disk, ports, model and data."""
     from torl_mega.launch import doctor as checks
 
-    raise typer.Exit(checks.run(conf, overrides or [], json_output=json))
+    raise typer.Exit(checks.run(conf, overrides or [], json_output=json, gpu=gpu))
 
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, e.g. runs/quickstart")]

@@ -386,6 +386,9 @@ class TrainerConfig(Section):
     precision: Literal["default", "fp8_hybrid_delayed", "fp8_current", "fp8_blockwise", "mxfp8"] = "default"
     """`default` computes in model.dtype; the others need Transformer Engine and a chip that has them. fp8_hybrid_delayed is
     unfit for RL (trainer/precision.py says why)."""
+    layer_spec: Literal["auto", "local"] = "auto"
+    """Layers on a GPU. auto: Transformer Engine's. local: Megatron's own with torch's attention, as on a CPU, for a machine that
+    has no Transformer Engine or to tell its numbers from ours; `torl plan` predicts Transformer Engine's memory and time."""
     deterministic: bool = False
     """On GPUs only kernels whose sums repeat bit for bit, so that a resumed run does; attention's backward is slower for it. On a
     CPU everything repeats already and this changes nothing."""
@@ -610,6 +613,10 @@ class Config(Section):
             raise ValueError(
                 f"trainer.optimizer_offload needs model.dtype = bfloat16 and trainer.distributed_optimizer = true, found "
                 f"{self.model.dtype} and {str(self.trainer.distributed_optimizer).lower()}"
+            )
+        if self.trainer.layer_spec == "local" and self.trainer.precision != "default":
+            raise ValueError(
+                f"trainer.precision = {self.trainer.precision} is Transformer Engine's; leave trainer.layer_spec = local out"
             )
         if self.rollout.max_staleness and not self.logging.trajectories:
             raise ValueError(

@@ -70,7 +70,7 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Config], dict[
             command = launch_command(configs[-1], host="10.0.0.7", port=30000, on_gpu=True, room=room)
             assert command[1:3] == ["-m", "sglang.launch_server"]
             commands.append(command[3:])
-    ours = [{**job, **gpu_environment(configs[0], job)} for job in JOBS]
+    ours = [{**job, **gpu_environment(configs[0].runs_dir, job)} for job in JOBS]
     ropes = []
     ref.save_model(ref.make_model("qwen2", tied=True, layers=1), folder / "model")
     for n, settings in enumerate([*ACCEPTED.values(), {"rope_parameters": OWN_FACTOR}]):
@@ -131,7 +131,7 @@ def test_both_ends_of_the_weight_group_have_the_same_nccl_settings(
     """What SGLang chooses by itself is what ranks get, and what the job says reaches both."""
     configs, answers = asked
     alone, with_ours = answers["environments"][n], answers["environments"][len(JOBS) + n]
-    rank = {**JOBS[n], **gpu_environment(configs[0], JOBS[n])}
+    rank = {**JOBS[n], **gpu_environment(configs[0].runs_dir, JOBS[n])}
     chosen = {name: value for name, value in alone.items() if name.startswith("NCCL_")}
     assert {"NCCL_CUMEM_ENABLE", "NCCL_NVLS_ENABLE"} <= chosen.keys()
     assert chosen == {name: value for name, value in rank.items() if name.startswith("NCCL_")}

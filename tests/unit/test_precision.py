@@ -111,6 +111,7 @@ def test_spec_choice(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         with pytest.raises(ConfigError, match="Transformer Engine cannot be imported"):
             layer_spec.choose_spec()
+        assert layer_spec.choose_spec("local") == "local"
 
 
 def test_what_a_ranks_environment_says() -> None:

@@ -52,7 +52,7 @@ def command(role: str, mine: Process, placement: Placement, config: Config, conf
 def environment(mine: Process, placement: Placement, config: Config) -> dict[str, str]:
     """What the process gets on top of its task's environment. A rank: torchrun's names, and where the side-cars are."""
     without_gpus = {"CUDA_VISIBLE_DEVICES": ""}  # the machine may have some all the same
-    env = without_gpus if placement.gpu == "cpu" else gpu_environment(config, os.environ)
+    env = without_gpus if placement.gpu == "cpu" else gpu_environment(config.runs_dir, os.environ)
     if mine.interface:  # gloo by itself takes what the host's own name resolves to: loopback on Debian
         env["GLOO_SOCKET_IFNAME"] = mine.interface
         if "TORL_IFNAME" in os.environ:  # NCCL by itself takes all but loopback

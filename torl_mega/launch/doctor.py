@@ -1,6 +1,6 @@
 """`torl doctor`: is this machine, or each node of a job, ready for a run? Says what is wrong, where, and what to do.
 
-    checks of one machine ─► list[Check] ─► table or JSON          (torl doctor [CONF])
+    checks of one machine ─► list[Check] ─► table or JSON          (torl doctor [CONF] [--gpu])
                                 └─► REPORT/<node>.json ─► one table of all nodes   (preflight: launch/common.sh)
 
 Exit code 1 when a check failed; warnings do not stop a job.
@@ -20,7 +20,7 @@ from rich.table import Table
 
 from torl_mega.config_file import load_config
 from torl_mega.errors import TorlError
-from torl_mega.launch import checks
+from torl_mega.launch import checks, gpu_trial
 from torl_mega.launch.checks import Check
 from torl_mega.launch.preflight import collected, placement_checks, this_node, with_node_addresses, write_report
 from torl_mega.planner.placement import read_placement
@@ -31,17 +31,22 @@ def run(
     overrides: Sequence[str] = (),
     *,
     json_output: bool = False,
+    gpu: bool = False,
     placement: Path | None = None,
     report: Path | None = None,
 ) -> int:
     """Checks this machine, for CONF when given; returns 0, or 1 when a check failed. Raises ConfigError.
 
+    gpu: also run the engines on the GPUs (gpu_trial.py), as is done for a placement that has some.
     placement: what `torl plan --out` wrote; its ports and host names are checked too. report: a folder; the result is
     written there as `<node>.json` instead of being printed, with this node's address in that placement.
     """
     config = load_config(conf, overrides) if conf is not None else None
     placed = read_placement(placement) if placement is not None else None
     found = [*checks.machine_checks(), *checks.gpu_checks(placed)]
+    on_gpus = placed is not None and placed.gpu != "cpu"
+    if gpu or (on_gpus and all(check.level != "fail" for check in found)):
+        found += checks.guarded("gpu", lambda: gpu_trial.trial(config))
     if report is None:  # a job's ranks say it themselves, seconds later
         found += checks.guarded("trainer", lambda: checks.trainer(config))
     if config is not None:
@@ -91,6 +96,7 @@ def main() -> None:
     parser.add_argument("conf", nargs="?", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="a.b=value")
     parser.add_argument("--json", action="store_true", dest="json_output")
+    parser.add_argument("--gpu", action="store_true", help="also run the engines on the GPUs, half a minute")
     parser.add_argument("--placement", type=Path, help="what `torl plan --out` wrote")
     parser.add_argument("--report", type=Path, help="folder for <node>.json instead of a table")
     parser.add_argument("--collect", type=Path, help="print the table of that folder's reports; needs --placement")
@@ -100,7 +106,12 @@ def main() -> None:
             code = collect(args.collect, args.placement)
         else:
             code = run(
-                args.conf, args.overrides, json_output=args.json_output, placement=args.placement, report=args.report
+                args.conf,
+                args.overrides,
+                json_output=args.json_output,
+                gpu=args.gpu,
+                placement=args.placement,
+                report=args.report,
             )
     except TorlError as exc:
         print(f"torl: error: {exc}", file=sys.stderr)

@@ -11,12 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from torl_mega.config import Config
 
-
-def gpu_environment(config: Config, base: Mapping[str, str]) -> dict[str, str]:
+def gpu_environment(runs_dir: str, base: Mapping[str, str]) -> dict[str, str]:
     """The variables to add. Kernels are kept in TORL_CACHE, by default below `runs_dir`, which all nodes share."""
-    cache = Path(base.get("TORL_CACHE") or Path(config.runs_dir).resolve() / ".cache")
+    cache = Path(base.get("TORL_CACHE") or Path(runs_dir).resolve() / ".cache")
     settings = {**_NCCL, **_CACHES}
     return {name: value.format(cache=cache) for name, value in settings.items() if name not in base}
 

@@ -21,9 +21,9 @@ from torl_mega.run.files import write_json
 FREE = frozenset("name runs_dir num_steps sandbox serving parallel eval checkpoint guards logging cluster".split())
 FREE_PARTS = frozenset(
     """
-    trainer.micro_batch_tokens trainer.logprob_chunk_tokens trainer.recompute trainer.overlap trainer.optimizer_offload
-    trainer.deterministic trainer.gradient_bucket_parameters trainer.park_weights trainer.collective_timeout_s
-    trainer.share_timeout_s rollout.max_concurrency rollout.trajectory_deadline_s
+    trainer.micro_batch_tokens trainer.logprob_chunk_tokens trainer.recompute trainer.layer_spec trainer.overlap
+    trainer.optimizer_offload trainer.deterministic trainer.gradient_bucket_parameters trainer.park_weights
+    trainer.collective_timeout_s trainer.share_timeout_s rollout.max_concurrency rollout.trajectory_deadline_s
     """.split()
 )
 

@@ -1,4 +1,4 @@
-"""Chooses the modules of a transformer layer: Megatron's local ones on a CPU, Transformer Engine's on a GPU.
+"""Chooses the modules of a transformer layer: Megatron's local ones on a CPU, Transformer Engine's on a GPU unless asked not to.
 
 The local spec takes Megatron's own linear layers with two parts of ours: RMSNorm (Megatron's wrapper asserts against
 sequence parallelism and does not mark its weight for the gradient all-reduce) and packed SDPA attention.
@@ -24,16 +24,16 @@ from torl_mega.errors import ConfigError
 SpecKind = Literal["local", "te"]
 
 
-def choose_spec() -> SpecKind:
-    """`te` where CUDA and Transformer Engine are, `local` on a CPU. Raises ConfigError on a GPU without TE."""
-    if not torch.cuda.is_available():
+def choose_spec(wanted: Literal["auto", "local"] = "auto") -> SpecKind:
+    """`te` where CUDA and Transformer Engine are, `local` on a CPU or if `wanted`. Raises ConfigError on a GPU without TE."""
+    if wanted == "local" or not torch.cuda.is_available():
         return "local"
     try:  # pyright: ignore[reportMissingImports] - not on every machine
         importlib.import_module("transformer_engine.pytorch")
     except ImportError as exc:
         raise ConfigError(
-            f"a GPU is there but Transformer Engine cannot be imported ({exc}); use NVIDIA's PyTorch image "
-            "or hide the GPU with CUDA_VISIBLE_DEVICES= to train on the CPU"
+            f"a GPU is there but Transformer Engine cannot be imported ({exc}); use NVIDIA's PyTorch image, "
+            "take trainer.layer_spec=local, or hide the GPU with CUDA_VISIBLE_DEVICES= to train on the CPU"
         ) from None
     return "te"
 

@@ -67,13 +67,14 @@ class MegatronTrainer:
         if problems:
             raise ConfigError("; ".join(problems))
         check_precision(config.trainer.precision, this_machine())
-        self.on_cpu = cpu_backend.install()
+        self.device = torch.device("cpu" if cpu_backend.install() else f"cuda:{torch.cuda.current_device()}")
+        self._spec = choose_spec(config.trainer.layer_spec)
         self._temperature = config.rollout.temperature
         self.shape = describe_model(self.hf_config)
         self.model_config: Any = transformer_config(
-            self.shape, config.parallel, config.trainer, _DTYPES[config.model.dtype], choose_spec()
+            self.shape, config.parallel, config.trainer, _DTYPES[config.model.dtype], self._spec
         )
-        chunks = build_chunks(self.shape, self.model_config, config.parallel, choose_spec())
+        chunks = build_chunks(self.shape, self.model_config, config.parallel, self._spec)
         self.weight_map = WeightMap(chunks, self.shape)
         self._load_start()
         self._reference = Reference(self._parameters()) if config.algo.kl_coef > 0 else None
@@ -253,7 +254,7 @@ class MegatronTrainer:
                 flat[0, where], flat[1, where] = logprobs.cpu(), entropies.cpu()
         if world_size() > 1:
             # each token has exactly one non-zero summand, so the sum is exact
-            on_device = flat if self.on_cpu else flat.cuda()
+            on_device = flat.to(self.device)
             dist.all_reduce(on_device)
             flat = on_device.cpu()
         values = flat.numpy()
@@ -283,7 +284,8 @@ class MegatronTrainer:
             total_align=(parallel.tensor if parallel.sequence else 1) * token_multiple(trainer.precision),
             context_size=parallel.context,
             context_rank=parallel_state.get_context_parallel_rank(),
-            on_cpu=self.on_cpu,
+            device=self.device,
+            local=self._spec == "local",
         )
         mine = plan.micro_batches[parallel_state.get_data_parallel_rank()]
         return plan, [build(members) for members in mine]
@@ -362,8 +364,7 @@ class MegatronTrainer:
         sums = torch.from_numpy(table.sum(0))
         tops = torch.from_numpy(table.max(0, initial=-np.inf))
         if world_size() > 1:
-            if not self.on_cpu:
-                sums, tops = sums.cuda(), tops.cuda()
+            sums, tops = sums.to(self.device), tops.to(self.device)
             dist.all_reduce(sums)
             dist.all_reduce(tops, op=dist.ReduceOp.MAX)
         values = np.where(is_max, tops.cpu().numpy(), sums.cpu().numpy())

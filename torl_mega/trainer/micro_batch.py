@@ -41,9 +41,11 @@ def build_micro_batch(
     total_align: int,  # and this rank's total to this one (tensor under sequence parallelism, FP8's block)
     context_size: int,
     context_rank: int,
-    on_cpu: bool,
+    device: torch.device,
+    local: bool,
 ) -> MicroBatch:
-    """Packs the samples `members` of the batch; an empty list gives one dummy sequence that trains nothing."""
+    """Packs the samples `members` of the batch; an empty list gives one dummy sequence that trains nothing. `local`: for the
+    attention of the local layers (layer_spec.py)."""
     lengths = [len(samples[i].token_ids) for i in members]
     padded = [-(-n // align) * align for n in lengths]
     tail = _tail(sum(padded), align, total_align * context_size)
@@ -66,14 +68,13 @@ def build_micro_batch(
         from torl_mega.trainer.cpu.attention import zigzag
 
         held = zigzag(bounds.tolist(), context_size, context_rank)
-        local = np.full(len(ids), -1, np.int64)
-        local[held] = np.arange(len(held))
-        keep = local[row] >= 0
-        ids, row, target, place = ids[held], local[row[keep]], target[keep], place[keep]
-    device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
+        new = np.full(len(ids), -1, np.int64)
+        new[held] = np.arange(len(held))
+        keep = new[row] >= 0
+        ids, row, target, place = ids[held], new[row[keep]], target[keep], place[keep]
     return MicroBatch(
         token_ids=torch.from_numpy(ids)[None].to(device),
-        packed=_packed_params(np.asarray(padded), bounds, on_cpu, context_size, device),
+        packed=_packed_params(np.asarray(padded), bounds, context_size, device, local),
         rows=torch.from_numpy(row).to(device),
         targets=torch.from_numpy(np.ascontiguousarray(target, np.int64)).to(device),
         where=place,
@@ -91,9 +92,9 @@ def _tail(total: int, align: int, total_align: int) -> int:
 
 
 def _packed_params(
-    lengths: np.ndarray, bounds: np.ndarray, on_cpu: bool, context_size: int, device: torch.device
+    lengths: np.ndarray, bounds: np.ndarray, context_size: int, device: torch.device, local: bool
 ) -> PackedSeqParams:
-    """Megatron's record of where each sequence lies; on a CPU with what the grouped attention needs."""
+    """Megatron's record of where each sequence lies; for the local layers with what their grouped attention needs."""
     edges = torch.from_numpy(bounds.astype(np.int32)).to(device)
     common = {
         "qkv_format": "thd",
@@ -102,11 +103,11 @@ def _packed_params(
         "max_seqlen_q": int(lengths.max()),
         "max_seqlen_kv": int(lengths.max()),
     }
-    if not on_cpu:
+    if not local:
         return PackedSeqParams(**common)
-    from torl_mega.trainer.cpu.attention import CpuPackedSeqParams, length_groups
+    from torl_mega.trainer.cpu.attention import GroupedSeqParams, length_groups
 
     if context_size > 1:
-        return CpuPackedSeqParams(**common)
-    groups, restore = length_groups(lengths)
-    return CpuPackedSeqParams(**common, groups=groups, restore=restore)
+        return GroupedSeqParams(**common)
+    groups, restore = length_groups(lengths, device)
+    return GroupedSeqParams(**common, groups=groups, restore=restore)

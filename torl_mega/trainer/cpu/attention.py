@@ -1,7 +1,7 @@
 """Core attention for the local layer spec: torch SDPA over packed sequences, with or without context parallelism.
 
-Replaces Transformer Engine's attention on a CPU. Shapes: t = packed tokens on this rank, h query heads, g key/value heads,
-d head_dim.
+Replaces Transformer Engine's attention on a CPU, and on a GPU under `trainer.layer_spec: local`.
+Shapes: t = packed tokens on this rank, h query heads, g key/value heads, d head_dim.
 Sequences of similar length are padded to the longest of their group and go through one SDPA call: a call per sequence
 costs 0.3 ms each way in Python and dispatch, which a few hundred short sequences feel. Padding sits behind the causal
 mask, so it is never seen, and its rows are dropped again: it adds exactly zero to every gradient.
@@ -42,14 +42,14 @@ class LengthGroup:
 
 
 @dataclass
-class CpuPackedSeqParams(PackedSeqParams):
+class GroupedSeqParams(PackedSeqParams):
     """Megatron's record of a packed micro-batch plus what the grouped attention needs, computed once per micro-batch."""
 
     groups: tuple[LengthGroup, ...] = ()
     restore: torch.Tensor | None = None  # [t] from grouped order back to packed order
 
 
-def length_groups(lengths: np.ndarray) -> tuple[tuple[LengthGroup, ...], torch.Tensor]:
+def length_groups(lengths: np.ndarray, device: torch.device) -> tuple[tuple[LengthGroup, ...], torch.Tensor]:
     """Groups sequences of similar length ([n] tokens each). Returns the groups and the [t] index that restores packed order."""
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     order = np.argsort(-lengths, kind="stable")
@@ -69,8 +69,8 @@ def length_groups(lengths: np.ndarray) -> tuple[tuple[LengthGroup, ...], torch.T
         rows = starts[members][:, None] + np.where(real, position, 0)
         groups.append(
             LengthGroup(
-                rows=torch.from_numpy(rows.ravel()),
-                places=torch.from_numpy(np.flatnonzero(real.ravel())),
+                rows=torch.from_numpy(rows.ravel()).to(device),
+                places=torch.from_numpy(np.flatnonzero(real.ravel())).to(device),
                 shape=(len(members), longest),
             )
         )
@@ -78,7 +78,7 @@ def length_groups(lengths: np.ndarray) -> tuple[tuple[LengthGroup, ...], torch.T
         begin = end
     restore = np.empty(int(lengths.sum()), np.int64)
     restore[np.concatenate(taken)] = np.arange(len(restore))
-    return tuple(groups), torch.from_numpy(restore)
+    return tuple(groups), torch.from_numpy(restore).to(device)
 
 
 class SdpaCoreAttention(MegatronModule):
@@ -113,7 +113,7 @@ class SdpaCoreAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:  # [t, h * d]
-        assert isinstance(packed_seq_params, CpuPackedSeqParams)
+        assert isinstance(packed_seq_params, GroupedSeqParams)
         assert attention_mask is None
         assert attention_bias is None
         if self.cp_group.size() > 1:
@@ -131,25 +131,27 @@ class SdpaCoreAttention(MegatronModule):
         return torch.cat(parts).index_select(0, packed_seq_params.restore)
 
     def _context_parallel(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: CpuPackedSeqParams
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: GroupedSeqParams
     ) -> torch.Tensor:
         size, rank = self.cp_group.size(), self.cp_group.rank()
         bounds = packed.cu_seqlens_q.tolist()
-        order = torch.from_numpy(np.concatenate([zigzag(bounds, size, i) for i in range(size)]).argsort())
+        order = torch.from_numpy(np.concatenate([zigzag(bounds, size, i) for i in range(size)]).argsort()).to(
+            query.device
+        )
         key, value = (
             gather_from_sequence_parallel_region(
                 x.contiguous(), tensor_parallel_output_grad=True, group=self.cp_group
             ).index_select(0, order)
             for x in (key, value)
         )
-        mine = torch.from_numpy(zigzag(bounds, size, rank))
+        mine = torch.from_numpy(zigzag(bounds, size, rank)).to(query.device)
         lengths = [(end - start) // size for start, end in pairwise(bounds)]
         gqa = query.size(1) != key.size(1)
         parts = []
         for q, positions, start, end in zip(
             query.split(lengths), mine.split(lengths), bounds[:-1], bounds[1:], strict=True
         ):
-            mask = torch.arange(start, end)[None, :] <= positions[:, None]
+            mask = torch.arange(start, end, device=query.device)[None, :] <= positions[:, None]
             q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, key[start:end], value[start:end]))
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale, enable_gqa=gqa)
             parts.append(out.squeeze(0).transpose(0, 1))
