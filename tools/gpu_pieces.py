@@ -7,6 +7,9 @@ first; `doctor`, `trainer_te`, `weight_sync` and `first_steps` need Transformer 
 where these are absent.
 """
 
+# the tests' models and layouts are found by the path that is added below
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import argparse
@@ -26,6 +29,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/parallel")]
@@ -315,7 +319,7 @@ def first_steps(bench: Bench) -> Result:
 @contextmanager
 def one_rank() -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     try:
         yield
     finally:
