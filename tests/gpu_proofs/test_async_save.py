@@ -49,7 +49,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("beside", [None, "0.6.0"])
+@pytest.mark.parametrize("beside", [pytest.param(None, marks=pytest.mark.slow), "0.6.0"])
 def test_an_asynchronous_save_resumes_bit_for_bit(model: Path, tmp_path: Path, beside: str | None) -> None:
     also = [stand_in(tmp_path / "site", beside)] if beside else []
     calm, resumed = tmp_path / "calm", tmp_path / "resumed"

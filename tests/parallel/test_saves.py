@@ -15,7 +15,10 @@ WORKER = Path(__file__).with_name("save_worker.py")
 needs_next = pytest.mark.skipif(not NEXT.is_dir(), reason="run `make mcore-next` to test megatron-core 0.19.2 too")
 
 
-@pytest.fixture(scope="module", params=[False, pytest.param(True, marks=needs_next)], ids=["installed", "next"])
+INSTALLED = pytest.param(False, marks=[pytest.mark.slow] if NEXT.is_dir() else [])  # the GPU's version tells more
+
+
+@pytest.fixture(scope="module", params=[INSTALLED, pytest.param(True, marks=needs_next)], ids=["installed", "next"])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("saves")
     ref.save_model(ref.make_model("qwen2", tied=True), folder / "small")

@@ -19,16 +19,12 @@ from torl_mega.sandbox.client import SandboxClient
 from torl_mega.sandbox.jail.clock import NICE, PATIENCE
 from torl_mega.types import ExecutionRequest, ExecutionStatus
 
-ROOT = os.getuid() == 0
+AS_USER = pytest.mark.skipif(os.getuid() != 0, reason="needs root to change user")
 CONFIGURATIONS = [
     pytest.param("A", None, id="A-self"),
-    pytest.param("B", None, id="B-self"),
-    pytest.param(
-        "A", ORDINARY_UID, id="A-user", marks=pytest.mark.skipif(not ROOT, reason="needs root to change user")
-    ),
-    pytest.param(
-        "B", ORDINARY_UID, id="B-user", marks=pytest.mark.skipif(not ROOT, reason="needs root to change user")
-    ),
+    pytest.param("B", ORDINARY_UID, id="B-user", marks=AS_USER),
+    pytest.param("B", None, id="B-self", marks=pytest.mark.slow),
+    pytest.param("A", ORDINARY_UID, id="A-user", marks=(AS_USER, pytest.mark.slow)),
 ]
 
 

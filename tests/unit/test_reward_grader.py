@@ -104,7 +104,7 @@ def test_a_memory_bomb_is_stopped_by_its_limit() -> None:
         assert limit is not None
         assert int(limit[1]) < 2 << 30
 
-    asyncio.run(with_grader(work, memory_mb=256))
+    asyncio.run(with_grader(work, memory_mb=256, timeout_s=4.0))
 
 
 def test_a_worker_killed_from_outside_is_replaced_and_its_answer_tried_again() -> None:
