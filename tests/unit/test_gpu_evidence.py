@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,16 @@ def result(tool: Any, folder: Path, piece: str) -> dict[str, Any]:
 
 def test_the_table_in_the_docs_is_the_evidence(tool: Any) -> None:
     assert tool.PAGE.read_text() == tool.page(tool.FOLDER), "run `python tools/gpu_evidence.py --doc`"
+
+
+def test_every_test_that_the_docs_name_is_there() -> None:
+    written = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    missing = [
+        name
+        for name in re.findall(r"`(test_\w+)`", (ROOT / "docs/gpu.md").read_text())
+        if f"def {name}(" not in written
+    ]
+    assert not missing
 
 
 def test_the_tool_lists_every_piece(tool: Any) -> None:
