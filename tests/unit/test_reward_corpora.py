@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -87,22 +88,43 @@ REWRITINGS: dict[str, Callable[[str], str]] = {
 }
 
 
+NOT_READ = {  # compared as text: a differential equation in primes, a family of functions, a set that is called t
+    "y^{\\prime}+r y-r x(t)=0",
+    "x^{\\prime}+\\frac{r}{V} x-r c=0",
+    "$f(x)=a x+b$, where $b$ is an arbitrary integer, and $a$ is an arbitrary positive integer with $\\mho(a)=0$",
+    "$t(0,4]$",
+}
+
+
 @pytest.mark.parametrize("benchmark", ["math500", "olympiadbench", "minerva", "aime24", "aime25", "amc23"])
 def test_golds_of_the_benchmarks_are_their_own_answers_in_twelve_spellings(benchmark: str) -> None:
     golds = [r["gold"] for r in rows("benchmark_golds.jsonl") if r["benchmark"] == benchmark]
-    assert len(golds) >= 25
-    failed = [(g, "as it is") for g in golds if not is_understood(g) or not grade(g, g)]
+    assert len(golds) >= {"math500": 500, "olympiadbench": 674, "minerva": 272}.get(benchmark, 25)
+    golds = list(dict.fromkeys(golds))
+    failed = [(g, "as it is") for g in golds if is_understood(g) == (g in NOT_READ) or not grade(g, g)]
     failed += [(g, name) for g in golds for name, rewrite in REWRITINGS.items() if not grade(rewrite(g), g)]
     assert failed == []
 
 
+def value(gold: str) -> object:
+    """Golds with the same value have the same one here, where that is plain to see; else it is the text."""
+    text = re.sub(r"\^\{?\\circ\}?|\\!|\\?\$| |^[A-Za-z]=", "", gold).replace("\\dfrac", "\\frac")
+    text = re.sub(r"\\frac\{?(\d+?)\}?\{?(\d+)\}?$", r"\1/\2", text)
+    if re.fullmatch(r"\d{1,3}(,\d{3})+", text):
+        text = text.replace(",", "")
+    try:
+        return Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        return tuple(sorted(text.split(",")))
+
+
 def test_no_gold_of_a_benchmark_is_another_ones_answer() -> None:
     golds = sorted({r["gold"] for r in rows("benchmark_golds.jsonl")})
-    plain = {g: g.strip("$").replace("\\dfrac", "\\frac").replace(" ", "") for g in golds}
-    different = [(a, g) for a in golds for g in golds if plain[a] != plain[g] and plain[g] not in plain[a]]
-    pairs = [(a, g) for a, g in different[::3] if not re.fullmatch(r"-?[0-9]+", plain[a] + plain[g])]
-    same_value = [{"\\frac65", "1.2"}, {"0.2", "\\frac{1}{5}"}, {"\\frac{1}{10}", "0.10"}, {"1.5", "\\frac{3}{2}"}]
-    assert [p for p in pairs if check(*p) and {plain[p[0]], plain[p[1]]} not in same_value] == []
+    values = {g: value(g) for g in golds}
+    different = [(a, g) for a in golds for g in golds if values[a] != values[g] and a != g.replace(".", ",")]
+    pairs = [(a, g) for a, g in different[::29] if not re.fullmatch(r"-?[0-9]+", a + g)]
+    assert len(pairs) > 20_000
+    assert [p for p in pairs if check(*p)] == []
 
 
 def test_math_verify_can_be_the_checker() -> None:
