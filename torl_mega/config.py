@@ -622,6 +622,23 @@ class Config(Section):
             raise ValueError(
                 "rollout.max_staleness > 0 needs logging.trajectories: a resumed run reads collected steps back"
             )
+        if self.rollout.attempts_per_prompt and self.rollout.attempts_per_prompt < self.rollout.group_size:
+            raise ValueError(
+                f"rollout.attempts_per_prompt = {self.rollout.attempts_per_prompt} is fewer than the "
+                f"rollout.group_size = {self.rollout.group_size} that are kept of them"
+            )
+        if self.algo.ref_every_steps and not self.algo.kl_coef:
+            raise ValueError("algo.ref_every_steps moves the reference of the KL; it needs algo.kl_coef above 0")
+        if self.parallel.sequence and self.parallel.tensor == 1:
+            raise ValueError("parallel.sequence = true needs parallel.tensor > 1")
+        if self.parallel.virtual_pipeline > 1 and self.parallel.pipeline == 1:
+            raise ValueError("parallel.virtual_pipeline > 1 needs parallel.pipeline > 1")
+        if self.algo.correction_low > self.algo.correction_high or self.algo.geo_bounds[0] > self.algo.geo_bounds[1]:
+            raise ValueError("algo.correction_low is above algo.correction_high, or correction_geo is not [low, high]")
+        return self
+
+    @model_validator(mode="after")
+    def _turns_fit(self) -> Self:
         if self.cluster.turns == "always" and self.rollout.max_staleness:
             raise ValueError(
                 f"cluster.turns = always needs rollout.max_staleness = 0, found {self.rollout.max_staleness}: servers sample all "
@@ -636,17 +653,4 @@ class Config(Section):
                 "trainer.park_weights needs ranks and servers that take turns: cluster.placement = colocated, cluster.turns = auto "
                 "or always, rollout.max_staleness = 0"
             )
-        if self.rollout.attempts_per_prompt and self.rollout.attempts_per_prompt < self.rollout.group_size:
-            raise ValueError(
-                f"rollout.attempts_per_prompt = {self.rollout.attempts_per_prompt} is fewer than the "
-                f"rollout.group_size = {self.rollout.group_size} that are kept of them"
-            )
-        if self.algo.ref_every_steps and not self.algo.kl_coef:
-            raise ValueError("algo.ref_every_steps moves the reference of the KL; it needs algo.kl_coef above 0")
-        if self.parallel.sequence and self.parallel.tensor == 1:
-            raise ValueError("parallel.sequence = true needs parallel.tensor > 1")
-        if self.parallel.virtual_pipeline > 1 and self.parallel.pipeline == 1:
-            raise ValueError("parallel.virtual_pipeline > 1 needs parallel.pipeline > 1")
-        if self.algo.correction_low > self.algo.correction_high or self.algo.geo_bounds[0] > self.algo.geo_bounds[1]:
-            raise ValueError("algo.correction_low is above algo.correction_high, or correction_geo is not [low, high]")
         return self
