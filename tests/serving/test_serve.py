@@ -119,6 +119,29 @@ def test_a_head_in_fp32_is_asked_of_the_servers_too(tmp_path: Path, tiny_model: 
         assert ("--enable-fp32-lm-head" in command) == asked
 
 
+def test_without_a_prefix_cache_servers_keep_none(tmp_path: Path, tiny_model: Path) -> None:
+    for asked in (True, False):
+        config = load_config(write_config(tmp_path, tiny_model), [f"serving.prefix_cache={str(asked).lower()}"])
+        command = launch_command(config, host="127.0.0.1", port=4000, on_gpu=False)
+        assert ("--disable-radix-cache" in command) != asked
+
+
+def test_emptying_the_cache_on_a_cpu_collects_no_garbage() -> None:
+    """SGLang does it at every flush, over everything that it ever imported; and the platform that it finds is ours."""
+    code = """
+import gc
+from sglang.srt.platforms import current_platform
+from torl_mega.serving.plugin.native_cpu import NativeCpuPlatform
+assert type(current_platform).__name__ == NativeCpuPlatform.__name__, current_platform
+gc.disable()
+loop = []; loop.append(loop); mark = gc.get_count()
+current_platform.empty_cache()
+print("collected" if gc.get_count()[0] < mark[0] else "kept")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "kept"
+
+
 def test_a_small_cache_still_holds_one_whole_context(tmp_path: Path, tiny_model: Path) -> None:
     config = load_config(write_config(tmp_path, tiny_model), ["serving.max_total_tokens=16"])
     command = launch_command(config, host="127.0.0.1", port=4000, on_gpu=False)
