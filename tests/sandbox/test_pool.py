@@ -124,6 +124,24 @@ def test_killed_zygotes_lose_no_answer(tier: str) -> None:
     assert wait_gone(descendants(os.getpid()) - before, 5.0) == set()
 
 
+@pytest.mark.parametrize("victim", ["init", "maker"])
+def test_a_slot_without_its_init_costs_no_answer(victim: str) -> None:
+    """Killed while the pool is idle: fork into a pid namespace whose init is gone gives ENOMEM, for good."""
+
+    async def main() -> list[S]:
+        async with SandboxPool(SandboxConfig(tier="A", max_running=2, zygotes=1, data_libraries=False)) as pool:
+            statuses = [(await pool.run(R("print(1)"))).status]
+            init = next(iter(descendants(os.getpid()) - descendants(os.getpid(), slot_inits=False)))
+            maker = int(Path(f"/proc/{init}/stat").read_text().rsplit(")", 1)[1].split()[1])
+            zygote = pool._kinds["math"].zygotes[0]
+            os.kill(init if victim == "init" else maker, signal.SIGKILL)
+            while not zygote.dead:
+                await asyncio.sleep(0.01)
+            return [*statuses, *[(await pool.run(R("print(1)"))).status for _ in range(3)]]
+
+    assert asyncio.run(asyncio.wait_for(main(), 60)) == [S.OK] * 4
+
+
 def test_zygotes_are_recycled() -> None:
     async def main() -> tuple[set[int], set[S]]:
         seen: set[int] = set()

@@ -104,6 +104,7 @@ class Zygote:
         poll = select.poll()
         poll.register(self.control, select.POLLIN)
         poll.register(wake_r, select.POLLIN)
+        self._reap()  # what ended before the handler was there
         while not self.ended:
             poll.modify(self.control, select.POLLIN if self._has_room() else 0)
             timeout = max(0.0, self.timers[0][0] - time.monotonic()) * 1000 + 1 if self.timers else None
@@ -344,7 +345,7 @@ class Zygote:
             os.kill(child.pid, signal.SIGKILL)
 
     def _reap(self) -> None:
-        while self.children:
+        while not self.ended:
             try:
                 pid, status, usage = os.wait4(-1, os.WNOHANG)
             except ChildProcessError:
