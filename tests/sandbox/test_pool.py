@@ -131,9 +131,11 @@ def test_a_slot_without_its_init_costs_no_answer(victim: str) -> None:
     async def main() -> list[S]:
         async with SandboxPool(SandboxConfig(tier="A", max_running=2, zygotes=1, data_libraries=False)) as pool:
             statuses = [(await pool.run(R("print(1)"))).status]
-            init = next(iter(descendants(os.getpid()) - descendants(os.getpid(), slot_inits=False)))
-            maker = int(Path(f"/proc/{init}/stat").read_text().rsplit(")", 1)[1].split()[1])
             zygote = pool._kinds["math"].zygotes[0]
+            assert zygote.process is not None
+            root = zygote.process.pid  # this pool's: other tests' pools are descendants of this process too
+            init = next(iter(descendants(root) - descendants(root, slot_inits=False)))
+            maker = int(Path(f"/proc/{init}/stat").read_text().rsplit(")", 1)[1].split()[1])
             os.kill(init if victim == "init" else maker, signal.SIGKILL)
             while not zygote.dead:
                 await asyncio.sleep(0.01)
