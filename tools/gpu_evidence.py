@@ -1,6 +1,6 @@
 """Measures on a GPU what a CPU cannot show, piece by piece, and writes docs/gpu.md's table of it.
 
-    python tools/gpu_evidence.py [PIECE...] [--again] [--list]     make gpu-evidence
+    python tools/gpu_evidence.py [PIECE...] [--again] [--logs DIR] [--list]     make gpu-evidence
     python tools/gpu_evidence.py --doc                             writes the table anew; --check says whether it is
 
 Each piece (tools/gpu_pieces.py) is a process of at most eight minutes and leaves docs/gpu_evidence/PIECE.json with chip, versions,
@@ -43,6 +43,7 @@ PIECES = {
     "doctor": "`torl doctor --gpu` and a layer per precision profile",
     "trainer_te": "`tests/gpu/test_trainer_gpu.py`",
     "weight_sync": "`tests/gpu/test_weight_sync.py`",
+    "quickstart": "five steps of `conf/quickstart_gpu.yaml`",
     "first_steps": "two small steps of `conf/torl_1.5b.yaml`",
 }
 
@@ -62,12 +63,14 @@ def here() -> dict[str, str | None]:
     return found
 
 
-def run(piece: str, where: dict[str, str | None], folder: Path, *, cpu: bool = False) -> bool:
-    """Runs one piece and writes its file, whole or not at all. Whether it succeeded."""
+def run(piece: str, where: dict[str, str | None], folder: Path, *, cpu: bool = False, logs: Path | None = None) -> bool:
+    """Runs one piece and writes its file, whole or not at all, and what it said into `logs`. Whether it succeeded."""
     command = [sys.executable, "-W", "ignore", "tools/gpu_pieces.py", piece, *(["--cpu"] if cpu else [])]
     begun, result, problem = time.monotonic(), None, ""
-    with tempfile.TemporaryDirectory(prefix="torl-evidence-") as logs:
-        log = Path(logs) / "log"
+    with tempfile.TemporaryDirectory(prefix="torl-evidence-") as own:
+        log = (logs or Path(own)) / f"{piece}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.unlink(missing_ok=True)
         with start(command, name=piece, log_path=log, cwd=ROOT) as process:  # its whole tree ends with it
             try:
                 code = process.wait(LIMIT_S)
@@ -128,6 +131,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("pieces", nargs="*", metavar="PIECE")
     parser.add_argument("--again", action="store_true", help="also what has been measured here")
+    parser.add_argument("--logs", type=Path, metavar="DIR", help="keep what each piece said in DIR/PIECE.log")
     parser.add_argument("--list", action="store_true", help="the pieces, and which are there")
     parser.add_argument("--doc", action="store_true", help="only write docs/gpu.md's table")
     parser.add_argument("--check", action="store_true", help="only say whether that table is the evidence's")
@@ -153,7 +157,7 @@ def main() -> int:
             if not args.again and known and not known["problem"] and known["where"] == where:
                 print(f"{piece}: there already")
                 continue
-            failed |= not run(piece, where, FOLDER)
+            failed |= not run(piece, where, FOLDER, logs=args.logs)
     PAGE.write_text(page(FOLDER))
     return int(failed)
 

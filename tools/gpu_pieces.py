@@ -3,8 +3,8 @@
     python tools/gpu_pieces.py PIECE [--cpu]
 
 --cpu runs the same lines on a CPU with small sizes, which is how the tests run them. What needs only torch and Megatron comes
-first; `doctor`, `trainer_te`, `weight_sync` and `first_steps` need Transformer Engine or SGLang and end with their own words
-where these are absent.
+first; `doctor`, `trainer_te`, `weight_sync`, `quickstart` and `first_steps` need Transformer Engine or SGLang and end with their
+own words where these are absent.
 """
 
 # the tests' models and layouts are found by the path that is added below
@@ -303,17 +303,38 @@ def weight_sync(bench: Bench) -> Result:
     return pytest_report("tests/gpu/test_weight_sync.py")
 
 
+def quickstart(bench: Bench) -> Result:
+    """Five steps of conf/quickstart_gpu.yaml: trainer, servers and sandbox on this machine, the shipped base model."""
+    with tempfile.TemporaryDirectory() as runs:
+        conf = "conf/quickstart.yaml" if bench.cpu else "conf/quickstart_gpu.yaml"
+        small = ["num_steps=5", f"runs_dir={runs}", "name=quick", *(["num_steps=2"] if bench.cpu else [])]
+        try:
+            ended([sys.executable, "-m", "torl_mega.cli", "train", conf, *small], {})
+        except RuntimeError:
+            for log in sorted(Path(runs).glob("quick/logs/*.log")):
+                print(f"--- {log.name}", *log.read_text(errors="replace").splitlines()[-60:], sep="\n", file=sys.stderr)
+            raise
+        return last_step(Path(runs) / "quick/metrics.jsonl")
+
+
 def first_steps(bench: Bench) -> Result:
     """Two small steps of conf/torl_1.5b.yaml on this node: the largest log-prob gap to the server and the seconds of a step."""
     with tempfile.TemporaryDirectory() as runs:
         small = ["num_steps=2", "rollout.prompts_per_step=16", f"runs_dir={runs}", "name=first"]
         ended(["bash", "launch/local.sh", "conf/torl_1.5b.yaml", *small], {})
-        rows = [json.loads(line) for line in (Path(runs) / "first/metrics.jsonl").read_text().splitlines()]
-    wanted = [key for key in rows[-1] if key.startswith("time/") or "logprob" in key]
-    return {key: rows[-1][key] for key in wanted}
+        return last_step(Path(runs) / "first/metrics.jsonl")
 
 
 # ------------------------------------------------------------------------------------------------------ parts of pieces
+
+
+def last_step(metrics: Path) -> Result:
+    """What the last step of a run took, and how far servers and trainer were apart in it."""
+    from torl_mega.run.metrics import read_rows
+
+    rows = [row for row in read_rows(metrics) if row["kind"] == "train"]
+    wanted = ("rollout_s", "train_s", "sync_s", "max_abs_logprob_diff", "k3", "accuracy")
+    return {"steps": len(rows)} | {key: float(f"{rows[-1][key]:.3g}") for key in wanted}
 
 
 @contextmanager
@@ -391,6 +412,7 @@ def ended(command: list[str], env: Mapping[str, str], stdin: str = "") -> str:
         command, cwd=ROOT, env={**os.environ, **env}, input=stdin, capture_output=True, text=True, check=False
     )
     if done.returncode:
+        print(done.stdout[-4000:], done.stderr[-8000:], sep="\n", file=sys.stderr)
         raise RuntimeError(f"exit code {done.returncode}: {(done.stderr.strip().splitlines() or ['nothing said'])[-1]}")
     return done.stdout
 
@@ -400,7 +422,8 @@ def pytest_report(file: str) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", file, f"--junitxml={report}"]
-        subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
+        said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout
+        print(said[-40000:], file=sys.stderr)
         from xml.etree import ElementTree
 
         found: Result = {}
@@ -424,7 +447,7 @@ PIECES: dict[str, Callable[[Bench], Result]] = {
     piece.__name__: piece
     for piece in (
         machine, checksums, head, step_against_hf, step_1_5b, save_and_load, ipc, two_ranks_on_one_gpu, pinned,
-        doctor, trainer_te, weight_sync, first_steps,
+        doctor, trainer_te, weight_sync, quickstart, first_steps,
     )
 }  # fmt: skip
 """In the order in which they tell most; those up to `pinned` need no Transformer Engine and no SGLang."""

@@ -161,9 +161,18 @@ def payload(bucket: Bucket, flat: torch.Tensor) -> bytes:
         place = {"start_idx": start, "end_idx": end, "numel": tensor.nbytes}
         metadata.append(SimpleNamespace(name=name, shape=tensor.shape, dtype=tensor.dtype, **place))
         start = end
+    if not flat.is_cuda:
+        _load_by_torchs_name()
     buffer = io.BytesIO()
     _Pickler(buffer).dump({"flattened_tensor": flat, "metadata": metadata})
     return base64.b64encode(buffer.getbuffer())
+
+
+def _load_by_torchs_name() -> None:
+    """megatron-core 0.19.2 puts a function of its own in the place of `torch.storage._load_from_bytes` (megatron/core/__init__.py).
+    A storage that is pickled by value names it, and SGLang refuses all names but torch's: it gets the name of its place."""
+    stands_there = torch.storage._load_from_bytes
+    stands_there.__module__, stands_there.__qualname__ = "torch.storage", "_load_from_bytes"
 
 
 class _Pickler(pickle.Pickler):
