@@ -22,10 +22,12 @@ from layout_worker import config_for  # noqa: E402
 from torl_mega.trainer import parallel  # noqa: E402
 from torl_mega.trainer.precision import report  # noqa: E402
 
+STEP = ("optim.lr=0.02",)  # one that bf16 shows next to a norm's weight of 1, which it rounds to 2^-8
+
 
 def main(model: Path, out: Path, *overrides: str) -> None:
     # the layout comes from the overrides, which are later and win
-    config = config_for(Layout(), model, ("model.dtype=bfloat16", "parallel.data=auto", *overrides))
+    config = config_for(Layout(), model, ("model.dtype=bfloat16", "parallel.data=auto", *STEP, *overrides))
     parallel.init_distributed(config.parallel, config.trainer)
     from torl_mega.trainer.megatron_trainer import MegatronTrainer
 

@@ -26,6 +26,7 @@ from torl_mega.serving.sync.buckets import Bucket
 
 WORKER = Path(__file__).with_name("colocated_worker.py")
 REPO = Path(__file__).parents[2]
+NEXT = REPO / "build/mcore-next"
 
 
 def sync(
@@ -180,3 +181,36 @@ def test_sglang_accepts_a_handle_and_looks_its_device_up_by_uuid() -> None:
         [sys.executable, "-c", OPEN], input=text.decode(), capture_output=True, text=True, timeout=120, check=False
     )
     assert "Invalid device_uuid=GPU-1234" in done.stderr
+
+
+BY_VALUE = """
+import megatron.core, torch
+from torl_mega.serving.sync.buckets import Bucket
+from torl_mega.serving.sync.handles import payload
+assert torch.storage._load_from_bytes.__code__.co_filename.endswith("megatron/core/safe_globals.py")
+flat = torch.arange(8, dtype=torch.uint8)
+print(payload(Bucket((("a", flat),)), flat).decode())
+"""
+
+
+@pytest.mark.skipif(not NEXT.is_dir(), reason="run `make mcore-next`")
+def test_sglang_reads_by_value_what_a_trainer_with_the_newer_megatron_sends() -> None:
+    """megatron-core 0.19.2 replaces torch's loader of storages, whose name stands in the pickle, when it is imported."""
+    env = {**os.environ, "PYTHONPATH": str(NEXT)}
+    sent = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", BY_VALUE],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", OPEN],
+        input=sent.stdout.split()[-1],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

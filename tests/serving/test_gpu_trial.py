@@ -45,6 +45,24 @@ def test_an_environment_that_cannot_read_weights_is_named(tmp_path: Path) -> Non
     assert checks["gpu group"].level == "ok"
 
 
+def test_a_gpu_that_is_there_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nvidia-smi's own ways: a row per GPU of the columns asked for, nothing (and success) when none is."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text('#!/bin/sh\ncase "$1" in --query-gpu=) ;; --query-gpu=*) echo 0;; esac\n')
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    tried: dict[str, list[str]] = {}
+
+    def run(sides: dict[str, tuple[list[str], dict[str, str]]], names: list[str], folder: Path) -> list[Check]:
+        tried.update({side: command for side, (command, _) in sides.items()})
+        return [Check(f"gpu {name}", "ok", "") for name in names]
+
+    monkeypatch.setattr(gpu_trial, "_run", run)
+    assert set(found()) == {"gpu handle", "gpu group", "gpu linear default"}
+    assert tried["server"][-2:] == ["cuda", "1"]
+    assert tried["trainer"][1:3] == ["-m", "torl_mega.trainer.precision_trial"]
+
+
 def test_a_side_that_hangs_ends_by_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid; exec sleep 600\n")

@@ -64,6 +64,7 @@ def test_figures_of_pieces_that_train(tool: Any, tmp_path: Path) -> None:
     assert steps["none"]["grad_norm"] == pytest.approx(steps["full"]["grad_norm"], rel=1e-2)
     assert result(tool, tmp_path, "save_and_load")["save_seconds"] > 0
     assert result(tool, tmp_path, "two_ranks_on_one_gpu")["as it is"] == "sum 2.0"
+    assert result(tool, tmp_path, "quickstart")["max_abs_logprob_diff"] < 1e-3
     assert result(tool, tmp_path, "pinned")["pinned"]["to_device_gb_s"] > 0
 
 
@@ -88,7 +89,7 @@ def test_what_is_there_for_this_chip_is_not_run_again(
     monkeypatch.setattr(tool, "FOLDER", tmp_path)
     monkeypatch.setattr(tool, "PAGE", page)
     monkeypatch.setattr(tool, "here", lambda: WHERE)
-    monkeypatch.setattr(tool, "run", lambda piece, *_: ran.append(piece) or True)
+    monkeypatch.setattr(tool, "run", lambda piece, *_, **__: ran.append(piece) or True)
     known = {"piece": "head", "where": WHERE, "problem": "", "result": {"peak_gib": 4.2}}
     (tmp_path / "head.json").write_text(json.dumps(known))
     (tmp_path / "ipc.json").write_text(json.dumps({**known, "piece": "ipc", "where": {**WHERE, "chip": "another"}}))

@@ -32,7 +32,7 @@ LIMIT_S = 180.0  # a cold file system under two environments; it takes 30 s wher
 
 def trial(config: Config | None) -> Iterator[Check]:
     """The findings. `config`: whose precision profile and cache folder; None tries what needs no FP8."""
-    gpus = [device_number(n) for n in range(len(nvidia_smi()))]
+    gpus = [device_number(n) for n in range(len(nvidia_smi("index")))]
     base = {**os.environ, **(gpu_environment(config.runs_dir if config else "runs", os.environ) if gpus else {})}
     with tempfile.TemporaryDirectory(prefix="torl-trial-") as folder:
         yield from _way_of_the_weights(gpus, base, Path(folder))

@@ -58,11 +58,12 @@ def with_addresses(placement: Placement, scratch: Path) -> Placement:
     return replace(placement, master_port=ports.pop(), processes=tuple(map(addressed, placement.processes)))
 
 
-def nvidia_smi(*columns: str) -> list[list[str]]:
-    """One row per GPU of this machine, none where there is no nvidia-smi. Raises ConfigError when that fails."""
+def nvidia_smi(column: str, *columns: str) -> list[list[str]]:
+    """One row per GPU of this machine, none where there is no nvidia-smi. Raises ConfigError when that fails. There is no row
+    without a column: asked for none, nvidia-smi says nothing and succeeds."""
     if shutil.which("nvidia-smi") is None:
         return []
-    command = ["nvidia-smi", f"--query-gpu={','.join(columns)}", "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", f"--query-gpu={','.join((column, *columns))}", "--format=csv,noheader,nounits"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     if done.returncode:
         raise ConfigError(f"nvidia-smi ended with {done.returncode}: {(done.stdout + done.stderr).strip()[:200]}")

@@ -161,8 +161,7 @@ def payload(bucket: Bucket, flat: torch.Tensor) -> bytes:
         place = {"start_idx": start, "end_idx": end, "numel": tensor.nbytes}
         metadata.append(SimpleNamespace(name=name, shape=tensor.shape, dtype=tensor.dtype, **place))
         start = end
-    if not flat.is_cuda:
-        _load_by_torchs_name()
+    _load_by_torchs_name()
     buffer = io.BytesIO()
     _Pickler(buffer).dump({"flattened_tensor": flat, "metadata": metadata})
     return base64.b64encode(buffer.getbuffer())
