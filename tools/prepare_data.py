@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from torl_mega.data.cleaning import NGRAM, Benchmarks, fingerprint, limr_scores, refusal
-from torl_mega.data.prompts import load_problems
+from torl_mega.data.problem_files import load_problems
 from torl_mega.data.readers import Row, place, read_rows, to_problem
 from torl_mega.errors import DataError, TorlError
 from torl_mega.run.files import write_json

@@ -15,8 +15,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
+from torl_mega.import_path import is_import_path
+
 Url = Annotated[str, Field(pattern=r"^https?://.*[^/]$")]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+SHAPING = ("code_error", "overlong", "tool_cost", "format_error")  # names of the reward's summands besides the answer's
 AdvantageKind = Literal["grpo", "dr_grpo", "rloo", "batch_std", "reinforce_pp"]
 
 
@@ -38,10 +41,31 @@ class ModelConfig(Section):
     ScaleRL 2510.13786). Costs an fp32 copy of the head on either side."""
 
 
+class WeightedData(Section):
+    path: str
+    """As data.train."""
+    weight: PositiveFloat = 1.0
+    """Its share of the prompts is weight / sum of all weights."""
+
+
+class ColumnsConfig(Section):
+    problem: str | None = None
+    """Column of the problem: text, or chat messages of which the last user message counts; `a.b` is field b of column a. None =
+    as the known layouts have it."""
+    answer: str | None = None
+    """Column of the gold answer."""
+    extra: tuple[str, ...] = ()
+    """Columns kept in `Problem.extra`, for a reward function or a tool."""
+
+
 class DataConfig(Section):
-    train: str
-    """Training problems: a .parquet file in ToRL/verl format, a .jsonl file, or `arithmetic:SEED` (generated). Source:
-    paper §2.1, 28,740 problems; script:13,22."""
+    train: str | tuple[WeightedData, ...]
+    """Training problems: a .parquet file in ToRL/verl format, a .jsonl file, `arithmetic:SEED` (generated), `pkg.module:function`
+    that yields rows, or a list `[{path, weight}]` of these. Source: paper §2.1, 28,740 problems; script:13,22."""
+    columns: ColumnsConfig | None = None
+    """Which columns of a file hold what, where the layout is none of the known ones (docs/data.md)."""
+    source: str | None = None
+    """`pkg.module:function` that is called with data.train and yields its rows, instead of a reader of ours."""
     template: str
     """`torl` (the released code's bytes), `torl_paper` (without the line feed after `Assistant:`), or any text with `{problem}`.
     Source: verl/utils/dataset/rl_dataset.py:33-34."""
@@ -56,6 +80,22 @@ class DataConfig(Section):
     2510.13786: 0.9). Generated data never repeats a problem."""
     shuffle: bool = True
     """Draw a new order each epoch from `seed`; False keeps the file's order."""
+    max_unreadable_golds: float = Field(default=0.05, ge=0, le=1)
+    """Share of a file's gold answers that may not be readable for the grader; above it the run does not start. Not asked with
+    reward.function."""
+
+    @property
+    def specs(self) -> tuple[str, ...]:
+        """What `train` names, one by one."""
+        return (self.train,) if isinstance(self.train, str) else tuple(part.path for part in self.train)
+
+    @model_validator(mode="after")
+    def _own_source(self) -> Self:
+        if self.source is not None and not is_import_path(self.source):
+            raise ValueError(f"data.source = {self.source!r} is not of the form pkg.module:name")
+        if not self.specs:
+            raise ValueError("data.train = [] names nothing to train on")
+        return self
 
 
 class RolloutConfig(Section):
@@ -244,6 +284,9 @@ class RewardConfig(Section):
     """What `tool_cost` comes to at most, however many programs ran."""
     format_error: float = Field(default=0.0, le=0)
     """Added to a response without a final box; 0 = off."""
+    function: str | None = None
+    """A function of your own instead of the comparison of answers, `pkg.module:name` (docs/own.md): called in a killable process
+    within grader_timeout_s; the shaping options are added to it."""
     checker: Literal["own", "math_verify"] = "own"
     """Who compares answers: this project's grader, or math-verify with its defaults as the paper's reward does."""
     grader_timeout_s: PositiveFloat = 5.0
@@ -255,12 +298,13 @@ class RewardConfig(Section):
 
     @model_validator(mode="after")
     def _bounded(self) -> Self:
+        if self.function is not None and not is_import_path(self.function):
+            raise ValueError(f"reward.function = {self.function!r} is not of the form pkg.module:name")
         if self.correct <= self.wrong:
             raise ValueError(f"reward.correct = {self.correct} is not above reward.wrong = {self.wrong}")
-        names = ["code_error", "overlong", "tool_cost", "format_error"]
         penalties = [self.code_error, self.overlong, self.tool_cost and self.tool_cost_floor, self.format_error]
         if self.correct + sum(penalties) <= (self.correct + self.wrong) / 2:
-            active = ", ".join(f"{n} {p}" for n, p in zip(names, penalties, strict=True) if p)
+            active = ", ".join(f"{n} {p}" for n, p in zip(SHAPING, penalties, strict=True) if p)
             raise ValueError(
                 f"reward penalties ({active}) together bring a correct answer ({self.correct}) down to the middle between "
                 f"correct and wrong or below; their sum must stay above {(self.wrong - self.correct) / 2}"

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +27,9 @@ class Problem:
     problem: str
     answer: str  # the gold answer, as text
     source: str  # data set or benchmark the row came from, e.g. "aime24"
+    extra: Mapping[str, Any] = field(
+        default_factory=dict, compare=False
+    )  # what data.columns keeps for reward and tools
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from torl_mega.data.cleaning import Benchmarks, fingerprint, limr_scores, verifiable
-from torl_mega.data.prompts import load_problems, open_problems
+from torl_mega.data.cleaning import Benchmarks, fingerprint, limr_scores
+from torl_mega.data.problem_files import load_problems, open_problems
+from torl_mega.reward.answers.check import is_readable
 from torl_mega.types import Problem
 
 TOOL = Path(__file__).resolve().parents[2] / "tools/prepare_data.py"
@@ -203,7 +204,7 @@ def test_bad_calls_are_one_line(tool, tmp_path, capsys) -> None:
     ],
 )  # fmt: skip
 def test_only_golds_that_can_be_checked_are_kept(gold: str, expected: bool) -> None:
-    assert verifiable(gold) is expected
+    assert is_readable(gold) is expected
 
 
 def test_dress_makes_no_new_problem_but_a_sign_or_another_script_does() -> None:

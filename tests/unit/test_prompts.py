@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from torl_mega.config import DataConfig
-from torl_mega.data.prompts import PromptSource, encode_prompts, load_problems, open_problems, render_template
+from torl_mega.data.problem_files import load_problems, open_problems
+from torl_mega.data.prompts import PromptSource, encode_prompts, render_template
 from torl_mega.errors import DataError
 from torl_mega.types import Problem
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from torl_mega.data.readers import Row
-from torl_mega.reward.answers.check import MAX_ANSWER_CHARS, check, is_understood
+from torl_mega.reward.answers.check import is_readable
 from torl_mega.types import Problem
 
 NGRAM = 13  # words; the length GPT-3 (arXiv 2005.14165, appendix C) and most after it used
@@ -25,16 +25,11 @@ def refusal(problem: Problem, row: Row) -> str | None:
     kinds = {str(row.get(key, "")).lower() for key in ("problem_type", "question_type", "answer_type", "type")}
     if "proof" in kinds or problem.answer.lower().strip(" .$") in _PROOF_WORDS or _PROOF_START.match(problem.problem):
         return "proof"
-    if not verifiable(problem.answer):
+    if not is_readable(problem.answer):
         return "unverifiable_answer"
     if re.search(r"!\[[^\]]*\]\(|<img|\[asy\]\s*$", problem.problem):
         return "needs_figure"
     return None
-
-
-def verifiable(gold: str) -> bool:
-    """Whether the grader understands the gold answer and finds it equal to itself; long prose and lost text are not."""
-    return len(gold) <= MAX_ANSWER_CHARS // 4 and is_understood(gold) and check(gold, gold)
 
 
 def fingerprint(text: str) -> int:

@@ -3,6 +3,7 @@
 Formats, recognised by the file's ending and by the columns of its rows:
 
     ToRL / verl     data_source, prompt: [{role, content}] or text, reward_model: {ground_truth}, extra_info: {id | index}
+    slime           prompt: [{role, content}] or text, label
     plain           problem | question | prompt, gt_answer | answer | final_answer | ground_truth; optional id, source
     MATH            problem, solution (the answer is the last \\boxed{} of the solution)
     NuminaMath      problem, solution, answer, problem_type, question_type, source
@@ -15,12 +16,14 @@ one string. Nothing else here drops or mends a row: `tools/prepare_data.py` does
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from torl_mega.config import ColumnsConfig
 from torl_mega.errors import DataError
 from torl_mega.reward.extract import last_boxed
 from torl_mega.types import Problem
@@ -29,10 +32,15 @@ Row = Mapping[str, Any]
 
 _LINE_ENDINGS = (".jsonl", ".ndjson")
 _PROBLEM_KEYS = ("problem", "question", "prompt")
-_ANSWER_KEYS = ("gt_answer", "answer", "final_answer", "ground_truth", "expected_answer")
+_ANSWER_KEYS = ("gt_answer", "answer", "final_answer", "ground_truth", "expected_answer", "label")
 _ID_KEYS = ("id", "unique_id", "uuid", "problem_id", "index")
 _LISTED = re.compile(r'\[\s*"((?:[^"\\]|\\.)*)"\s*\]')
 _TEMPLATE_HEAD = "A conversation between User and Assistant."
+_DAPO_HEAD = (  # DAPO-Math-17k's own instruction, which asks for another form of answer than a box
+    "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer "
+    "(without quotes) where $Answer is the answer to the problem."
+)
+_DAPO_ASK = 'Remember to put your answer on its own line after "Answer:".'
 _TEMPLATE_ASK = "put your final answer within \\boxed{}.\n"
 
 
@@ -118,8 +126,49 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
         yield number, row if isinstance(row, dict) else f"expected a JSON object, found {type(row).__name__}"
 
 
-def to_problem(row: Row, *, path: Path, number: int) -> Problem:
-    """The problem in one row of any known format. Raises DataError with file and row when a part is missing or of a wrong type."""
+def to_problem(row: Row, *, path: Path, number: int, columns: ColumnsConfig | None = None) -> Problem:
+    """The problem in one row of any known format, or in the columns that `columns` names, with what it keeps in `extra`.
+
+    Raises DataError with file and row when a part is missing or of a wrong type.
+    """
+    if columns is None:
+        return _known_layout(row, path=path, number=number)
+    where, renamed = place(path, number), dict(row)
+    for part, key in (("problem", columns.problem), ("answer", columns.answer)):
+        if key is not None:
+            renamed[part] = _column(row, key, where)
+    if (
+        columns.problem is not None or columns.answer is not None
+    ):  # the layout is the user's: a verl row's own parts step back
+        if isinstance(renamed.get("problem"), list):
+            renamed["problem"] = bare_problem(_last_user_text(renamed["problem"], where))
+        renamed = {key: value for key, value in renamed.items() if key not in ("prompt", "reward_model")}
+    problem = _known_layout(renamed, path=path, number=number)
+    kept = {key: _column(row, key, where) for key in columns.extra}
+    return dataclasses.replace(problem, extra=json.loads(json.dumps(kept, default=str)))  # it is logged and travels
+
+
+def has_columns(row: Row, columns: ColumnsConfig) -> bool:
+    """Whether a row has all that `columns` names."""
+    try:
+        for key in (columns.problem, columns.answer, *columns.extra):
+            _column(row, key, "") if key is not None else None
+    except DataError:
+        return False
+    return True
+
+
+def _column(row: Row, key: str, where: str) -> Any:
+    """The value in column `key`; `a.b` is field b of a nested column a, unless there is a column of that whole name."""
+    value: Any = row
+    for name in (key,) if key in row else key.split("."):
+        if not isinstance(value, Mapping) or name not in value:
+            raise DataError(f"{where}: no column {key!r} (data.columns); found {', '.join(map(str, row)) or 'none'}")
+        value = value[name]
+    return value
+
+
+def _known_layout(row: Row, *, path: Path, number: int) -> Problem:
     where = place(path, number)
     row = {str(key).lower(): value for key, value in row.items()}  # AIME's public files write Problem and Answer
     if "reward_model" in row or isinstance(row.get("prompt"), list):
@@ -151,24 +200,32 @@ def _verl_problem(row: Row, *, where: str, default_source: str, number: int) -> 
         messages = [{"role": "user", "content": messages}]
     if not isinstance(messages, list) or not messages:
         raise DataError(f"{where}: prompt = {messages!r} is not a list of chat messages, as in the verl format")
-    user = [
-        m for m in messages if isinstance(m, Mapping) and m.get("role") == "user" and isinstance(m.get("content"), str)
-    ]
-    if not user or not user[-1]["content"].strip():
-        raise DataError(f"{where}: prompt holds no message of role user with text")
-    answer = _gold(_as_text(reward_model.get("ground_truth") if isinstance(reward_model, Mapping) else None))
+    text = _last_user_text(messages, where)
+    if isinstance(reward_model, Mapping):
+        answer = _gold(_as_text(reward_model.get("ground_truth")))
+    else:  # slime's prompt and label
+        answer = None if "reward_model" in row else _gold(_first_text(row, _ANSWER_KEYS))
     if answer is None:
         raise DataError(f"{where}: reward_model.ground_truth is missing or empty; expected the gold answer as text")
     source = str(row.get("data_source") or default_source)
     extra = row.get("extra_info")
     identity = _row_id(extra if isinstance(extra, Mapping) else {}, number)
-    return Problem(
-        problem_id=f"{source}/{identity}", problem=bare_problem(user[-1]["content"]), answer=answer, source=source
-    )
+    return Problem(problem_id=f"{source}/{identity}", problem=bare_problem(text), answer=answer, source=source)
+
+
+def _last_user_text(messages: list[Any], where: str) -> str:
+    user = [
+        m for m in messages if isinstance(m, Mapping) and m.get("role") == "user" and isinstance(m.get("content"), str)
+    ]
+    if not user or not user[-1]["content"].strip():
+        raise DataError(f"{where}: prompt holds no message of role user with text")
+    return user[-1]["content"]
 
 
 def bare_problem(content: str) -> str:
-    """The problem without the ToRL prompt around it; text that carries no such prompt comes back as it is."""
+    """The problem without the prompt of ToRL or DAPO around it; text that carries neither comes back as it is."""
+    if content.startswith(_DAPO_HEAD) and content.rstrip().endswith(_DAPO_ASK):
+        return content.rstrip().removesuffix(_DAPO_ASK).removeprefix(_DAPO_HEAD).strip()
     if not content.startswith(_TEMPLATE_HEAD) or _TEMPLATE_ASK not in content:
         return content
     inner = content.split(_TEMPLATE_ASK, 1)[1].rstrip("\n")

@@ -32,6 +32,16 @@ class Tokenizer:
         """Token ids of plain text; text that looks like a special token is encoded as text."""
         return tuple(self._hf.encode(text, add_special_tokens=False, split_special_tokens=True))
 
+    def check_plain(self, text: str, setting: str) -> None:
+        """Raises DataError when `text` holds what looks like a special token, which `encode` would make ordinary text of."""
+        special = {str(token) for token in self._hf.added_tokens_decoder.values() if token.special}
+        found = next((token for token in sorted(special, key=len, reverse=True) if token and token in text), None)
+        if found is not None:
+            raise DataError(
+                f"{setting} holds {found!r}, a special token of the tokenizer, but is encoded as plain text, so that the model "
+                f"would read its letters; leave it out, and take a base model or a template without it"
+            )
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of any ids, special tokens included, with no character added or taken away."""
         return self._hf.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -223,7 +223,8 @@ def tokenizer(config: Config) -> Iterator[Check]:
 
 
 def data(config: Config) -> Iterator[Check]:
-    from torl_mega.data.prompts import PromptSource
+    from torl_mega.data.problem_files import is_missing
+    from torl_mega.data.prompts import TEMPLATES, PromptSource
     from torl_mega.data.tokenizer import Tokenizer
     from torl_mega.rollout.evaluate import absent_benchmarks
 
@@ -231,10 +232,12 @@ def data(config: Config) -> Iterator[Check]:
         there = Path(config.rollout.replay, "trajectories").is_dir()
         yield judged("data", there, f"replay of {config.rollout.replay}", "not there")
         return
-    source = PromptSource(config.data, Tokenizer(config.model.path).encode, seed=config.seed)
+    tokenizer = Tokenizer(config.model.path)
+    tokenizer.check_plain(TEMPLATES.get(config.data.template, config.data.template), "data.template")
+    source = PromptSource(config.data, tokenizer.encode, seed=config.seed)
     source.next(1)
-    missing = [name for name in config.eval.data if not name.startswith("arithmetic:") and not Path(name).exists()]
-    detail = f"{config.data.train} and {len(config.eval.data)} benchmark(s)"
+    missing = [name for name in config.eval.data if is_missing(name)]
+    detail = f"{', '.join(config.data.specs)} and {len(config.eval.data)} benchmark(s)"
     may_be_left_out = missing == absent_benchmarks(config.eval) and len(missing) < len(config.eval.data)
     level: Level = "warn" if may_be_left_out else "fail"
     yield judged("data", not missing, detail, f"eval.data: {', '.join(missing)} not there", otherwise=level)

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 from torl_mega.config import Config
+from torl_mega.data.problem_files import is_missing
 from torl_mega.errors import CheckpointError, ConfigError, DataError
+from torl_mega.import_path import load
 from torl_mega.layout import check_layout, read_hf_config
 from torl_mega.rollout.evaluate import absent_benchmarks
 from torl_mega.run.folder import RunFolder
@@ -25,9 +27,13 @@ def check_inputs(config: Config, num_ranks: int | None) -> None:
         raise ConfigError("; ".join(problems))
     absent = absent_benchmarks(config.eval)  # may be left out, but not all of them
     wanted = [spec for spec in config.eval.data if spec not in absent] or config.eval.data
-    for setting, spec in [("data.train", config.data.train), *(("eval.data", spec) for spec in wanted)]:
-        if not spec.startswith("arithmetic:") and not Path(spec).exists():
+    train = config.data.specs if config.data.source is None else ()  # what a user's reader takes is for it to say
+    for setting, spec in [*(("data.train", spec) for spec in train), *(("eval.data", spec) for spec in wanted)]:
+        if is_missing(spec):
             raise DataError(f"{setting} = {spec!r} is not there; give a parquet or jsonl file, or arithmetic:SEED")
+    for setting, path in (("reward.function", config.reward.function), ("data.source", config.data.source)):
+        if path is not None:
+            load(path, setting)
 
 
 def without_trainer(config: Config) -> Config:

@@ -1,4 +1,5 @@
-"""The reward of a trajectory: its last box against the gold answer, plus the shaping options. Implements `RewardFn`.
+"""The reward of a trajectory: its last box against the gold answer, or a function of the user's, plus the shaping options.
+Implements `RewardFn`.
 
 Each shaping summand is zero or negative and bounded. `RewardConfig` refuses settings whose sum could bring a correct answer
 down to the middle between correct and wrong, so no combination of them ever flips the sign of correct against wrong.
@@ -6,6 +7,7 @@ down to the middle between correct and wrong, so no combination of them ever fli
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Mapping
 
@@ -13,7 +15,10 @@ from torl_mega.config import RewardConfig
 from torl_mega.errors import ConfigError
 from torl_mega.reward.extract import extract_answer
 from torl_mega.reward.grader import Grader, Verdict
+from torl_mega.reward.own import to_text
 from torl_mega.types import ExecutionStatus, GraderStatus, Reward, Trajectory
+
+log = logging.getLogger(__name__)
 
 _STATUS = {
     Verdict.RIGHT: GraderStatus.OK,
@@ -23,18 +28,19 @@ _STATUS = {
 }
 
 
-class AnswerReward:
-    """`reward.correct` or `reward.wrong` by answer plus the shaping options, each under its name in `Reward.parts`.
-
-    A hanging answer is wrong with status TIMEOUT; where the grader failed twice the status is FAULT and the caller
-    leaves the trajectory out. `max_response_tokens` is needed only for `reward.overlong`.
-    """
+class _Graded:
+    """A reward whose judgement comes from the grader process; what it shares with the others is the shaping."""
 
     def __init__(self, config: RewardConfig, *, max_response_tokens: int | None = None) -> None:
+        """`max_response_tokens` is needed only for `reward.overlong`."""
         self._config = config
         self._max_response_tokens = max_response_tokens
         self._grader = Grader(
-            config.grader_workers, config.grader_timeout_s, memory_mb=config.grader_memory_mb, checker=config.checker
+            config.grader_workers,
+            config.grader_timeout_s,
+            memory_mb=config.grader_memory_mb,
+            checker=config.checker,
+            function=config.function,
         )
 
     @property
@@ -50,6 +56,23 @@ class AnswerReward:
         """Ends the grader process and everything below it."""
         await self._grader.close()
 
+    async def is_readable(self, gold: str) -> bool:
+        """Whether the grader can compare an answer with this gold, within its limits."""
+        return await self._grader.judge(gold) == Verdict.RIGHT
+
+    def _shaping(self, trajectory: Trajectory, *, has_answer: bool) -> Mapping[str, float]:
+        return shaping_parts(
+            trajectory, self._config, has_answer=has_answer, max_response_tokens=self._max_response_tokens
+        )
+
+
+class AnswerReward(_Graded):
+    """`reward.correct` or `reward.wrong` by answer plus the shaping options, each under its name in `Reward.parts`.
+
+    A hanging answer is wrong with status TIMEOUT; where the grader failed twice the status is FAULT and the caller
+    leaves the trajectory out.
+    """
+
     async def score(self, trajectory: Trajectory) -> Reward:
         config = self._config
         extracted = extract_answer([turn.text for turn in trajectory.turns])
@@ -60,10 +83,37 @@ class AnswerReward:
             verdict = await self._grader.check(extracted, problem.answer, problem.problem)
             correct, status = verdict is Verdict.RIGHT, _STATUS[verdict]
         parts = {"answer": config.correct if correct else config.wrong}
-        parts |= shaping_parts(
-            trajectory, config, has_answer=extracted is not None, max_response_tokens=self._max_response_tokens
-        )
+        parts |= self._shaping(trajectory, has_answer=extracted is not None)
         return Reward(value=sum(parts.values()), correct=correct, status=status, extracted=extracted, parts=parts)
+
+
+class FunctionReward(_Graded):
+    """The parts that `reward.function` returns (own.py) plus the shaping options.
+
+    Where the function raises, returns what is no reward, or takes longer than `reward.grader_timeout_s`, the status is FAULT:
+    counted as `reward_failed` or `reward_timeout`, said in the log, and the caller leaves the trajectory out.
+    """
+
+    async def score(self, trajectory: Trajectory) -> Reward:
+        config, extracted = self._config, extract_answer([turn.text for turn in trajectory.turns])
+        found = await self._grader.judge(to_text(trajectory))
+        if not isinstance(found, dict) or "error" in found:
+            why = f"took longer than {config.grader_timeout_s:g} s" if found == Verdict.TIMEOUT else "was lost"
+            why = found["error"] if isinstance(found, dict) else why
+            self.counters["reward_timeout" if found == Verdict.TIMEOUT else "reward_failed"] += 1
+            log.warning("%s: reward.function = %s: %s", trajectory.prompt.problem.problem_id, config.function, why)
+            return Reward(0.0, correct=False, status=GraderStatus.FAULT, extracted=extracted, parts={})
+        own, correct = found["parts"], found["correct"]
+        if correct is None:
+            correct = sum(own.values()) > (config.correct + config.wrong) / 2
+        parts = {**own, **self._shaping(trajectory, has_answer=extracted is not None)}
+        return Reward(sum(parts.values()), correct=correct, status=GraderStatus.OK, extracted=extracted, parts=parts)
+
+
+def make_reward(config: RewardConfig, *, max_response_tokens: int) -> AnswerReward | FunctionReward:
+    """The reward of this config."""
+    kind = FunctionReward if config.function else AnswerReward
+    return kind(config, max_response_tokens=max_response_tokens)
 
 
 def shaping_parts(

@@ -3,7 +3,10 @@
     Grader (trainer's event loop) ──stdin: one JSON request a line──►  this process  ──pipe──►  child, child, …
                                  ◄─stdout: one JSON reply a line────   (one thread)  ◄────────  (forked, import nothing)
 
-Requests are `[id, answer, gold, problem]`, replies `[id, outcome]` with outcome `right`, `wrong`, `timeout` or `fault`.
+Requests are `[id, answer, gold, problem]`, replies `[id, outcome]` with outcome `right`, `wrong`, `timeout` or `fault`;
+`[id, gold]` asks whether a gold answer can be compared with at all. With `--function` they are `[id, trajectory]`, and the
+outcome is what own.py says of it, `timeout` or `fault`. The first line says
+`ready`, or why the function cannot be had.
 
 Contract: every request gets exactly one reply. A child that runs past the limit is killed and its answer is a `timeout`.
 A child that dies of itself has its answer tried once more in a fresh child. When that one dies too, of a crash or of its
@@ -32,9 +35,11 @@ import selectors
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from torl_mega.errors import ConfigError
 from torl_mega.process.start import die_with_parent
 
 _ASIDE_S = 0.02  # fifty times an ordinary answer
@@ -47,9 +52,7 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 @dataclass(slots=True)
 class _Job:
     identity: int
-    answer: str
-    gold: str
-    problem: str
+    arguments: list[str]
     tries: int = 0
 
 
@@ -71,7 +74,7 @@ class _Pool:
     workers: int
     timeout_s: float
     memory_mb: int
-    checker: str  # a key of check.CHECKERS
+    judge: Callable[..., Any]  # of a request's arguments; what it returns is JSON
     selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
     waiting: list[tuple[int, int, _Job]] = field(
         default_factory=list
@@ -125,11 +128,12 @@ class _Pool:
             return False
         *lines, self.pending = (self.pending + data).split(b"\n")
         for line in lines:
-            self._enqueue(_Job(*json.loads(line)))
+            identity, *arguments = json.loads(line)
+            self._enqueue(_Job(identity, arguments))
         return True
 
     def _enqueue(self, job: _Job) -> None:
-        heapq.heappush(self.waiting, (-len(job.answer) - len(job.gold), job.identity, job))
+        heapq.heappush(self.waiting, (-sum(map(len, job.arguments[:2])), job.identity, job))
 
     def _assign(self) -> None:
         """Gives waiting requests to idle children, forking one for each child that was set aside."""
@@ -142,23 +146,23 @@ class _Pool:
             *_, job = heapq.heappop(self.waiting)
             job.tries += 1
             child.job, child.started, child.cpu_at_start = job, time.monotonic(), _cpu_s(child.pid)
-            request = json.dumps([job.answer, job.gold, job.problem]).encode() + b"\n"
+            request = json.dumps(job.arguments).encode() + b"\n"
             try:
                 _write_all(child.to_child, request)
             except BrokenPipeError:
                 self._lost(child)
 
     def _read_outcome(self, child: _Child) -> None:
-        data = os.read(child.from_child, 64)
+        data = os.read(child.from_child, 1 << 16)
         if not data:
             self._lost(child)
             return
         child.buffer += data
         if child.buffer.endswith(b"\n"):
-            outcome, child.buffer = child.buffer.decode().strip(), b""
+            outcome, child.buffer = json.loads(child.buffer), b""
             self._done(child, outcome)
 
-    def _done(self, child: _Child, outcome: str) -> None:
+    def _done(self, child: _Child, outcome: Any) -> None:
         assert child.job is not None
         _reply(child.job, outcome)
         child.job, child.num_done = None, child.num_done + 1
@@ -207,7 +211,7 @@ class _Pool:
             inherited = [fd for c in self.children for fd in (c.to_child, c.from_child)]
             for fd in (*inherited, request_write, outcome_read):
                 os.close(fd)
-            _child_main(request_read, outcome_write, self.memory_mb, self.checker)
+            _child_main(request_read, outcome_write, self.memory_mb, self.judge)
         os.close(request_read)
         os.close(outcome_write)
         child = _Child(pid, request_write, outcome_read)
@@ -231,11 +235,8 @@ class _Pool:
         self.dying = [pid for pid in self.dying if os.waitpid(pid, os.WNOHANG)[0] == 0]
 
 
-def _child_main(request_fd: int, outcome_fd: int, memory_mb: int, checker: str) -> NoReturn:
-    """Answers requests until the pipe closes. Whatever a check raises means that the answer could not be shown right."""
-    from torl_mega.reward.answers.check import CHECKERS
-
-    grade = CHECKERS[checker]
+def _child_main(request_fd: int, outcome_fd: int, memory_mb: int, judge: Callable[..., Any]) -> NoReturn:
+    """Answers requests until the pipe closes."""
     if memory_mb:
         with open("/proc/self/statm") as file:
             used = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
@@ -247,16 +248,40 @@ def _child_main(request_fd: int, outcome_fd: int, memory_mb: int, checker: str) 
     requests = os.fdopen(request_fd, "rb")
     for line in requests:
         try:
-            outcome = "right" if grade(*json.loads(line)) else "wrong"
+            outcome = judge(*json.loads(line))
         except MemoryError:
             os._exit(1)  # what is left of this process is not to be trusted
-        except Exception:  # sympy raises everything there is on hostile input
-            outcome = "wrong"
-        _write_all(outcome_fd, outcome.encode() + b"\n")
+        _write_all(outcome_fd, json.dumps(outcome).encode() + b"\n")
     os._exit(0)
 
 
-def _reply(job: _Job, outcome: str) -> None:
+def _answers(checker: str) -> Callable[..., str]:
+    """The judge of answers. Whatever a check raises means that the answer could not be shown right."""
+    from torl_mega.reward.answers.check import CHECKERS, is_readable, warm_up
+
+    warm_up()
+    grade = CHECKERS[checker]
+
+    def judge(answer: str, gold: str | None = None, problem: str = "") -> str:
+        try:
+            return "right" if (is_readable(answer) if gold is None else grade(answer, gold, problem)) else "wrong"
+        except MemoryError:
+            raise
+        except Exception:  # sympy raises everything there is on hostile input
+            return "wrong"
+
+    return judge
+
+
+def _own(function: str) -> Callable[[str], Any]:
+    """The judge that a user brings. Raises ConfigError."""
+    from torl_mega.import_path import load
+    from torl_mega.reward.own import judge_by
+
+    return judge_by(load(function, "reward.function"))
+
+
+def _reply(job: _Job, outcome: Any) -> None:
     _write_all(1, json.dumps([job.identity, outcome]).encode() + b"\n")
 
 
@@ -282,14 +307,17 @@ def main() -> None:
     parser.add_argument("--timeout-s", type=float, required=True)
     parser.add_argument("--memory-mb", type=int, required=True)
     parser.add_argument("--checker", default="own")
+    parser.add_argument("--function")
     args = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the trainer, which closes this process in order
-    from torl_mega.reward.answers.check import warm_up
-
-    warm_up()
+    try:
+        judge = _own(args.function) if args.function else _answers(args.checker)
+    except ConfigError as exc:
+        _write_all(1, json.dumps(str(exc)).encode() + b"\n")
+        raise SystemExit(1) from None
     gc.collect()
     gc.freeze()  # children share these pages
-    pool = _Pool(workers=args.workers, timeout_s=args.timeout_s, memory_mb=args.memory_mb, checker=args.checker)
+    pool = _Pool(workers=args.workers, timeout_s=args.timeout_s, memory_mb=args.memory_mb, judge=judge)
     try:
         _write_all(1, b'"ready"\n')
         pool.serve()

@@ -14,12 +14,13 @@ from typing import Any, TypeVar
 import uvloop
 
 from torl_mega.config import Config
-from torl_mega.data.prompts import PromptSource
+from torl_mega.data.golds import judge_golds, read_golds
+from torl_mega.data.prompts import TEMPLATES, PromptSource
 from torl_mega.data.tokenizer import Tokenizer
 from torl_mega.errors import ConfigError, Preempted
 from torl_mega.layout import read_hf_config
 from torl_mega.process.stop_flag import StopFlag
-from torl_mega.reward.function import AnswerReward
+from torl_mega.reward.function import make_reward
 from torl_mega.rollout.collector import LiveCollector
 from torl_mega.rollout.episode import Episode, EpisodeSettings
 from torl_mega.rollout.evaluate import load_benchmarks
@@ -77,15 +78,21 @@ def build_collector(
 ) -> LiveCollector:
     """A collector whose parts are started on `run` and closed by `stack`. `any_version`: no trainer sends weights, the servers
     hold what they loaded. Raises TorlError for data, addresses or services that are not there."""
+    tokenizer.check_plain(TEMPLATES.get(config.data.template, config.data.template), "data.template")
     prompts = PromptSource(config.data, tokenizer.encode, seed=config.seed)  # a wrong data file shows before any wait
     benchmarks = load_benchmarks(config.eval, config.data, tokenizer.encode)
     vocab_size = int(read_hf_config(config.model.path)["vocab_size"])  # the model's: it may sample padding ids
     client = SGLangClient(addresses("TORL_SERVERS"), config.serving, vocab_size=vocab_size)
     sandbox = _sandbox(config)
-    reward = AnswerReward(config.reward, max_response_tokens=config.rollout.max_response_tokens)
+    reward = make_reward(config.reward, max_response_tokens=config.rollout.max_response_tokens)
     for part in (client, sandbox, reward):
         run(part.start())
         stack.callback(lambda part=part: run(part.close()))
+
+    if config.reward.function is None:
+        for spec, problems in prompts.files:
+            golds = run(read_golds(problems, reward.is_readable))
+            judge_golds(spec, golds, most=config.data.max_unreadable_golds)
 
     def expect(version: int) -> None:
         client.expect_version(version, oldest=max(0, version - config.rollout.max_staleness))

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from torl_mega.config import BenchmarkConfig, DataConfig, EvalConfig
-from torl_mega.data.prompts import Encode, encode_prompts, load_problems
+from torl_mega.data.problem_files import is_missing, load_problems
+from torl_mega.data.prompts import Encode, encode_prompts
 from torl_mega.errors import ConfigError, DataError
 from torl_mega.rollout.statistics import rollout_metrics
 from torl_mega.types import CollectedGroups, Group, Problem, Prompt
@@ -118,7 +119,7 @@ class Benchmark:
 
 def absent_benchmarks(config: EvalConfig) -> list[str]:
     """The files of `eval.data` that are named after a known benchmark and are not there."""
-    missing = [spec for spec in config.data if not Path(spec).exists()]
+    missing = [spec for spec in config.data if is_missing(spec)]
     return [spec for spec in missing if canonical_name(Path(spec).stem) in KNOWN_SIZES]
 
 
@@ -135,7 +136,7 @@ def load_benchmarks(config: EvalConfig, data: DataConfig, encode: Encode) -> lis
     by_source: dict[str, list[Problem]] = {}
     cut: set[str] = set()
     for spec in present:
-        problems = load_problems(spec, max_problems=config.max_problems)
+        problems = load_problems(spec, max_problems=config.max_problems, columns=data.columns)
         for problem in problems:
             by_source.setdefault(canonical_name(problem.source), []).append(problem)
             if len(problems) == config.max_problems:

@@ -112,6 +112,7 @@ def to_row(step: int, recorded: Recorded) -> dict[str, Any]:
         "step": step,
         "group": recorded.group,
         "problem_id": problem.problem_id,
+        **({"extra": dict(problem.extra)} if problem.extra else {}),
         "source": problem.source,
         "problem": problem.problem,
         "answer": problem.answer,
@@ -152,7 +153,7 @@ def _turn_to_json(turn: Turn) -> dict[str, Any]:
 
 def trajectory_from_json(row: Mapping[str, Any]) -> tuple[Trajectory, Reward]:
     """The records of one row. Raises KeyError, TypeError, ValueError or AttributeError for a row of another form."""
-    problem = Problem(row["problem_id"], row["problem"], row["answer"], row["source"])
+    problem = Problem(row["problem_id"], row["problem"], row["answer"], row["source"], row.get("extra", {}))
     turns = tuple(_turn_from_json(t) for t in row["turns"])
     prompt = Prompt(problem, tuple(row["prompt_ids"]))
     r = row["reward"]

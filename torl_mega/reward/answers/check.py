@@ -86,6 +86,11 @@ def is_understood(gold: str) -> bool:
     return _readable(text) is not None or 1 <= len(text_words(text).split()) <= 4
 
 
+def is_readable(gold: str) -> bool:
+    """Whether answers can be compared with this gold: it is understood and equal to itself; long prose and lost text are not."""
+    return len(gold) <= MAX_ANSWER_CHARS // 4 and is_understood(gold) and check(gold, gold)
+
+
 def warm_up() -> None:
     """Pays for imports and parser tables once, before workers are forked."""
     for text in ("5", "\\frac{3}{4}", "(-\\infty,2)\\cup(3,\\infty)", "\\begin{pmatrix}1\\\\2\\end{pmatrix}", "y=2x+3"):
