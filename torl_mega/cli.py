@@ -14,6 +14,7 @@ app = typer.Typer(
     name="torl",
     help="Tool-integrated RL at cluster scale: Megatron-Core trains, SGLang samples, a sandbox runs the code.",
     no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -23,6 +24,17 @@ app.add_typer(sandbox_app, name="sandbox")
 Conf = Annotated[Path, typer.Argument(metavar="CONF", help="A YAML file, e.g. conf/quickstart.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[A.B=VALUE]...", help="Overrides; the last one wins")]
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON")]
+
+
+@app.callback()
+def torl(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version and stop")] = False,
+) -> None:
+    if version:
+        from torl_mega import __version__
+
+        print(f"torl {__version__}")
+        raise typer.Exit
 
 
 @app.command()
@@ -78,6 +90,19 @@ def doctor(
     from torl_mega.launch import doctor as checks
 
     raise typer.Exit(checks.run(conf, overrides or [], json_output=json, gpu=gpu))
+
+
+@app.command()
+def config(
+    conf: Conf,
+    overrides: Overrides = None,
+    only: Annotated[str, typer.Option(help="Only settings that start so, e.g. rollout.")] = "",
+    json: Json = False,
+) -> None:
+    """Print every setting with its value, where it comes from and what it means."""
+    from torl_mega.launch import show_config
+
+    raise typer.Exit(show_config.run(conf, overrides or [], only=only, json_output=json))
 
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, e.g. runs/quickstart")]

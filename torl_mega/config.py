@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveFloat, PositiveInt, Tag, model_validator
 
 from torl_mega.import_path import is_import_path
 
@@ -58,8 +58,14 @@ class ColumnsConfig(Section):
     """Columns kept in `Problem.extra`, for a reward function or a tool."""
 
 
+def _train_form(value: Any) -> str:
+    return "as list" if isinstance(value, list | tuple) else "as text"
+
+
 class DataConfig(Section):
-    train: str | tuple[WeightedData, ...]
+    train: Annotated[
+        Annotated[str, Tag("as text")] | Annotated[tuple[WeightedData, ...], Tag("as list")], Discriminator(_train_form)
+    ]
     """Training problems: a .parquet file in ToRL/verl format, a .jsonl file, `arithmetic:SEED` (generated), `pkg.module:function`
     that yields rows, or a list `[{path, weight}]` of these. Source: paper §2.1, 28,740 problems; script:13,22."""
     columns: ColumnsConfig | None = None

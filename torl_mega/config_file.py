@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,6 +56,28 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError("\n".join(_explain(origin, error) for error in exc.errors())) from None
 
 
+def origins(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, str]:
+    """By dotted name of what is said anywhere: the file or override that says it last. Raises ConfigError."""
+    said: dict[str, str] = {}
+    file: Path | None = Path(path)
+    chain: list[tuple[Path, Tree]] = []
+    while file is not None:
+        tree = _parse(file.resolve())
+        chain.append((file, tree))
+        base = tree.pop("base", None)
+        file = file.parent / base if isinstance(base, str) else None
+    for file, tree in reversed(chain):
+        said |= dict.fromkeys(_leaves(tree), os.path.relpath(file))
+    for text in overrides:
+        said[text.partition("=")[0]] = "command line"
+    return said
+
+
+def _leaves(tree: Tree, prefix: str = "") -> list[str]:
+    inner = ((f"{prefix}{key}", value) for key, value in tree.items())
+    return [leaf for name, v in inner for leaf in (_leaves(v, f"{name}.") if isinstance(v, dict) and v else [name])]
+
+
 def config_hash(config: Config) -> str:
     """Twelve hex digits over everything but the run's name and place."""
     tree = config.model_dump(mode="json", exclude={"name", "runs_dir"})
@@ -65,6 +88,16 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Tree:
     path = path.resolve()
     if path in seen:
         raise ConfigError(f"{path}: `base:` goes round in a circle: {' -> '.join(p.name for p in (*seen, path))}")
+    tree = _parse(path)
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base = {base!r} is not the name of a file")
+    return _merge(_read(path.parent / base, (*seen, path)), tree)
+
+
+def _parse(path: Path) -> Tree:
     try:
         tree = yaml.load(path.read_text(), Loader=_Loader) or {}
     except FileNotFoundError:
@@ -73,12 +106,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Tree:
         raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(exc).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
-    base = tree.pop("base", None)
-    if base is None:
-        return tree
-    if not isinstance(base, str):
-        raise ConfigError(f"{path}: base = {base!r} is not the name of a file")
-    return _merge(_read(path.parent / base, (*seen, path)), tree)
+    return tree
 
 
 def _merge(base: Tree, over: Tree) -> Tree:
@@ -108,7 +136,9 @@ def _override(tree: Tree, text: str) -> None:
 
 
 def _explain(origin: str, error: Any) -> str:
-    loc = [str(part) for part in error["loc"]]
+    loc = [
+        str(part) for part in error["loc"] if not str(part).startswith("as ")
+    ]  # which form of a setting it is read as
     dotted = ".".join(loc)
     if error["type"] == "extra_forbidden":
         near = _nearest(loc)
@@ -125,13 +155,20 @@ def _explain(origin: str, error: Any) -> str:
 def _section(loc: Sequence[str]) -> type[BaseModel] | None:
     section: type[BaseModel] = Config
     for key in loc:
+        if key.isdigit():  # a row of a list of sections
+            continue
         info = section.model_fields.get(key)
-        kinds = [info.annotation, *get_args(info.annotation)] if info else []
-        inner = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
+        inner = _sections_in(info.annotation) if info else []
         if not inner:
             return None
         section = inner[0]
     return section
+
+
+def _sections_in(kind: Any) -> list[type[BaseModel]]:
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return [kind]
+    return [section for part in get_args(kind) for section in _sections_in(part)]
 
 
 def _fields(loc: Sequence[str]) -> list[str]:

@@ -27,7 +27,9 @@ pytestmark = pytest.mark.timeout(600)
 def run(name: str, runs: Path) -> Path:
     command = [TORL, "train", str(EXAMPLES / f"{name}.yaml"), *SMALL, f"runs_dir={runs}", "checkpoint.export_hf=false"]
     env = {**os.environ, "PYTHONPATH": str(EXAMPLES)}
-    done = subprocess.run(command, env=env, cwd=EXAMPLES.parent, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    done = subprocess.run(
+        command, env=env, cwd=EXAMPLES.parent, capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return runs / name
 
