@@ -38,12 +38,19 @@ def torl(
 
 
 @app.command()
-def train(conf: Conf, overrides: Overrides = None) -> None:
+def train(
+    conf: Conf,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only check all that needs no server and no trainer")
+    ] = False,
+) -> None:
     """Train on this machine: starts sandbox, servers and ranks, or resumes the run of that name."""
     from torl_mega.config_file import load_config
+    from torl_mega.launch import dry_run as dry
     from torl_mega.launch import local as launcher
 
-    raise typer.Exit(launcher.train(load_config(conf, overrides or [])))
+    raise typer.Exit((dry.run if dry_run else launcher.train)(load_config(conf, overrides or [])))
 
 
 @app.command("eval")

@@ -59,7 +59,7 @@ def run(
     elif json_output:
         print(json.dumps({"ok": not failed, "checks": [asdict(check) for check in found]}, indent=1))
     else:
-        _print({this_node(): found}, everything=True)
+        print_checks({this_node(): found}, everything=True)
     return int(failed)
 
 
@@ -68,14 +68,14 @@ def collect(report: Path, file: Path) -> int:
     the placement of that file."""
     placement = read_placement(file)
     nodes = collected(report, placement)
-    _print(nodes, everything=False)
+    print_checks(nodes, everything=False)
     failed = any(check.level == "fail" for found in nodes.values() for check in found)
     if not failed:
         file.write_text(with_node_addresses(placement, report).to_json())
     return int(failed)
 
 
-def _print(nodes: dict[str, list[Check]], *, everything: bool) -> None:
+def print_checks(nodes: dict[str, list[Check]], *, everything: bool) -> None:
     """All checks of one machine, or only what is not well on many."""
     rows = [(node, check) for node, found in nodes.items() for check in found if everything or check.level != "ok"]
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
