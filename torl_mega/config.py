@@ -115,6 +115,10 @@ class RolloutConfig(Section):
     max_tool_calls: int = Field(ge=0)
     """C of the paper: calls that run per answer; after them the policy goes on in text, without the stop string. Source:
     paper §3.1, C = 1."""
+    protocol: str = "torl"
+    """How calls are written: `torl`, fenced blocks as in the paper, or `pkg.module:Class` of your own (docs/own.md)."""
+    tools: tuple[str, ...] = ("python",)
+    """What may be called: `python` (a program in the sandbox, the paper's tool) and `pkg.module:Class` of your own."""
     temperature: float = Field(gt=0)
     """Sampling temperature of training rollouts. Source: paper §3.1, script:42."""
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -140,6 +144,17 @@ class RolloutConfig(Section):
     anew, `in_place` goes on with the old one."""
     replay: str | None = None
     """Run folder whose recorded trajectories are trained on instead of sampling; no server is started."""
+
+    @model_validator(mode="after")
+    def _tools_can_be_had(self) -> Self:
+        if self.protocol != "torl" and not is_import_path(self.protocol):
+            raise ValueError(f"rollout.protocol = {self.protocol!r} is neither torl nor of the form pkg.module:Class")
+        for tool in self.tools:
+            if tool != "python" and not is_import_path(tool):
+                raise ValueError(f"rollout.tools: {tool!r} is neither python nor of the form pkg.module:Class")
+        if len(set(self.tools)) < len(self.tools) or not self.tools:
+            raise ValueError(f"rollout.tools = {list(self.tools)} names a tool twice, or none")
+        return self
 
 
 class SandboxConfig(Section):

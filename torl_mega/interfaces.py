@@ -16,6 +16,7 @@ from torl_mega.types import (
     ExecutionResult,
     Generation,
     GenerationRequest,
+    Problem,
     Reward,
     Sample,
     StepBatch,
@@ -55,6 +56,22 @@ class Sandbox(Protocol):
         ...
 
 
+class ToolSession(Protocol):
+    """A tool for one trajectory."""
+
+    async def call(self, written: str) -> ToolCall:
+        """Makes the call that `written` ends in: all that the policy wrote so far in this answer, observations left out.
+
+        The result's `observation` is the text to insert, byte for byte. A call that the policy got wrong is an observation
+        too; `ToolFault` is raised when the tool itself failed.
+        """
+        ...
+
+    async def close(self) -> None:
+        """The trajectory is over, whatever ended it."""
+        ...
+
+
 class Tool(Protocol):
     """What the policy may call in the middle of its answer, by text.
 
@@ -64,12 +81,8 @@ class Tool(Protocol):
     @property
     def stop(self) -> tuple[str, ...]: ...
 
-    async def call(self, written: str) -> ToolCall:
-        """Makes the call that `written` ends in: all that the policy wrote so far in this answer, observations left out.
-
-        The result's `observation` is the text to insert, byte for byte. A call that the policy got wrong is an observation
-        too; `ToolFault` is raised when the tool itself failed.
-        """
+    def open(self, problem: Problem) -> ToolSession:
+        """A session for one attempt at `problem`."""
         ...
 
 

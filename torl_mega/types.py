@@ -135,13 +135,14 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """One program the policy wrote and the observation it got."""
+    """One call the policy wrote and the observation it got."""
 
-    code: str
+    code: str  # the program, or the arguments as they were written; empty where no call was found
     status: ExecutionStatus
     return_code: int | None
     observation: str  # exactly the text that was encoded and inserted, fence included
     wall_s: float
+    tool: str = "python"  # its name
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import pytest
 from torl_runs import LIMIT_S, TORL
 
 from torl_mega.rollout.recorder import read_groups, step_path
+from torl_mega.types import ExecutionStatus
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SMALL = (
@@ -49,6 +50,23 @@ def test_data_of_ones_own(tmp_path: Path) -> None:
         problem = group.prompt.problem
         assert str(eval(problem.problem)) == problem.answer
         assert problem.extra["digits"] in (2, 3, 4)
+
+
+def test_a_tool_of_ones_own(tmp_path: Path) -> None:
+    folder = run("own_tool", tmp_path)
+    calls = [
+        c
+        for group in read_groups(step_path(folder / "trajectories", 0))
+        for t in group.trajectories
+        for c in t.tool_calls
+    ]
+    assert calls
+    for call in calls:
+        program = call.code.strip().removeprefix("print")
+        right = call.status is ExecutionStatus.OK and call.observation == f"\n{eval(program)}\n```\n"
+        assert right or "not arithmetic" in call.observation or "no call found" in call.observation
+    audit = subprocess.run([TORL, "view", str(folder), "--audit"], capture_output=True, text=True, check=False)
+    assert audit.returncode == 0, audit.stdout + audit.stderr
 
 
 def test_examples_are_short() -> None:

@@ -24,8 +24,8 @@ from torl_mega.reward.function import make_reward
 from torl_mega.rollout.collector import LiveCollector
 from torl_mega.rollout.episode import Episode, EpisodeSettings
 from torl_mega.rollout.evaluate import load_benchmarks
-from torl_mega.rollout.python_tool import Limits, PythonTool
 from torl_mega.rollout.scheduler import EpisodeScheduler
+from torl_mega.rollout.tools import make_tool, with_tools
 from torl_mega.run.folder import RunFolder
 from torl_mega.serving.client import SGLangClient
 from torl_mega.serving.sglang_server import wait_ready
@@ -78,12 +78,15 @@ def build_collector(
 ) -> LiveCollector:
     """A collector whose parts are started on `run` and closed by `stack`. `any_version`: no trainer sends weights, the servers
     hold what they loaded. Raises TorlError for data, addresses or services that are not there."""
-    tokenizer.check_plain(TEMPLATES.get(config.data.template, config.data.template), "data.template")
-    prompts = PromptSource(config.data, tokenizer.encode, seed=config.seed)  # a wrong data file shows before any wait
-    benchmarks = load_benchmarks(config.eval, config.data, tokenizer.encode)
+    sandbox = _sandbox(config)
+    tool = make_tool(config.rollout, config.sandbox, sandbox)
+    template = with_tools(TEMPLATES.get(config.data.template, config.data.template), tool)
+    tokenizer.check_plain(template, "data.template")
+    data = config.data.model_copy(update={"template": template})
+    prompts = PromptSource(data, tokenizer.encode, seed=config.seed)  # a wrong data file shows before any wait
+    benchmarks = load_benchmarks(config.eval, data, tokenizer.encode)
     vocab_size = int(read_hf_config(config.model.path)["vocab_size"])  # the model's: it may sample padding ids
     client = SGLangClient(addresses("TORL_SERVERS"), config.serving, vocab_size=vocab_size)
-    sandbox = _sandbox(config)
     reward = make_reward(config.reward, max_response_tokens=config.rollout.max_response_tokens)
     for part in (client, sandbox, reward):
         run(part.start())
@@ -97,8 +100,6 @@ def build_collector(
     def expect(version: int) -> None:
         client.expect_version(version, oldest=max(0, version - config.rollout.max_staleness))
 
-    limits = config.sandbox
-    tool = PythonTool(sandbox, Limits(limits.wall_s, limits.cpu_s, limits.memory_mb, limits.output_bytes))
     rollout = config.rollout
     return LiveCollector(
         config=config,

@@ -14,7 +14,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torl_mega.interfaces import Generator, Tool
+from torl_mega.interfaces import Generator, Tool, ToolSession
 from torl_mega.types import FinishReason, GenerationRequest, Prompt, StopReason, Trajectory, Turn
 
 
@@ -39,6 +39,13 @@ class Episode:
 
     async def run(self, prompt: Prompt, sample_index: int, *, seed: int) -> Trajectory:
         """Attempt `sample_index` at `prompt`, within `max_response_tokens` exactly. `seed`: of the step, see `sampling_seed`."""
+        session = self.tool.open(prompt.problem)
+        try:
+            return await self._run(prompt, sample_index, session, seed)
+        finally:
+            await session.close()
+
+    async def _run(self, prompt: Prompt, sample_index: int, session: ToolSession, seed: int) -> Trajectory:
         s = self.settings
         turns: list[Turn] = []
         response: list[int] = []
@@ -59,7 +66,7 @@ class Episode:
             turn = Turn(generation.token_ids, generation.logprobs, generation.policy_versions, generation.text)
             response.extend(turn.token_ids)
             if generation.finish is FinishReason.STOP_STRING:
-                turn = await self._with_observation(turn, turns, room=s.max_response_tokens - len(response))
+                turn = await self._with_observation(session, turn, turns, room=s.max_response_tokens - len(response))
                 response.extend(turn.observation_ids)
             turns.append(turn)
             if generation.finish is FinishReason.EOS:
@@ -68,9 +75,9 @@ class Episode:
                 break
         return Trajectory(prompt, sample_index, tuple(turns), stop_reason)
 
-    async def _with_observation(self, turn: Turn, before: list[Turn], *, room: int) -> Turn:
+    async def _with_observation(self, session: ToolSession, turn: Turn, before: list[Turn], *, room: int) -> Turn:
         """The turn with its call made. An observation over `room` tokens is left out, which ends the trajectory."""
-        call = await self.tool.call("".join(t.text for t in before) + turn.text)
+        call = await session.call("".join(t.text for t in before) + turn.text)
         ids = self.encode(call.observation)
         return Turn(
             turn.token_ids, turn.logprobs, turn.policy_versions, turn.text, call, ids if len(ids) <= room else ()

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 
 from torl_mega.errors import SandboxFault
 from torl_mega.interfaces import Sandbox
-from torl_mega.types import ExecutionRequest, ExecutionResult, ExecutionStatus, ToolCall
+from torl_mega.types import ExecutionRequest, ExecutionResult, ExecutionStatus, Problem, ToolCall
 
 STOP = "```output"
 MAX_OBSERVATION_CHARS = 256
-HALF = 128
 NO_CODE = "(no python code block found)"
 NO_OUTPUT = "(no output)"
 
@@ -36,6 +35,13 @@ class PythonTool:
     sandbox: Sandbox
     limits: Limits
     stop: tuple[str, ...] = (STOP,)
+
+    def open(self, problem: Problem) -> PythonTool:
+        """Programs keep nothing between calls, so one serves all."""
+        return self
+
+    async def close(self) -> None:
+        pass
 
     async def call(self, written: str) -> ToolCall:
         """Raises SandboxFault when the sandbox could not say how the program ended."""
@@ -91,11 +97,11 @@ def render_observation(result: ExecutionResult, *, wall_s: float, memory_mb: int
     return frame(_body(result, wall_s=wall_s, memory_mb=memory_mb))
 
 
-def frame(body: str) -> str:
-    """The text that is inserted for `body`, which is cut to the paper's 128 + ... + 128 characters."""
+def frame(body: str, *, most: int = MAX_OBSERVATION_CHARS) -> str:
+    """The text that is inserted for `body`, which is cut to `most` characters, the paper's 128 + ... + 128."""
     body = body.strip()
-    if len(body) > MAX_OBSERVATION_CHARS:
-        body = body[:HALF] + "..." + body[-HALF:]
+    if len(body) > most:
+        body = body[: most - most // 2] + "..." + body[len(body) - most // 2 :]
     return f"\n{body}\n```\n"
 
 

@@ -146,6 +146,7 @@ def _turn_to_json(turn: Turn) -> dict[str, Any]:
             "return_code": call.return_code,
             "observation": call.observation,
             "wall_s": call.wall_s,
+            **({} if call.tool == "python" else {"tool": call.tool}),
         },
         "observation_ids": list(turn.observation_ids),
     }
@@ -171,7 +172,12 @@ def _turn_from_json(row: Mapping[str, Any]) -> Turn:
         tool_call=None
         if call is None
         else ToolCall(
-            call["code"], ExecutionStatus(call["status"]), call["return_code"], call["observation"], call["wall_s"]
+            call["code"],
+            ExecutionStatus(call["status"]),
+            call["return_code"],
+            call["observation"],
+            call["wall_s"],
+            call.get("tool", "python"),
         ),
         observation_ids=tuple(row["observation_ids"]),
     )

@@ -47,6 +47,7 @@ def rollout_metrics(collected: CollectedGroups, *, max_tool_calls: int) -> dict[
         "grader_timeout_ratio": _share(scored, lambda t, r: r.status is GraderStatus.TIMEOUT),
         "group_zero_signal_ratio": group_zero_signal_ratio(collected),
         **execution_ratios(scored),
+        **by_tool(scored),
         **reward_parts(scored),
     }
 
@@ -124,6 +125,21 @@ def execution_ratios(scored: Sequence[Scored]) -> dict[str, float]:
     total = counts.total()
     failures = [status for status in ExecutionStatus if status not in (ExecutionStatus.OK, ExecutionStatus.INFRA)]
     return {f"execution/{status.value}": counts[status] / max(total, 1) for status in failures}
+
+
+def by_tool(scored: Sequence[Scored]) -> dict[str, float]:
+    """`tool/<name>/calls`, its calls / all responses, and `tool/<name>/pass_ratio`, those that ended OK / its calls, where other
+    tools than Python were called; calls that name no tool are `none`."""
+    calls = [call for trajectory, _ in scored for call in trajectory.tool_calls]
+    names = sorted({call.tool for call in calls})
+    if names in ([], ["python"]):
+        return {}
+    metrics = {}
+    for name in names:
+        statuses = [call.status is ExecutionStatus.OK for call in calls if call.tool == name]
+        metrics[f"tool/{name or 'none'}/calls"] = len(statuses) / len(scored)
+        metrics[f"tool/{name or 'none'}/pass_ratio"] = _mean(statuses)
+    return metrics
 
 
 def reward_parts(scored: Sequence[Scored]) -> dict[str, float]:

@@ -60,15 +60,16 @@ class Audit:
     violation: Violation | None
 
 
-def audit_files(paths: Iterable[Path], codec: TextCodec) -> Audit:
-    """Audits whole step files in order and stops at the first violation. Raises nothing for a damaged file: that is one."""
+def audit_files(paths: Iterable[Path], codec: TextCodec, *, stops: tuple[str, ...] = (STOP,)) -> Audit:
+    """Audits whole step files in order and stops at the first violation. `stops`: the texts at which the run's protocol stops a
+    generation. Raises nothing for a damaged file: that is a violation."""
     files = trajectories = sampled = inserted = 0
     for path in paths:
         files += 1
         line = 0
         try:
             for line, row in enumerate(read_rows(path), 1):
-                trajectory, fault = audit_row(row, codec)
+                trajectory, fault = audit_row(row, codec, stops)
                 trajectories += 1
                 if fault is not None or trajectory is None:
                     field, message = fault or ("row", "not a trajectory")
@@ -82,7 +83,9 @@ def audit_files(paths: Iterable[Path], codec: TextCodec) -> Audit:
     return Audit(files, trajectories, sampled, inserted, None)
 
 
-def audit_row(row: Mapping[str, Any], codec: TextCodec) -> tuple[Trajectory | None, Fault | None]:
+def audit_row(
+    row: Mapping[str, Any], codec: TextCodec, stops: tuple[str, ...] = (STOP,)
+) -> tuple[Trajectory | None, Fault | None]:
     """The trajectory of one recorded row and the first thing that is wrong with it."""
     fault = _lengths(row)
     if fault is not None:
@@ -96,7 +99,7 @@ def audit_row(row: Mapping[str, Any], codec: TextCodec) -> tuple[Trajectory | No
         return trajectory, ("advantage", f"{advantage} is not finite")
     if reward.parts and not math.isclose(sum(reward.parts.values()), reward.value, abs_tol=1e-6):
         return trajectory, ("reward.value", f"{reward.value} is not the sum of its parts {dict(reward.parts)}")
-    fault = _prompt(trajectory, codec) or _turns(trajectory, step, codec) or _mask(trajectory)
+    fault = _prompt(trajectory, codec) or _turns(trajectory, step, codec, stops) or _mask(trajectory)
     return trajectory, fault
 
 
@@ -126,11 +129,11 @@ def _prompt(trajectory: Trajectory, codec: TextCodec) -> Fault | None:
     return None
 
 
-def _turns(trajectory: Trajectory, step: int, codec: TextCodec) -> Fault | None:
+def _turns(trajectory: Trajectory, step: int, codec: TextCodec, stops: tuple[str, ...]) -> Fault | None:
     last = len(trajectory.turns) - 1
     for n, turn in enumerate(trajectory.turns):
         for check in (_sampled, _text, _observation):
-            fault = check(turn, step, codec)
+            fault = check(turn, step, codec, stops)
             if fault is not None:
                 return f"turns[{n}].{fault[0]}", fault[1]
         if n < last and not turn.observation_ids:
@@ -143,7 +146,7 @@ def _turns(trajectory: Trajectory, step: int, codec: TextCodec) -> Fault | None:
     return None
 
 
-def _sampled(turn: Turn, step: int, codec: TextCodec) -> Fault | None:
+def _sampled(turn: Turn, step: int, codec: TextCodec, stops: tuple[str, ...]) -> Fault | None:
     for t, (logprob, version) in enumerate(zip(turn.logprobs, turn.policy_versions, strict=True)):
         if not (math.isfinite(logprob) and logprob <= 0):
             return f"logprobs[{t}]", f"{logprob} is not the log of a probability"
@@ -152,13 +155,13 @@ def _sampled(turn: Turn, step: int, codec: TextCodec) -> Fault | None:
     return None
 
 
-def _text(turn: Turn, step: int, codec: TextCodec) -> Fault | None:
+def _text(turn: Turn, step: int, codec: TextCodec, stops: tuple[str, ...]) -> Fault | None:
     """The text is what the ids say, with or without the closing EOS; a stop string may end inside the last token."""
     decoded = codec.decode(turn.token_ids)
     spoken = turn.token_ids[:-1] if turn.token_ids and turn.token_ids[-1] == codec.eos_id else turn.token_ids
     if _same(turn.text, decoded) or _same(turn.text, codec.decode(spoken)):
         return None
-    stopped = turn.tool_call is not None and turn.text.endswith(STOP) and decoded.startswith(turn.text)
+    stopped = turn.tool_call is not None and turn.text.endswith(stops) and decoded.startswith(turn.text)
     if stopped and len(codec.decode(turn.token_ids[:-1])) < len(turn.text):
         return None
     return "text", f"{_ends(turn.text)} is not what the token ids say: {_ends(decoded)}"
@@ -173,11 +176,11 @@ def _ends(text: str) -> str:
     return repr(text) if len(text) <= 60 else f"{text[:30]!r}...{text[-30:]!r}"
 
 
-def _observation(turn: Turn, step: int, codec: TextCodec) -> Fault | None:
+def _observation(turn: Turn, step: int, codec: TextCodec, stops: tuple[str, ...]) -> Fault | None:
     if turn.tool_call is None:
         return ("observation_ids", "inserted without a tool call") if turn.observation_ids else None
-    if not turn.text.endswith(STOP):
-        return "text", f"a tool ran, but the text does not end in {STOP!r}"
+    if not turn.text.endswith(stops):
+        return "text", f"a tool ran, but the text does not end in {' or '.join(map(repr, stops))}"
     if turn.observation_ids and turn.observation_ids != codec.encode(turn.tool_call.observation):
         return "observation_ids", f"are not the encoding of the observation {_ends(turn.tool_call.observation)}"
     return None

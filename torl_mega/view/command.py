@@ -14,6 +14,8 @@ from pathlib import Path
 
 from torl_mega.data.tokenizer import Tokenizer
 from torl_mega.errors import DataError
+from torl_mega.import_path import load
+from torl_mega.rollout.python_tool import STOP
 from torl_mega.rollout.recorder import parse_rows, read_rows, step_path
 from torl_mega.rollout.token_audit import Audit, audit_files
 from torl_mega.run.files import write_text
@@ -37,7 +39,9 @@ def view(
     """
     paths = _step_files(run, step)
     if audit:
-        return _audit(paths if step is not None else _step_files(run, None), tokenizer or _model_path(run), as_json)
+        return _audit(
+            paths if step is not None else _step_files(run, None), tokenizer or _model_path(run), _stops(run), as_json
+        )
     path = paths[-1]
     codec, note = _tokenizer(run, tokenizer)
     rows = list(read_rows(path))
@@ -72,12 +76,20 @@ def report(runs: Sequence[Path], out: Path | None = None, *, png: Path | None = 
     return 0
 
 
-def _audit(paths: Sequence[Path], tokenizer: Path, as_json: bool) -> int:
-    result = audit_files(paths, Tokenizer(tokenizer))
+def _audit(paths: Sequence[Path], tokenizer: Path, stops: tuple[str, ...], as_json: bool) -> int:
+    result = audit_files(paths, Tokenizer(tokenizer), stops=stops)
     _say(
         {**asdict(result), "violation": str(result.violation) if result.violation else None}, as_json, _verdict(result)
     )
     return 0 if result.violation is None else 1
+
+
+def _stops(run: Path) -> tuple[str, ...]:
+    """The texts at which this run's protocol stops a generation. Raises ConfigError where its class is no longer there."""
+    path = run / "config.json"
+    rollout = json.loads(path.read_text())["config"].get("rollout", {}) if path.is_file() else {}
+    protocol = rollout.get("protocol", "torl")
+    return (STOP,) if protocol == "torl" else tuple(load(protocol, "rollout.protocol").stop)
 
 
 def _verdict(result: Audit) -> str:

@@ -133,7 +133,8 @@ def _tool_class(trajectory: Trajectory) -> str:
 def _call(call: ToolCall) -> tuple[str, str]:
     code = "" if call.return_code in (None, 0) else f" ({call.return_code})"
     kind = "ok" if call.status is ExecutionStatus.OK else "bad"
-    return kind, f"{call.status.value}{code} · {call.wall_s * 1e3:.0f} ms"
+    name = "" if call.tool == "python" else f"{visible(call.tool) or 'no tool'} · "
+    return kind, f"{name}{call.status.value}{code} · {call.wall_s * 1e3:.0f} ms"
 
 
 def _tiles(shown: Sequence[Recorded]) -> list[tuple[str, str]]:

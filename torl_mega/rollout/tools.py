@@ -1,0 +1,50 @@
+"""Which tool an episode has: rollout.protocol and rollout.tools of the config, made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torl_mega.config import RolloutConfig, SandboxConfig
+from torl_mega.errors import ConfigError
+from torl_mega.import_path import load
+from torl_mega.interfaces import Sandbox, Tool
+from torl_mega.rollout.fences import PYTHON, FencedTools, describe
+from torl_mega.rollout.own_tool import load_tool
+from torl_mega.rollout.python_tool import Limits, PythonTool
+
+TOOLS = "{tools}"
+
+
+def make_tool(config: RolloutConfig, limits: SandboxConfig, sandbox: Sandbox) -> Tool:
+    """With Python alone the paper's tool itself. Raises ConfigError for a class that is not there or is no tool."""
+    python = PythonTool(sandbox, Limits(limits.wall_s, limits.cpu_s, limits.memory_mb, limits.output_bytes))
+    if config.tools == (PYTHON,) and config.protocol == "torl":
+        return python
+    own = [load_tool(path) for path in config.tools if path != PYTHON]
+    names = [tool.name for tool in own]
+    reserved = {"output", *({PYTHON} & set(config.tools))}
+    if taken := next((name for name in names if names.count(name) > 1 or name in reserved), None):
+        raise ConfigError(
+            f"rollout.tools: two tools are called {taken}, or one as a block of the protocol; give it a `name`"
+        )
+    box = FencedTools({tool.name: tool for tool in own}, python if PYTHON in config.tools else None)
+    if config.protocol == "torl":
+        return box
+    make: Callable[[FencedTools], Tool] = load(config.protocol, "rollout.protocol")
+    made = make(box)
+    if not (hasattr(made, "open") and isinstance(getattr(made, "stop", None), tuple) and made.stop):
+        raise ConfigError(
+            f"rollout.protocol = {config.protocol}: its instances need `stop`, a tuple of texts, and `open(problem)`"
+        )
+    return made
+
+
+def with_tools(template: str, tool: Tool) -> str:
+    """The template with `{tools}` replaced by what the tools are. Raises ConfigError where the protocol cannot say it."""
+    if TOOLS not in template:
+        return template
+    if not isinstance(tool, FencedTools):
+        if not hasattr(tool, "describe"):
+            raise ConfigError("data.template has {tools} in it, but this protocol describes none; write them out")
+        return template.replace(TOOLS, tool.describe())
+    return template.replace(TOOLS, describe(tool))
