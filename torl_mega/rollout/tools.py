@@ -43,8 +43,9 @@ def with_tools(template: str, tool: Tool) -> str:
     """The template with `{tools}` replaced by what the tools are. Raises ConfigError where the protocol cannot say it."""
     if TOOLS not in template:
         return template
-    if not isinstance(tool, FencedTools):
-        if not hasattr(tool, "describe"):
-            raise ConfigError("data.template has {tools} in it, but this protocol describes none; write them out")
-        return template.replace(TOOLS, tool.describe())
-    return template.replace(TOOLS, describe(tool))
+    if isinstance(tool, FencedTools):
+        return template.replace(TOOLS, describe(tool))
+    told = getattr(tool, "describe", None)  # a protocol of the user's may have it
+    if told is None:
+        raise ConfigError("data.template has {tools} in it, but the protocol describes none; write them out")
+    return template.replace(TOOLS, told())
