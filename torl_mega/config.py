@@ -118,7 +118,12 @@ class RolloutConfig(Section):
     protocol: str = "torl"
     """How calls are written: `torl`, fenced blocks as in the paper, or `pkg.module:Class` of your own (docs/own.md)."""
     tools: tuple[str, ...] = ("python",)
-    """What may be called: `python` (a program in the sandbox, the paper's tool) and `pkg.module:Class` of your own."""
+    """What may be called: `python` (a program in the sandbox, the paper's tool), `search` (texts of search_folder) and
+    `pkg.module:Class` of your own."""
+    search_folder: str | None = None
+    """Folder of .txt, .md and .jsonl files that the tool `search` finds passages in (BM25)."""
+    search_max_chars: PositiveInt = 1024
+    """How much of a search's answer is shown."""
     temperature: float = Field(gt=0)
     """Sampling temperature of training rollouts. Source: paper §3.1, script:42."""
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -150,8 +155,10 @@ class RolloutConfig(Section):
         if self.protocol != "torl" and not is_import_path(self.protocol):
             raise ValueError(f"rollout.protocol = {self.protocol!r} is neither torl nor of the form pkg.module:Class")
         for tool in self.tools:
-            if tool != "python" and not is_import_path(tool):
-                raise ValueError(f"rollout.tools: {tool!r} is neither python nor of the form pkg.module:Class")
+            if tool not in ("python", "search") and not is_import_path(tool):
+                raise ValueError(f"rollout.tools: {tool!r} is neither python, search nor of the form pkg.module:Class")
+        if ("search" in self.tools) != (self.search_folder is not None):
+            raise ValueError("rollout.tools names search if and only if rollout.search_folder says what is searched")
         if len(set(self.tools)) < len(self.tools) or not self.tools:
             raise ValueError(f"rollout.tools = {list(self.tools)} names a tool twice, or none")
         return self

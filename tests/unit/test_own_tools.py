@@ -14,12 +14,13 @@ from test_rollout import PROMPT, SETTINGS, Box, Script, encode
 
 from torl_mega.config import RolloutConfig, SandboxConfig
 from torl_mega.config_file import load_config
-from torl_mega.errors import ConfigError, ToolFault
+from torl_mega.errors import ConfigError, DataError, ToolFault
 from torl_mega.rollout.episode import Episode
 from torl_mega.rollout.fences import FencedTools, last_block
 from torl_mega.rollout.own_tool import load_tool
 from torl_mega.rollout.python_tool import PythonTool
 from torl_mega.rollout.recorder import trajectory_from_json
+from torl_mega.rollout.search import Index
 from torl_mega.rollout.statistics import by_tool
 from torl_mega.rollout.token_audit import audit_row
 from torl_mega.rollout.tools import make_tool, with_tools
@@ -278,6 +279,56 @@ def test_a_protocol_of_ones_own() -> None:
     assert tool_of("python", protocol="their_tools:Xml").stop == ("</call>",)
     with pytest.raises(ConfigError, match="need `stop`"):
         tool_of("python", protocol="their_tools:Counter")
+
+
+def texts(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "rivers.md").write_text("# Rivers\n\nThe Rhine rises in the Alps.\n\nThe Oder ends in the Baltic Sea.\n")
+    (folder / "long.txt").write_text(" ".join(f"word{n}" for n in range(300)))
+    row = {"title": "Moon", "contents": "The moon\nhas no rhine."}
+    (folder / "rows.jsonl").write_text(json.dumps(row) + "\n\n" + json.dumps({"text": "Alps and peaks"}) + "\n")
+    return folder
+
+
+def test_search_finds_passages_of_a_folder(tmp_path: Path) -> None:
+    index = Index(texts(tmp_path / "texts"))
+    assert len(index.passages) == 3 + 3 + 2
+    assert all(len(text.split()) <= 120 for _, text in index.passages)
+    assert index.find("the Rhine and the Alps", 1) == [("rivers", "The Rhine rises in the Alps.")]
+    assert {title for title, _ in index.find("rhine", 9)} == {"rivers", "Moon"}
+    assert index.find("peaks", 99) == [("rows", "Alps and peaks")]
+    assert index.find("nothing of that", 3) == index.find("", 3) == []
+
+
+def test_search_as_a_tool(tmp_path: Path) -> None:
+    config = {**ROLLOUT.model_dump(), "tools": ["search"], "search_folder": str(texts(tmp_path / "texts"))}
+    tool = make_tool(RolloutConfig.model_validate(config), SandboxConfig(), Box())
+    settings = dataclasses.replace(SETTINGS, max_tool_calls=9, max_response_tokens=5000)
+    script = Script(
+        block("search", "Baltic"), block("search", '{"query": "rhine", "num": 1}'), block("search", '{"query": "x", "num": 99}'),
+        block("search", "zzz"), "done",
+    )  # fmt: skip
+    found = asyncio.run(Episode(script, tool, encode, settings).run(PROMPT, 0, seed=7))
+    assert [observation for _, _, observation in shown(found)] == [
+        "\n[rivers] The Oder ends in the Baltic Sea.\n```\n",
+        "\n[Moon] The moon has no rhine.\n```\n",
+        "\nsearch: num: Input should be less than or equal to 10\n```\n",
+        "\n(nothing found)\n```\n",
+    ]
+
+
+def test_a_folder_that_cannot_be_searched_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is not a folder"):
+        Index(tmp_path / "nothing")
+    (tmp_path / "rows.jsonl").write_text('{"title": "no text"}\n')
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: no JSON object with `text` or `contents`"):
+        Index(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("")
+    with pytest.raises(DataError, match="holds no text"):
+        Index(tmp_path)
+    for change in ({"tools": ["search"]}, {"search_folder": "texts"}):
+        with pytest.raises(ValueError, match="if and only if"):
+            RolloutConfig.model_validate({**ROLLOUT.model_dump(), **change})
 
 
 def test_metrics_name_each_tool() -> None:

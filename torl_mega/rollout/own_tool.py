@@ -49,10 +49,9 @@ class OwnTool:
 
     @property
     def single_text(self) -> str | None:
-        """The one argument that may be given as plain text; None when there are several, or it is of another type."""
-        fields = self.arguments.model_fields
-        name = next(iter(fields), None)
-        return name if len(fields) == 1 and name is not None and fields[name].annotation is str else None
+        """The argument that may be given as plain text: the only one that must be given, a `str`; None without such."""
+        needed = [name for name, field in self.arguments.model_fields.items() if field.is_required()]
+        return needed[0] if len(needed) == 1 and self.arguments.model_fields[needed[0]].annotation is str else None
 
     @property
     def schema(self) -> dict[str, Any]:
@@ -68,7 +67,11 @@ class OwnTool:
 
 def load_tool(path: str) -> OwnTool:
     """The tool that `pkg.module:Class` names. Raises ConfigError for one that cannot be called."""
-    made = load(path, "rollout.tools")
+    return tool_of_class(load(path, "rollout.tools"), path)
+
+
+def tool_of_class(made: Any, path: str) -> OwnTool:
+    """The tool that `made` is; `path` names it in errors. Raises ConfigError."""
     call = inspect.getattr_static(made, "__call__", None) if inspect.isclass(made) else None
     if not inspect.isfunction(call):
         raise ConfigError(f"rollout.tools: {path} is no class with a __call__; its instances are what is called")
@@ -138,7 +141,10 @@ class OwnToolSession:
             if single is not None:
                 return {single: text.strip()}
             raise ToolError(f"{self._tool.name}: the arguments are no JSON object") from exc
-        if not isinstance(given, Mapping) or (single is not None and set(given) != {single}):
+        fits = isinstance(given, Mapping) and (
+            single is None or not given.keys().isdisjoint(self._tool.arguments.model_fields)
+        )
+        if not fits:
             if single is not None:
                 return {single: text.strip()}
             raise ToolError(f"{self._tool.name}: the arguments are no JSON object")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from torl_mega.config import RolloutConfig, SandboxConfig
 from torl_mega.errors import ConfigError
-from torl_mega.import_path import load
+from torl_mega.import_path import is_import_path, load
 from torl_mega.interfaces import Sandbox, Tool
 from torl_mega.rollout.fences import PYTHON, FencedTools, describe
 from torl_mega.rollout.own_tool import load_tool
 from torl_mega.rollout.python_tool import Limits, PythonTool
+from torl_mega.rollout.search import make_search
 
 TOOLS = "{tools}"
 
@@ -20,7 +22,9 @@ def make_tool(config: RolloutConfig, limits: SandboxConfig, sandbox: Sandbox) ->
     python = PythonTool(sandbox, Limits(limits.wall_s, limits.cpu_s, limits.memory_mb, limits.output_bytes))
     if config.tools == (PYTHON,) and config.protocol == "torl":
         return python
-    own = [load_tool(path) for path in config.tools if path != PYTHON]
+    own = [load_tool(path) for path in config.tools if is_import_path(path)]
+    if config.search_folder is not None:
+        own.append(make_search(Path(config.search_folder), max_chars=config.search_max_chars))
     names = [tool.name for tool in own]
     reserved = {"output", *({PYTHON} & set(config.tools))}
     if taken := next((name for name in names if names.count(name) > 1 or name in reserved), None):
