@@ -22,7 +22,7 @@ from pathlib import Path
 
 from torl_mega.config import Config
 from torl_mega.config_file import load_config
-from torl_mega.data.prompts import PromptSource
+from torl_mega.data.prompts import PromptSource, plain_prompts
 from torl_mega.data.tokenizer import Tokenizer
 from torl_mega.run.metrics import read_rows
 
@@ -65,7 +65,9 @@ def trl(scratch: Path, steps: int) -> list[Step]:
 
 def _prompts(config: Config, count: int) -> list[dict[str, str]]:
     tokenizer = Tokenizer(config.model.path)
-    prompts = PromptSource(config.data, tokenizer.encode, seed=config.seed).next(count)
+    prompts = PromptSource(config.data, plain_prompts(config.data.template, tokenizer.encode), seed=config.seed).next(
+        count
+    )
     return [{"prompt": tokenizer.decode(p.token_ids), "gold": p.problem.answer} for p in prompts]
 
 

@@ -126,9 +126,11 @@ def view(
     json: Json = False,
 ) -> None:
     """Render recorded trajectories as one static HTML page, or audit them token by token."""
+    from torl_mega.rollout.audit_rules import rules_of
     from torl_mega.view import command
 
-    code = command.view(run, step=step, out=out, audit=audit, limit=limit, tokenizer=tokenizer, as_json=json)
+    rules = rules_of if audit else None
+    code = command.view(run, step=step, out=out, audit=rules, limit=limit, tokenizer=tokenizer, as_json=json)
     raise typer.Exit(code)
 
 

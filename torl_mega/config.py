@@ -73,8 +73,12 @@ class DataConfig(Section):
     source: str | None = None
     """`pkg.module:function` that is called with data.train and yields its rows, instead of a reader of ours."""
     template: str
-    """`torl` (the released code's bytes), `torl_paper` (without the line feed after `Assistant:`), or any text with `{problem}`.
-    Source: verl/utils/dataset/rl_dataset.py:33-34."""
+    """`torl` (the released code's bytes), `torl_paper` (without the line feed after `Assistant:`), any text with `{problem}`, or
+    `chat`: the tokenizer's own chat template (docs/own.md). Source: verl/utils/dataset/rl_dataset.py:33-34."""
+    system: str | None = None
+    """System message with `chat`; `{tools}` in it stands for what the tools are, where the template is not given them."""
+    chat_arguments: dict[str, bool | int | str] = Field(default_factory=dict)
+    """More for the chat template, such as `{enable_thinking: false}`."""
     max_prompt_tokens: PositiveInt
     """Longest templated prompt of training, in tokens. Source: script:24. Differs: the release keeps 10 tokens back
     (rl_dataset.py:149), which drops prompts of 391 to 400."""
@@ -101,6 +105,10 @@ class DataConfig(Section):
             raise ValueError(f"data.source = {self.source!r} is not of the form pkg.module:name")
         if not self.specs:
             raise ValueError("data.train = [] names nothing to train on")
+        if self.template != "chat" and (self.system is not None or self.chat_arguments):
+            raise ValueError(
+                "data.system and data.chat_arguments go with data.template = chat; put them into the template"
+            )
         return self
 
 
@@ -116,7 +124,11 @@ class RolloutConfig(Section):
     """C of the paper: calls that run per answer; after them the policy goes on in text, without the stop string. Source:
     paper §3.1, C = 1."""
     protocol: str = "torl"
-    """How calls are written: `torl`, fenced blocks as in the paper, or `pkg.module:Class` of your own (docs/own.md)."""
+    """How calls are written: `torl`, fenced blocks as in the paper; `chat`, as the model's chat template has them; or
+    `pkg.module:Class` of your own (docs/own.md)."""
+    call_format: Literal["auto", "hermes", "llama3", "fenced"] = "auto"
+    """How a chat model writes a call: `<tool_call>` JSON, Llama 3's JSON, a fenced block of the tool's name. auto reads it off the
+    chat template, fenced where that knows no tools."""
     tools: tuple[str, ...] = ("python",)
     """What may be called: `python` (a program in the sandbox, the paper's tool), `search` (texts of search_folder) and
     `pkg.module:Class` of your own."""
@@ -152,8 +164,10 @@ class RolloutConfig(Section):
 
     @model_validator(mode="after")
     def _tools_can_be_had(self) -> Self:
-        if self.protocol != "torl" and not is_import_path(self.protocol):
-            raise ValueError(f"rollout.protocol = {self.protocol!r} is neither torl nor of the form pkg.module:Class")
+        if self.protocol not in ("torl", "chat") and not is_import_path(self.protocol):
+            raise ValueError(
+                f"rollout.protocol = {self.protocol!r} is neither torl, chat nor of the form pkg.module:Class"
+            )
         for tool in self.tools:
             if tool not in ("python", "search") and not is_import_path(tool):
                 raise ValueError(f"rollout.tools: {tool!r} is neither python, search nor of the form pkg.module:Class")
@@ -656,6 +670,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.rollout.protocol == "chat" and self.data.template != "chat":
+            raise ValueError(
+                "rollout.protocol = chat needs data.template = chat; calls are written as the chat template has them"
+            )
         samples = self.rollout.prompts_per_step * self.rollout.group_size
         if self.trainer.mini_batch_samples > samples:
             raise ValueError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from torl_mega.types import (
     ExecutionRequest,
@@ -83,6 +83,40 @@ class Tool(Protocol):
 
     def open(self, problem: Problem) -> ToolSession:
         """A session for one attempt at `problem`."""
+        ...
+
+
+class ChatSession(Protocol):
+    """The tools of a chat model for one trajectory."""
+
+    async def calls(self, turn: str, *, most: int) -> tuple[ToolCall, ...]:
+        """Every call that stands in an assistant's whole turn, answered, in order; none is the answer to the problem. The first
+        `most` are made, the others refused. Calls that the policy got wrong are answered too; `ToolFault` is raised when a
+        tool itself failed."""
+        ...
+
+    async def close(self) -> None:
+        """The trajectory is over, whatever ended it."""
+        ...
+
+
+@runtime_checkable
+class ChatTool(Protocol):
+    """What a chat model may call: in whole turns of the assistant, answered by messages of the template.
+
+    `end_id`: the token that closes a turn.
+    """
+
+    @property
+    def end_id(self) -> int: ...
+
+    def open(self, problem: Problem) -> ChatSession:
+        """A session for one attempt at `problem`."""
+        ...
+
+    def follow(self, calls: Sequence[ToolCall]) -> tuple[int, ...]:
+        """Ids to insert after the closing token: the messages with the calls' observations, and the beginning of the assistant's
+        next turn. Raises ToolFault."""
         ...
 
 

@@ -120,6 +120,7 @@ class GenerationRequest:
     stop: tuple[str, ...]
     seed: int  # unique per (run, step, prompt, sample, turn); counts where the server is deterministic
     route_key: str  # requests that share it share a prefix
+    stop_token_ids: tuple[int, ...] = ()  # end a generation as EOS does, beside those of the model's own files
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,10 +138,10 @@ class Generation:
 class ToolCall:
     """One call the policy wrote and the observation it got."""
 
-    code: str  # the program, or the arguments as they were written; empty where no call was found
+    code: str  # the program, or the arguments as they were written; empty where nothing was run
     status: ExecutionStatus
     return_code: int | None
-    observation: str  # exactly the text that was encoded and inserted, fence included
+    observation: str  # the text that was inserted, fence included; in a chat, the content of the tool's message
     wall_s: float
     tool: str = "python"  # its name
 
@@ -155,6 +156,12 @@ class Turn:
     text: str
     tool_call: ToolCall | None = None
     observation_ids: tuple[int, ...] = ()  # [O] inserted, never trained
+    more_calls: tuple[ToolCall, ...] = ()  # the second and later calls of one turn, in a chat
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """All calls of the turn, in the order in which they were written."""
+        return () if self.tool_call is None else (self.tool_call, *self.more_calls)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,14 +195,14 @@ class Trajectory:
 
     @property
     def tool_calls(self) -> tuple[ToolCall, ...]:
-        """In order; at most one a turn."""
-        return tuple(t.tool_call for t in self.turns if t.tool_call is not None)
+        """In order; at most one a turn, but in a chat."""
+        return tuple(call for turn in self.turns for call in turn.tool_calls)
 
     @property
     def response_text(self) -> str:
-        """What the policy wrote and was shown, in order."""
+        """What the policy wrote and was shown, in order; of a chat without what its template wraps around."""
         return "".join(
-            t.text + (t.tool_call.observation if t.tool_call and t.observation_ids else "") for t in self.turns
+            t.text + ("".join(c.observation for c in t.tool_calls) if t.observation_ids else "") for t in self.turns
         )
 
 

@@ -9,7 +9,7 @@ import random
 from pathlib import Path
 
 from torl_mega.config import Config
-from torl_mega.data.prompts import PromptSource
+from torl_mega.data.prompts import PromptSource, plain_prompts
 from torl_mega.data.tokenizer import Tokenizer
 from torl_mega.rollout.recorder import write_step
 from torl_mega.types import GraderStatus, Group, Prompt, Reward, StopReason, Trajectory, Turn
@@ -18,7 +18,7 @@ from torl_mega.types import GraderStatus, Group, Prompt, Reward, StopReason, Tra
 def make_recording(config: Config, folder: Path, *, num_steps: int) -> Path:
     """Writes `folder`/trajectories with `num_steps` steps of `config`'s size; returns `folder`."""
     tokenizer = Tokenizer(config.model.path)
-    source = PromptSource(config.data, tokenizer.encode, seed=config.seed)
+    source = PromptSource(config.data, plain_prompts(config.data.template, tokenizer.encode), seed=config.seed)
     rng = random.Random(0)
     for step in range(num_steps):
         groups = [

@@ -11,7 +11,7 @@ import pytest
 
 from torl_mega.config import Config, DataConfig, EvalConfig
 from torl_mega.config_file import load_config
-from torl_mega.data.prompts import PromptSource
+from torl_mega.data.prompts import PromptSource, plain_prompts
 from torl_mega.errors import ConfigError, DataError
 from torl_mega.rollout.collector import LiveCollector
 from torl_mega.rollout.episode import Episode, EpisodeSettings
@@ -96,8 +96,8 @@ def report_on(benchmarks: Sequence[Benchmark], policy: Policy, *, samples: int =
 def collector(policy: Policy, config: Config, folder: Path) -> LiveCollector:
     """The collector of a run, with `policy` in the place of everything that samples."""
     episode = Episode(None, None, encode, EpisodeSettings(1.0, 1.0, 100, 1))  # type: ignore[arg-type]
-    source = PromptSource(config.data, encode, seed=1)
-    benchmarks = load_benchmarks(config.eval, config.data, encode)
+    source = PromptSource(config.data, plain_prompts(config.data.template, encode), seed=1)
+    benchmarks = load_benchmarks(config.eval, config.data, plain_prompts(config.data.template, encode))
     run = RunFolder(folder)
     return LiveCollector(config, run, source, benchmarks, episode, policy, lambda version: None, dict)  # type: ignore[arg-type]
 
@@ -110,7 +110,7 @@ def test_accuracy_repeats_and_pass_at_k(tmp_path: Path) -> None:
     rows = [row("AIME_2024", "p0"), row("AIME_2024", "p 1"), row("AIME_2024", "p  1"), row("amc23", "q0")]
     config, data = settings(tmp_path, rows)
     policy = Policy(lambda problem, sample: problem.startswith("p0") or (problem == "p 1" and sample == 0))
-    report = report_on(load_benchmarks(config, data, encode), policy, samples=2)
+    report = report_on(load_benchmarks(config, data, plain_prompts(data.template, encode)), policy, samples=2)
     aime, amc = report.benchmarks
     assert (aime.name, aime.num_problems, aime.num_samples, aime.samples_per_problem) == ("aime24", 2, 6, 2)
     assert aime.accuracy.value == pytest.approx((2 / 2 + 1 / 4) / 2)  # p0: 2 of 2; p1: 1 of the 4 of its two rows
@@ -146,7 +146,9 @@ def test_intervals_cover_and_shrink() -> None:
 
 def test_long_prompts_count_as_wrong_and_lost_attempts_are_left_out(tmp_path: Path) -> None:
     config, data = settings(tmp_path, [row("s", "p" * 60), row("s", "short"), row("s", "other")])
-    report = report_on(load_benchmarks(config, data, encode), Policy(lambda p, s: True, lose=1))
+    report = report_on(
+        load_benchmarks(config, data, plain_prompts(data.template, encode)), Policy(lambda p, s: True, lose=1)
+    )
     [s] = report.benchmarks
     assert s.accuracy.value == pytest.approx(1 / 2)  # one right, one too long, one lost
     assert any("1 problems over eval.max_prompt_tokens" in w for w in s.warnings)
@@ -200,7 +202,7 @@ def test_no_benchmarks_no_evaluation_and_the_cursor_is_not_touched(tmp_path: Pat
 def test_the_released_file_is_told_with_its_doubts(tmp_path: Path) -> None:
     config = EvalConfig.model_validate({"data": (str(TORL_TEST),), "temperature": 0.0})
     data = DataConfig.model_validate({"train": str(TORL_TEST), "template": "torl", "max_prompt_tokens": 4000})
-    report = report_on(load_benchmarks(config, data, encode), Policy(lambda p, s: True))
+    report = report_on(load_benchmarks(config, data, plain_prompts(data.template, encode)), Policy(lambda p, s: True))
     by_name = {b.name: b for b in report.benchmarks}
     assert {n: (b.num_problems, b.samples_per_problem) for n, b in by_name.items()} == {
         "aime24": (30, 4), "aime25": (30, 4), "math500": (134, 1),
@@ -228,7 +230,7 @@ def test_benchmarks_are_known_under_all_their_names(source: str, name: str) -> N
 
 def test_an_evaluation_has_a_prompt_limit_of_its_own(tmp_path: Path) -> None:
     config, data = settings(tmp_path, [row("amc23", "p" * 60), row("amc23", "p" * 71)], max_prompt_tokens=70)
-    (benchmark,) = load_benchmarks(config, data, encode)
+    (benchmark,) = load_benchmarks(config, data, plain_prompts(data.template, encode))
     assert (len(benchmark.prompts), len(benchmark.overlong)) == (1, 1)
 
 
@@ -250,9 +252,13 @@ def test_an_absent_benchmark_is_named_and_a_wrong_path_is_refused(tmp_path: Path
     assert report["mean_accuracy"] == 1.0
     assert f"olympiadbench: absent, and not in avg ({absent} is not there)" in tables
     with pytest.raises(DataError, match="none of the benchmarks"):
-        load_benchmarks(config.model_copy(update={"data": (absent,)}), data, encode)
+        load_benchmarks(config.model_copy(update={"data": (absent,)}), data, plain_prompts(data.template, encode))
     with pytest.raises(DataError, match="no such data file"):
-        load_benchmarks(config.model_copy(update={"data": (*config.data, str(tmp_path / "typo.jsonl"))}), data, encode)
+        load_benchmarks(
+            config.model_copy(update={"data": (*config.data, str(tmp_path / "typo.jsonl"))}),
+            data,
+            plain_prompts(data.template, encode),
+        )
 
 
 def test_a_benchmark_may_be_sampled_in_its_own_way(tmp_path: Path) -> None:
@@ -268,4 +274,4 @@ def test_a_benchmark_may_be_sampled_in_its_own_way(tmp_path: Path) -> None:
     }  # fmt: skip
     strange = config.model_copy(update={"benchmarks": {"amie24": config.benchmarks["aime24"]}})
     with pytest.raises(ConfigError, match=r"eval.benchmarks.amie24: eval.data holds no such benchmark; it has aime24"):
-        load_benchmarks(strange, data, encode)
+        load_benchmarks(strange, data, plain_prompts(data.template, encode))

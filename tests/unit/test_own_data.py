@@ -59,7 +59,7 @@ def config(train: Any, **settings: Any) -> DataConfig:
 
 
 def source(train: Any, **settings: Any) -> PromptSource:
-    return PromptSource(config(train, **settings), lambda text: text.encode(), seed=1)
+    return PromptSource(config(train, **settings), lambda problem: problem.problem.encode(), seed=1)
 
 
 def texts(prompts: Any) -> list[str]:

@@ -22,7 +22,7 @@ from torl_mega.rollout.python_tool import PythonTool
 from torl_mega.rollout.recorder import trajectory_from_json
 from torl_mega.rollout.search import Index
 from torl_mega.rollout.statistics import by_tool
-from torl_mega.rollout.token_audit import audit_row
+from torl_mega.rollout.token_audit import Rules, audit_row
 from torl_mega.rollout.tools import make_tool, with_tools
 from torl_mega.types import ExecutionStatus, Trajectory
 
@@ -173,13 +173,13 @@ def test_ids_and_masks_are_right_with_hostile_output_and_in_the_log_again() -> N
     assert trajectory_from_json(row)[0] == found
 
     class Bytes:
-        eos_id = 0
+        eos_ids = frozenset({0})
         encode = staticmethod(lambda text: tuple(encode(text)))
         decode = staticmethod(lambda token_ids: "".join(chr(i) for i in token_ids))
 
-    assert audit_row(row, Bytes())[1] in (
+    assert audit_row(row, Rules(Bytes()))[1] in (
         None,
-        ("stop_reason", "eos, but the last sampled token is not the EOS token 0"),
+        ("stop_reason", "eos, but the last sampled token is no EOS token ([0])"),
     )
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from torl_mega.config import DataConfig
 from torl_mega.data.problem_files import load_problems, open_problems
-from torl_mega.data.prompts import PromptSource, encode_prompts, render_template
+from torl_mega.data.prompts import PromptSource, encode_prompts, plain_prompts, render_template
 from torl_mega.errors import DataError
 from torl_mega.types import Problem
 
@@ -26,6 +26,10 @@ def encode(text: str) -> list[int]:
 def config(path: Path | str, **changes) -> DataConfig:
     settings = {"train": str(path), "template": "{problem}", "max_prompt_tokens": 400, **changes}
     return DataConfig.model_validate(settings)
+
+
+def source_of(data: DataConfig, *, seed: int) -> PromptSource:
+    return PromptSource(data, plain_prompts(data.template, encode), seed=seed)
 
 
 def write_jsonl(path: Path, rows: list) -> Path:
@@ -63,7 +67,7 @@ def test_the_released_test_file_reads_as_bare_problems() -> None:
     assert problems[0].answer == "204"
     assert problems[0].problem.startswith("Every morning Aya goes")
     assert len({p.problem_id for p in problems}) == 374
-    source = PromptSource(config(TORL_TEST, template="torl", overlong_prompts="drop"), encode, seed=0)
+    source = source_of(config(TORL_TEST, template="torl", overlong_prompts="drop"), seed=0)
     assert source.num_dropped + source.num_problems == 374
 
 
@@ -120,7 +124,7 @@ def test_public_formats(tmp_path: Path, row: dict, answer: str, source: str) -> 
 
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_epochs_neither_skip_nor_repeat_and_the_cursor_goes_on_exactly(numbers: Path, shuffle: bool) -> None:
-    source = PromptSource(config(numbers, shuffle=shuffle), encode, seed=3)
+    source = source_of(config(numbers, shuffle=shuffle), seed=3)
     drawn, states = [], []
     for n in (4, 7, 9, 1, 9):  # 30 prompts: three epochs, their ends in the middle of a call
         states.append(json.loads(json.dumps(source.state())))
@@ -129,41 +133,41 @@ def test_epochs_neither_skip_nor_repeat_and_the_cursor_goes_on_exactly(numbers: 
     assert all(sorted(e) == [str(i) for i in range(10)] for e in epochs)
     assert (epochs[0] != epochs[1]) is shuffle
     for at, state in zip((0, 4, 11, 20, 21), states, strict=True):
-        fresh = PromptSource(config(numbers, shuffle=shuffle), encode, seed=3)
+        fresh = source_of(config(numbers, shuffle=shuffle), seed=3)
         fresh.restore(state)
         assert [p.problem.answer for p in fresh.next(30 - at)] == drawn[at:]
 
 
 def test_another_seed_gives_another_order(numbers: Path) -> None:
-    orders = [[p.problem.answer for p in PromptSource(config(numbers), encode, seed=s).next(10)] for s in (1, 1, 2)]
+    orders = [[p.problem.answer for p in source_of(config(numbers), seed=s).next(10)] for s in (1, 1, 2)]
     assert orders[0] == orders[1] != orders[2]
 
 
 def test_prompts_that_were_put_back_come_first_and_survive_a_restore(numbers: Path) -> None:
-    source = PromptSource(config(numbers), encode, seed=3)
+    source = source_of(config(numbers), seed=3)
     first = source.next(4)
     source.put_back(first[1:3])
     state = json.loads(json.dumps(source.state()))
-    fresh = PromptSource(config(numbers), encode, seed=3)
+    fresh = source_of(config(numbers), seed=3)
     fresh.restore(state)
     for again in (source, fresh):
-        assert again.next(3) == [*first[1:3], *PromptSource(config(numbers), encode, seed=3).next(5)[4:]]
+        assert again.next(3) == [*first[1:3], *source_of(config(numbers), seed=3).next(5)[4:]]
 
 
 def test_a_cursor_of_other_data_or_another_seed_is_refused(numbers: Path, tmp_path: Path) -> None:
-    state = PromptSource(config(numbers), encode, seed=3).state()
+    state = source_of(config(numbers), seed=3).state()
     other = write_jsonl(tmp_path / "o.jsonl", [{"problem": f"q{i}", "answer": str(i)} for i in range(10)])
     for path, seed in ((other, 3), (numbers, 4)):
         with pytest.raises(DataError, match="other training data or another seed"):
-            PromptSource(config(path), encode, seed=seed).restore(state)
+            source_of(config(path), seed=seed).restore(state)
 
 
 def test_the_generated_task_goes_on_after_a_restore() -> None:
-    source = PromptSource(config("arithmetic:7"), encode, seed=0)
+    source = source_of(config("arithmetic:7"), seed=0)
     source.next(5)
     state = source.state()
     expected = source.next(5)
-    fresh = PromptSource(config("arithmetic:7"), encode, seed=0)
+    fresh = source_of(config("arithmetic:7"), seed=0)
     fresh.restore(state)
     assert fresh.next(5) == expected
     assert len(load_problems("arithmetic:7", max_problems=3)) == 3
@@ -174,23 +178,21 @@ def test_parquet_rows_come_from_any_row_group(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "g.parquet", row_group_size=3)
     file = open_problems(str(tmp_path / "g.parquet"))
     assert [file[i].answer for i in (99, 0, 50, 2, 3)] == ["99", "0", "50", "2", "3"]
-    drawn = [p.problem.answer for p in PromptSource(config(tmp_path / "g.parquet"), encode, seed=0).next(100)]
+    drawn = [p.problem.answer for p in source_of(config(tmp_path / "g.parquet"), seed=0).next(100)]
     assert sorted(drawn, key=int) == [str(i) for i in range(100)]
 
 
 def test_overlong_prompts_stop_or_are_dropped_and_counted(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "n.jsonl", [{"problem": "p" * n, "answer": "1"} for n in (3, 30, 4, 40)])
     with pytest.raises(DataError, match=r"n/1.* 30 tokens, data.max_prompt_tokens is 10"):
-        PromptSource(config(path, max_prompt_tokens=10), encode, seed=0)
-    source = PromptSource(config(path, max_prompt_tokens=10, overlong_prompts="drop"), encode, seed=0)
+        source_of(config(path, max_prompt_tokens=10), seed=0)
+    source = source_of(config(path, max_prompt_tokens=10, overlong_prompts="drop"), seed=0)
     assert (source.num_dropped, source.num_problems) == (2, 2)
     assert {len(p.token_ids) for p in source.next(8)} == {3, 4}
     with pytest.raises(DataError, match="none of its 4 prompts fits"):
-        PromptSource(config(path, max_prompt_tokens=2, overlong_prompts="drop"), encode, seed=0)
+        source_of(config(path, max_prompt_tokens=2, overlong_prompts="drop"), seed=0)
     problems = load_problems(str(path))
-    assert (
-        len(encode_prompts(problems, template="{problem}", encode=encode, max_prompt_tokens=10, overlong="drop")) == 2
-    )
+    assert len(encode_prompts(problems, plain_prompts("{problem}", encode), max_prompt_tokens=10, overlong="drop")) == 2
 
 
 @pytest.mark.parametrize(
@@ -220,7 +222,7 @@ def test_bad_files_are_named(tmp_path: Path, name: str, lines: list[str], messag
     with pytest.raises(DataError, match=message):
         load_problems(str(path))
     with pytest.raises(DataError, match=message):
-        PromptSource(config(path), encode, seed=0)
+        source_of(config(path), seed=0)
 
 
 def test_a_missing_file_a_bad_seed_and_an_endless_set_are_named(tmp_path: Path) -> None:
@@ -234,5 +236,5 @@ def test_a_missing_file_a_bad_seed_and_an_endless_set_are_named(tmp_path: Path) 
 
 def test_another_number_of_problems_than_the_papers_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write_jsonl(tmp_path / "torl_train.jsonl", [{"problem": "p", "answer": "1"}])
-    PromptSource(config(path), encode, seed=0)
+    source_of(config(path), seed=0)
     assert "has 1 problems; the paper trains on 28740" in caplog.text

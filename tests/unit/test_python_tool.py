@@ -6,7 +6,7 @@ import pytest
 
 from torl_mega.errors import SandboxFault, ToolFault
 from torl_mega.interfaces import Tool
-from torl_mega.rollout.python_tool import Limits, PythonTool, frame, last_code_block, render_observation
+from torl_mega.rollout.python_tool import Limits, PythonTool, frame, last_code_block, render_body
 from torl_mega.types import ExecutionRequest, ExecutionResult, ExecutionStatus, ToolCall
 
 S = ExecutionStatus
@@ -52,7 +52,7 @@ def result(status=S.OK, rc=0, out="", err=""):
     ],
 )
 def test_observations(executed, body):
-    assert render_observation(executed, wall_s=5.0, memory_mb=512) == f"\n{body}\n```\n"
+    assert frame(render_body(executed, wall_s=5.0, memory_mb=512)) == f"\n{body}\n```\n"
 
 
 def test_long_observations_keep_128_characters_of_each_end():
@@ -63,7 +63,7 @@ def test_long_observations_keep_128_characters_of_each_end():
 
 def test_the_policy_is_never_shown_an_infrastructure_fault():
     with pytest.raises(AssertionError):
-        render_observation(result(S.INFRA, None), wall_s=5.0, memory_mb=512)
+        render_body(result(S.INFRA, None), wall_s=5.0, memory_mb=512)
 
 
 class Box:

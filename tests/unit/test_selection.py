@@ -154,7 +154,7 @@ def collector(tmp_path: Path, solver: Solver, *overrides: str) -> LiveCollector:
     return LiveCollector(
         config=config,
         folder=RunFolder(tmp_path),
-        prompts=PromptSource(config.data, lambda text: list(text.encode()), seed=0),
+        prompts=PromptSource(config.data, lambda problem: list(problem.problem.encode()), seed=0),
         benchmarks=(),
         episode=SimpleNamespace(),  # type: ignore[arg-type]
         scheduler=solver,  # type: ignore[arg-type]

@@ -25,10 +25,11 @@ from transformers import Qwen2ForCausalLM
 from torl_mega.data.arithmetic import problems
 from torl_mega.data.tokenizer import Tokenizer
 from torl_mega.errors import DataError
+from torl_mega.rollout.audit_rules import rules_of
 from torl_mega.rollout.episode import Episode, EpisodeSettings
 from torl_mega.rollout.python_tool import Limits, PythonTool
 from torl_mega.rollout.recorder import Recorded, read_rows, step_path, to_row, write_step
-from torl_mega.rollout.token_audit import audit_files, audit_row
+from torl_mega.rollout.token_audit import Rules, audit_files, audit_row
 from torl_mega.types import (
     ExecutionRequest,
     ExecutionResult,
@@ -278,7 +279,7 @@ def test_the_audit_passes_what_was_really_sampled(
 ) -> None:
     _write(tmp_path, groups, step=STEP)
     _write(tmp_path, groups, step=STEP + 1)
-    assert view(tmp_path, audit=True, as_json=True) == 0
+    assert view(tmp_path, audit=rules_of, as_json=True) == 0
     said = json.loads(capsys.readouterr().out)
     masks = [m for g in groups for t in g.trajectories for m in t.loss_mask]
     assert said == {
@@ -343,11 +344,11 @@ def test_the_audit_names_the_first_damage(
     line = next(
         n for n, row in enumerate(rows) if any(t["tool_call"] for t in row["turns"]) and row["stop_reason"] == "eos"
     )
-    assert audit_row(copy.deepcopy(rows[line]), tokenizer)[1] is None
+    assert audit_row(copy.deepcopy(rows[line]), Rules(tokenizer))[1] is None
     damage(rows[line])
     text = "".join(json.dumps(r) + "\n" for r in rows)
     path.write_bytes(zstandard.ZstdCompressor().compress(text.encode()))
-    assert view(tmp_path, audit=True) == 1
+    assert view(tmp_path, audit=rules_of) == 1
     said = capsys.readouterr().out
     assert said.startswith(f"audit failed: {path}:{line + 1}: {field}"), said
     assert said.count("\n") == 1
@@ -358,7 +359,7 @@ def test_the_audit_reports_a_damaged_file(tmp_path: Path, groups: tuple[Group, .
     whole = path.read_bytes()
     for broken in (b"", b"not zstd", whole[: len(whole) // 2], zstandard.ZstdCompressor().compress(b'{"step": 1\n')):
         path.write_bytes(broken)
-        assert audit_files([path], tokenizer).violation is not None
+        assert audit_files([path], Rules(tokenizer)).violation is not None
 
 
 def test_a_token_may_run_past_the_stop_string_and_no_further(groups: tuple[Group, ...], tokenizer: Tokenizer) -> None:
@@ -368,10 +369,10 @@ def test_a_token_may_run_past_the_stop_string_and_no_further(groups: tuple[Group
     turn["token_ids"], turn["text"] = list(tokenizer.encode("x\n```output")), "x\n```output"
     for name, value in (("logprobs", -1.0), ("policy_versions", STEP)):
         turn[name] = [value] * len(turn["token_ids"])
-    assert audit_row(row, tokenizer)[1] is None
+    assert audit_row(row, Rules(tokenizer))[1] is None
     for name, value in (("token_ids", tail), ("logprobs", -1.0), ("policy_versions", STEP)):
         turn[name].append(value)
-    assert (audit_row(row, tokenizer)[1] or ("",))[0] == "turns[0].text"
+    assert (audit_row(row, Rules(tokenizer))[1] or ("",))[0] == "turns[0].text"
 
 
 def _row_with_call(groups: tuple[Group, ...]) -> Row:

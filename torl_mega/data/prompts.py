@@ -41,6 +41,8 @@ TEMPLATES = {"torl": TORL_PAPER + "\n", "torl_paper": TORL_PAPER}
 log = logging.getLogger(__name__)
 
 Encode = Callable[[str], Sequence[int]]
+EncodeProblem = Callable[[Problem], Sequence[int]]
+"""A problem's prompt, in token ids. Raises DataError for one that the template cannot hold."""
 
 KNOWN_ROWS = {"torl_train": 28_740}  # arXiv 2503.23383 §2.1
 
@@ -58,13 +60,18 @@ def render_template(template: str, problem: Problem) -> str:
     return text.replace("{problem}", problem.problem)
 
 
+def plain_prompts(template: str, encode: Encode) -> EncodeProblem:
+    """Prompts of a template with `{problem}` in it, see `render_template`."""
+    return lambda problem: encode(render_template(template, problem))
+
+
 def encode_prompts(
-    problems: Iterable[Problem], *, template: str, encode: Encode, max_prompt_tokens: int, overlong: str = "error"
+    problems: Iterable[Problem], encode: EncodeProblem, *, max_prompt_tokens: int, overlong: str = "error"
 ) -> list[Prompt]:
     """Prompts for `problems`, in order. A prompt above `max_prompt_tokens` raises DataError (`error`) or is left out (`drop`)."""
     prompts = []
     for problem in problems:
-        prompt = _encode(problem, template=template, encode=encode)
+        prompt = _prompt(problem, encode)
         if len(prompt.token_ids) <= max_prompt_tokens:
             prompts.append(prompt)
         elif overlong == "error":
@@ -75,10 +82,10 @@ def encode_prompts(
 class PromptSource:
     """Hands out training prompts. Overlong ones are found (and named or counted) before the first step, not during it.
 
-    `encode` turns text into token ids; `seed` decides the order of every epoch.
+    `encode` makes a problem's prompt; `seed` decides the order of every epoch.
     """
 
-    def __init__(self, config: DataConfig, encode: Encode, *, seed: int) -> None:
+    def __init__(self, config: DataConfig, encode: EncodeProblem, *, seed: int) -> None:
         self._config = config
         self._encode = encode
         self.files: list[tuple[str, ProblemFile]] = []  # (spec, its problems); generated data is not among them
@@ -97,7 +104,7 @@ class PromptSource:
         prompts: list[Prompt] = []
         while len(prompts) < n:
             problem = self._waiting.pop(0) if self._waiting else self._advance()
-            prompt = _encode(problem, template=self._config.template, encode=self._encode)
+            prompt = _prompt(problem, self._encode)
             if len(prompt.token_ids) <= self._config.max_prompt_tokens:
                 prompts.append(prompt)
             elif self._config.overlong_prompts == "error":
@@ -155,15 +162,15 @@ class PromptSource:
     def _kept_rows(self, problems: ProblemFile) -> Iterator[int]:
         config = self._config
         for row, problem in enumerate(problems):
-            prompt = _encode(problem, template=config.template, encode=self._encode)
+            prompt = _prompt(problem, self._encode)
             if len(prompt.token_ids) <= config.max_prompt_tokens:
                 yield row
             elif config.overlong_prompts == "error":
                 raise _too_long(prompt, config.max_prompt_tokens)
 
 
-def _encode(problem: Problem, *, template: str, encode: Encode) -> Prompt:
-    return Prompt(problem=problem, token_ids=tuple(encode(render_template(template, problem))))
+def _prompt(problem: Problem, encode: EncodeProblem) -> Prompt:
+    return Prompt(problem=problem, token_ids=tuple(encode(problem)))
 
 
 def _too_long(prompt: Prompt, limit: int) -> DataError:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torl_mega.errors import DataError
 
@@ -25,12 +27,59 @@ class Tokenizer:
         eos = self._hf.eos_token_id
         if eos is None:
             raise DataError(f"{path}: the tokenizer has no EOS token; set `eos_token` in tokenizer_config.json")
+        self.path = Path(path)
         self.eos_id: int = int(eos)
+        self.eos_ids = frozenset({self.eos_id, *_generation_eos(self.path)})
+        """What ends an answer on the servers too, which read generation_config.json."""
         self.vocab_size: int = len(self._hf)
+        self.added: dict[str, int] = {str(t): n for n, t in self._hf.added_tokens_decoder.items()}
+        """Tokens beside the trained vocabulary, special or not, which `encode_with_special` sees in any text."""
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of plain text; text that looks like a special token is encoded as text."""
         return tuple(self._hf.encode(text, add_special_tokens=False, split_special_tokens=True))
+
+    def encode_with_special(self, text: str) -> tuple[int, ...]:
+        """Token ids of text in which special tokens are meant; only for text that nobody outside wrote."""
+        return tuple(self._hf.encode(text, add_special_tokens=False, split_special_tokens=False))
+
+    @property
+    def chat_template(self) -> str:
+        """Raises DataError for a tokenizer without one."""
+        template = self._hf.chat_template
+        if not isinstance(template, str):
+            raise DataError(
+                f"{self.path}: data.template = chat, but its tokenizer has no chat template (chat_template.jinja, or chat_template "
+                f"in tokenizer_config.json); take an instruct model, or a text with {{problem}}"
+            )
+        return template
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Any],
+        *,
+        generate: bool,
+        arguments: Mapping[str, Any],
+    ) -> str:
+        """The text of a conversation; with `generate` up to where the assistant begins. Raises DataError for one that the
+        template refuses."""
+        try:
+            return self._hf.apply_chat_template(
+                [dict(message) for message in messages],
+                tools=[dict(tool) for tool in tools] or None,
+                chat_template=self.chat_template,
+                tokenize=False,
+                add_generation_prompt=generate,
+                **arguments,
+            )
+        except DataError:
+            raise
+        except Exception as exc:  # the boundary to the template's author
+            last = f"message {len(messages)} ({messages[-1]['role']})"
+            raise DataError(
+                f"the chat template of {self.path} refuses {last}: {' '.join(str(exc).split())[:200]}"
+            ) from exc
 
     def check_plain(self, text: str, setting: str) -> None:
         """Raises DataError when `text` holds what looks like a special token, which `encode` would make ordinary text of."""
@@ -55,3 +104,11 @@ class Tokenizer:
                 f"the tokenizer is not lossless: at character {at} {PROBE_TEXT[at : at + 12]!r} came back as "
                 f"{back[at : at + 12]!r}; the tokenizer files and model_type in config.json do not belong together"
             )
+
+
+def _generation_eos(path: Path) -> list[int]:
+    try:
+        found = json.loads((path / "generation_config.json").read_text()).get("eos_token_id")
+    except (OSError, ValueError, AttributeError):
+        return []
+    return [int(n) for n in (found if isinstance(found, list) else [found] if found is not None else [])]

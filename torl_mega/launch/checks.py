@@ -224,17 +224,18 @@ def tokenizer(config: Config) -> Iterator[Check]:
 
 def data(config: Config) -> Iterator[Check]:
     from torl_mega.data.problem_files import is_missing
-    from torl_mega.data.prompts import TEMPLATES, PromptSource
+    from torl_mega.data.prompts import PromptSource
     from torl_mega.data.tokenizer import Tokenizer
     from torl_mega.rollout.evaluate import absent_benchmarks
+    from torl_mega.rollout.tools import tool_and_prompts
 
     if config.rollout.replay is not None:
         there = Path(config.rollout.replay, "trajectories").is_dir()
         yield judged("data", there, f"replay of {config.rollout.replay}", "not there")
         return
     tokenizer = Tokenizer(config.model.path)
-    tokenizer.check_plain(TEMPLATES.get(config.data.template, config.data.template), "data.template")
-    source = PromptSource(config.data, tokenizer.encode, seed=config.seed)
+    _, encode = tool_and_prompts(config, tokenizer)
+    source = PromptSource(config.data, encode, seed=config.seed)
     source.next(1)
     missing = [name for name in config.eval.data if is_missing(name)]
     detail = f"{', '.join(config.data.specs)} and {len(config.eval.data)} benchmark(s)"

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from torl_mega.config import Config
 from torl_mega.data.golds import judge_golds, read_golds
-from torl_mega.data.prompts import PromptSource
+from torl_mega.data.prompts import EncodeProblem, PromptSource
 from torl_mega.data.tokenizer import Tokenizer
 from torl_mega.launch import checks
 from torl_mega.launch.checks import Check
@@ -22,6 +22,7 @@ from torl_mega.launch.place import place_here
 from torl_mega.launch.preflight import this_node
 from torl_mega.reward.function import make_reward
 from torl_mega.rollout.evaluate import load_benchmarks
+from torl_mega.rollout.tools import tool_and_prompts
 
 
 def run(config: Config) -> int:
@@ -41,7 +42,7 @@ def run(config: Config) -> int:
 
 
 def _rewards(config: Config) -> Iterator[Check]:
-    files = PromptSource(config.data, Tokenizer(config.model.path).encode, seed=config.seed).files
+    files = PromptSource(config.data, _prompts(config), seed=config.seed).files
     reward = make_reward(config.reward, max_response_tokens=config.rollout.max_response_tokens)
 
     async def ask() -> list[str]:
@@ -64,5 +65,9 @@ def _rewards(config: Config) -> Iterator[Check]:
 
 
 def _benchmarks(config: Config) -> Iterator[Check]:
-    found = load_benchmarks(config.eval, config.data, Tokenizer(config.model.path).encode)
+    found = load_benchmarks(config.eval, config.data, _prompts(config))
     yield Check("benchmarks", "ok", ", ".join(f"{b.name} ({len(b.prompts):,})" for b in found) or "none")
+
+
+def _prompts(config: Config) -> EncodeProblem:
+    return tool_and_prompts(config, Tokenizer(config.model.path))[1]

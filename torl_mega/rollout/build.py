@@ -15,7 +15,7 @@ import uvloop
 
 from torl_mega.config import Config
 from torl_mega.data.golds import judge_golds, read_golds
-from torl_mega.data.prompts import TEMPLATES, PromptSource
+from torl_mega.data.prompts import PromptSource
 from torl_mega.data.tokenizer import Tokenizer
 from torl_mega.errors import ConfigError, Preempted
 from torl_mega.layout import read_hf_config
@@ -25,7 +25,7 @@ from torl_mega.rollout.collector import LiveCollector
 from torl_mega.rollout.episode import Episode, EpisodeSettings
 from torl_mega.rollout.evaluate import load_benchmarks
 from torl_mega.rollout.scheduler import EpisodeScheduler
-from torl_mega.rollout.tools import make_tool, with_tools
+from torl_mega.rollout.tools import tool_and_prompts
 from torl_mega.run.folder import RunFolder
 from torl_mega.serving.client import SGLangClient
 from torl_mega.serving.sglang_server import wait_ready
@@ -79,12 +79,9 @@ def build_collector(
     """A collector whose parts are started on `run` and closed by `stack`. `any_version`: no trainer sends weights, the servers
     hold what they loaded. Raises TorlError for data, addresses or services that are not there."""
     sandbox = _sandbox(config)
-    tool = make_tool(config.rollout, config.sandbox, sandbox)
-    template = with_tools(TEMPLATES.get(config.data.template, config.data.template), tool)
-    tokenizer.check_plain(template, "data.template")
-    data = config.data.model_copy(update={"template": template})
-    prompts = PromptSource(data, tokenizer.encode, seed=config.seed)  # a wrong data file shows before any wait
-    benchmarks = load_benchmarks(config.eval, data, tokenizer.encode)
+    tool, encode = tool_and_prompts(config, tokenizer, sandbox)
+    prompts = PromptSource(config.data, encode, seed=config.seed)  # a wrong data file shows before any wait
+    benchmarks = load_benchmarks(config.eval, config.data, encode)
     vocab_size = int(read_hf_config(config.model.path)["vocab_size"])  # the model's: it may sample padding ids
     client = SGLangClient(addresses("TORL_SERVERS"), config.serving, vocab_size=vocab_size)
     reward = make_reward(config.reward, max_response_tokens=config.rollout.max_response_tokens)

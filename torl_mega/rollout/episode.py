@@ -4,17 +4,22 @@
                  ▲                                                                      │
                  └──────────────────────────────────────────────────────────────────────┘
 
+A chat model calls at the end of its turn: there the closing token ends a generation, and the messages of its template that
+hold the results (`ChatTool.follow`) are inserted.
+
 The ids that were sampled are the ids that are trained; nothing is decoded and encoded again. A fault of the
 infrastructure raises (`ToolFault`, `GenerationError`): the policy never sees one.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from torl_mega.interfaces import Generator, Tool, ToolSession
+from torl_mega.interfaces import ChatSession, ChatTool, Generator, Tool, ToolSession
 from torl_mega.types import FinishReason, GenerationRequest, Prompt, StopReason, Trajectory, Turn
 
 
@@ -33,7 +38,7 @@ class Episode:
     """What every trajectory shares; `run` is one trajectory."""
 
     generator: Generator
-    tool: Tool
+    tool: Tool | ChatTool
     encode: Callable[[str], tuple[int, ...]]
     settings: EpisodeSettings
 
@@ -45,42 +50,57 @@ class Episode:
         finally:
             await session.close()
 
-    async def _run(self, prompt: Prompt, sample_index: int, session: ToolSession, seed: int) -> Trajectory:
+    async def _run(
+        self, prompt: Prompt, sample_index: int, session: ToolSession | ChatSession, seed: int
+    ) -> Trajectory:
         s = self.settings
         turns: list[Turn] = []
         response: list[int] = []
         stop_reason = StopReason.LENGTH
         while len(response) < s.max_response_tokens:
-            num_calls = sum(t.tool_call is not None for t in turns)
+            calls_left = s.max_tool_calls - sum(len(t.tool_calls) for t in turns)
+            chat = self.tool if isinstance(self.tool, ChatTool) else None
             generation = await self.generator.generate(
                 GenerationRequest(
                     token_ids=(*prompt.token_ids, *response),
                     max_new_tokens=s.max_response_tokens - len(response),
                     temperature=s.temperature,
                     top_p=s.top_p,
-                    stop=self.tool.stop if num_calls < s.max_tool_calls else (),
+                    stop=self.tool.stop if not isinstance(self.tool, ChatTool) and calls_left > 0 else (),
                     seed=sampling_seed(seed, prompt.problem.problem_id, sample_index, len(turns)),
                     route_key=prompt.problem.problem_id,
+                    stop_token_ids=() if chat is None else (chat.end_id,),
                 )
             )
             turn = Turn(generation.token_ids, generation.logprobs, generation.policy_versions, generation.text)
             response.extend(turn.token_ids)
+            room = s.max_response_tokens - len(response)
             if generation.finish is FinishReason.STOP_STRING:
-                turn = await self._with_observation(session, turn, turns, room=s.max_response_tokens - len(response))
-                response.extend(turn.observation_ids)
+                turn = await self._with_observation(session, turn, turns, room=room)
+            elif chat is not None and calls_left > 0 and turn.token_ids[-1:] == (chat.end_id,):
+                turn = await self._with_results(chat, session, turn, calls_left, room=room)
+            response.extend(turn.observation_ids)
             turns.append(turn)
-            if generation.finish is FinishReason.EOS:
+            if generation.finish is FinishReason.EOS and not turn.tool_calls:
                 stop_reason = StopReason.EOS
-            if generation.finish is not FinishReason.STOP_STRING or not turn.observation_ids:
+            if not turn.observation_ids:
                 break
         return Trajectory(prompt, sample_index, tuple(turns), stop_reason)
 
-    async def _with_observation(self, session: ToolSession, turn: Turn, before: list[Turn], *, room: int) -> Turn:
+    async def _with_observation(self, session: Any, turn: Turn, before: list[Turn], *, room: int) -> Turn:
         """The turn with its call made. An observation over `room` tokens is left out, which ends the trajectory."""
         call = await session.call("".join(t.text for t in before) + turn.text)
         ids = self.encode(call.observation)
-        return Turn(
-            turn.token_ids, turn.logprobs, turn.policy_versions, turn.text, call, ids if len(ids) <= room else ()
+        return dataclasses.replace(turn, tool_call=call, observation_ids=ids if len(ids) <= room else ())
+
+    async def _with_results(self, chat: ChatTool, session: Any, turn: Turn, calls_left: int, *, room: int) -> Turn:
+        """The chat's turn with its calls made, if there are any, likewise."""
+        calls = await session.calls(turn.text, most=calls_left)
+        if not calls:
+            return turn
+        ids = chat.follow(calls)
+        return dataclasses.replace(
+            turn, tool_call=calls[0], more_calls=calls[1:], observation_ids=ids if len(ids) <= room else ()
         )
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from torl_mega.config import BenchmarkConfig, DataConfig, EvalConfig
 from torl_mega.data.problem_files import is_missing, load_problems
-from torl_mega.data.prompts import Encode, encode_prompts
+from torl_mega.data.prompts import EncodeProblem, encode_prompts
 from torl_mega.errors import ConfigError, DataError
 from torl_mega.rollout.statistics import rollout_metrics
 from torl_mega.types import CollectedGroups, Group, Problem, Prompt
@@ -123,7 +123,7 @@ def absent_benchmarks(config: EvalConfig) -> list[str]:
     return [spec for spec in missing if canonical_name(Path(spec).stem) in KNOWN_SIZES]
 
 
-def load_benchmarks(config: EvalConfig, data: DataConfig, encode: Encode) -> list[Benchmark]:
+def load_benchmarks(config: EvalConfig, data: DataConfig, encode: EncodeProblem) -> list[Benchmark]:
     """Reads `eval.data`, templated as in training, one Benchmark per source. Benchmarks that are absent are left out as
     long as one is there. Raises DataError for a bad file."""
     absent = absent_benchmarks(config)
@@ -160,10 +160,16 @@ def canonical_name(source: str) -> str:
 
 
 def _benchmark(
-    name: str, problems: list[Problem], config: EvalConfig, data: DataConfig, encode: Encode, *, cut_to: int | None
+    name: str,
+    problems: list[Problem],
+    config: EvalConfig,
+    data: DataConfig,
+    encode: EncodeProblem,
+    *,
+    cut_to: int | None,
 ) -> Benchmark:
     limit = config.max_prompt_tokens or data.max_prompt_tokens
-    prompts = encode_prompts(problems, template=data.template, encode=encode, max_prompt_tokens=limit, overlong="drop")
+    prompts = encode_prompts(problems, encode, max_prompt_tokens=limit, overlong="drop")
     kept = {prompt.problem.problem_id for prompt in prompts}
     overlong = tuple(p for p in problems if p.problem_id not in kept)
     if overlong and data.overlong_prompts == "error" and not prompts:

@@ -114,11 +114,12 @@ class OwnToolSession:
         self._tool, self._problem = tool, problem
         self._instance: Any = None
 
-    async def call(self, text: str) -> Answer:
-        """Calls with what the policy wrote: a JSON object of the arguments, or the text of a single one. Raises ToolFault."""
+    async def call(self, written: str | Mapping[str, Any]) -> Answer:
+        """Calls with what the policy wrote: a JSON object of the arguments (as text, or read), or the text of a single one.
+        Raises ToolFault."""
         start = time.monotonic()
         try:
-            arguments = self.parse(text)
+            arguments = self.parse(written) if isinstance(written, str) else self.check(written)
             found = await asyncio.wait_for(self._run(arguments), self._tool.timeout_s)
             status, said = (
                 ExecutionStatus.OK,
@@ -130,6 +131,7 @@ class OwnToolSession:
             raise ToolFault(f"{self._tool.name}: no answer within {self._tool.timeout_s:g} s") from exc
         except Exception as exc:  # the boundary to a user's tool
             raise ToolFault(f"{self._tool.name}: {type(exc).__name__}: {exc}") from exc
+        said = said.encode("utf-8", "replace").decode()  # lone surrogates are no text that could be encoded
         return Answer(status, said, time.monotonic() - start)
 
     def parse(self, text: str) -> dict[str, Any]:
@@ -148,6 +150,10 @@ class OwnToolSession:
             if single is not None:
                 return {single: text.strip()}
             raise ToolError(f"{self._tool.name}: the arguments are no JSON object")
+        return self.check(given)
+
+    def check(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments as `__call__` takes them. Raises ToolError with what is wrong with them."""
         try:
             checked = self._tool.arguments.model_validate(given)
         except ValidationError as exc:

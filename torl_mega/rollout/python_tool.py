@@ -6,6 +6,7 @@ runs in the sandbox, and `\\n{observation}\\n```\\n` is inserted. `PythonTool` i
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from torl_mega.errors import SandboxFault
@@ -48,6 +49,11 @@ class PythonTool:
         code = last_code_block(written)
         if code is None:
             return ToolCall("", ExecutionStatus.ERROR, None, frame(NO_CODE), 0.0)
+        ran = await self.execute(code)
+        return dataclasses.replace(ran, observation=frame(ran.observation))
+
+    async def execute(self, code: str) -> ToolCall:
+        """Runs a program; the observation is what it says, without a fence. Raises SandboxFault."""
         box = self.limits
         result = await self.sandbox.run(
             ExecutionRequest(
@@ -56,8 +62,8 @@ class PythonTool:
         )
         if result.status is ExecutionStatus.INFRA:
             raise SandboxFault(f"sandbox: {result.message}")
-        observation = render_observation(result, wall_s=box.wall_s, memory_mb=box.memory_mb)
-        return ToolCall(code, result.status, result.return_code, observation, result.wall_s)
+        body = cut(render_body(result, wall_s=box.wall_s, memory_mb=box.memory_mb))
+        return ToolCall(code, result.status, result.return_code, body, result.wall_s)
 
 
 def last_code_block(text: str) -> str | None:
@@ -91,25 +97,24 @@ def _fences(text: str) -> tuple[list[tuple[int, int]], bool]:
     return spans, start is not None
 
 
-def render_observation(result: ExecutionResult, *, wall_s: float, memory_mb: int) -> str:
-    """The inserted text, fence included. INFRA never gets here: the policy is never shown an infrastructure fault."""
-    assert result.status is not ExecutionStatus.INFRA
-    return frame(_body(result, wall_s=wall_s, memory_mb=memory_mb))
-
-
 def frame(body: str, *, most: int = MAX_OBSERVATION_CHARS) -> str:
     """The text that is inserted for `body`, which is cut to `most` characters, the paper's 128 + ... + 128."""
+    return f"\n{cut(body, most=most)}\n```\n"
+
+
+def cut(body: str, *, most: int = MAX_OBSERVATION_CHARS) -> str:
+    """`body` without white space around it, and without its middle where it has more than `most` characters."""
     body = body.strip()
-    if len(body) > most:
-        body = body[: most - most // 2] + "..." + body[len(body) - most // 2 :]
-    return f"\n{body}\n```\n"
+    return body if len(body) <= most else body[: most - most // 2] + "..." + body[len(body) - most // 2 :]
 
 
-def _body(result: ExecutionResult, *, wall_s: float, memory_mb: int) -> str:
+def render_body(result: ExecutionResult, *, wall_s: float, memory_mb: int) -> str:
     """stdout where there is some, else the last line of the error, else what happened in words.
 
-    The released code tells a program that printed nothing that it timed out; here it is told that it printed nothing.
+    The released code tells a program that printed nothing that it timed out; here it is told that it printed nothing. INFRA
+    never gets here: the policy is never shown an infrastructure fault.
     """
+    assert result.status is not ExecutionStatus.INFRA
     status = result.status
     if status is ExecutionStatus.TIMEOUT_WALL or status is ExecutionStatus.TIMEOUT_CPU:
         return f"TimeoutError: the program ran longer than {wall_s:g} seconds"

@@ -132,23 +132,25 @@ def to_row(step: int, recorded: Recorded) -> dict[str, Any]:
 
 
 def _turn_to_json(turn: Turn) -> dict[str, Any]:
-    call = turn.tool_call
     return {
         "text": turn.text,
         "token_ids": list(turn.token_ids),
         "logprobs": [float(f"{x:.9g}") for x in turn.logprobs],
         "policy_versions": list(turn.policy_versions),
-        "tool_call": None
-        if call is None
-        else {
-            "code": call.code,
-            "status": call.status.value,
-            "return_code": call.return_code,
-            "observation": call.observation,
-            "wall_s": call.wall_s,
-            **({} if call.tool == "python" else {"tool": call.tool}),
-        },
+        "tool_call": None if turn.tool_call is None else _call_to_json(turn.tool_call),
+        **({"more_calls": [_call_to_json(call) for call in turn.more_calls]} if turn.more_calls else {}),
         "observation_ids": list(turn.observation_ids),
+    }
+
+
+def _call_to_json(call: ToolCall) -> dict[str, Any]:
+    return {
+        "code": call.code,
+        "status": call.status.value,
+        "return_code": call.return_code,
+        "observation": call.observation,
+        "wall_s": call.wall_s,
+        **({} if call.tool == "python" else {"tool": call.tool}),
     }
 
 
@@ -163,21 +165,23 @@ def trajectory_from_json(row: Mapping[str, Any]) -> tuple[Trajectory, Reward]:
 
 
 def _turn_from_json(row: Mapping[str, Any]) -> Turn:
-    call = row["tool_call"]
     return Turn(
         token_ids=tuple(row["token_ids"]),
         logprobs=tuple(row["logprobs"]),
         policy_versions=tuple(row["policy_versions"]),
         text=row["text"],
-        tool_call=None
-        if call is None
-        else ToolCall(
-            call["code"],
-            ExecutionStatus(call["status"]),
-            call["return_code"],
-            call["observation"],
-            call["wall_s"],
-            call.get("tool", "python"),
-        ),
+        tool_call=None if row["tool_call"] is None else _call_from_json(row["tool_call"]),
         observation_ids=tuple(row["observation_ids"]),
+        more_calls=tuple(_call_from_json(call) for call in row.get("more_calls", ())),
+    )
+
+
+def _call_from_json(row: Mapping[str, Any]) -> ToolCall:
+    return ToolCall(
+        row["code"],
+        ExecutionStatus(row["status"]),
+        row["return_code"],
+        row["observation"],
+        row["wall_s"],
+        row.get("tool", "python"),
     )

@@ -1,37 +1,32 @@
-"""Which tool an episode has: rollout.protocol and rollout.tools of the config, made."""
+"""What the policy may call and how it is told so: rollout.protocol, rollout.tools and data.template of the config, made."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 
-from torl_mega.config import RolloutConfig, SandboxConfig
+from torl_mega.config import Config, RolloutConfig, SandboxConfig
+from torl_mega.data.chat_template import CHAT, ChatTemplate
+from torl_mega.data.prompts import TEMPLATES, EncodeProblem, plain_prompts
+from torl_mega.data.tokenizer import Tokenizer
 from torl_mega.errors import ConfigError
 from torl_mega.import_path import is_import_path, load
 from torl_mega.interfaces import Sandbox, Tool
+from torl_mega.rollout.chat import TOOLS, ChatTools, make_chat
 from torl_mega.rollout.fences import PYTHON, FencedTools, describe
 from torl_mega.rollout.own_tool import load_tool
 from torl_mega.rollout.python_tool import Limits, PythonTool
 from torl_mega.rollout.search import make_search
-
-TOOLS = "{tools}"
+from torl_mega.types import ExecutionRequest, ExecutionResult
 
 
 def make_tool(config: RolloutConfig, limits: SandboxConfig, sandbox: Sandbox) -> Tool:
-    """With Python alone the paper's tool itself. Raises ConfigError for a class that is not there or is no tool."""
-    python = PythonTool(sandbox, Limits(limits.wall_s, limits.cpu_s, limits.memory_mb, limits.output_bytes))
+    """By a text protocol; with Python alone the paper's tool itself. Raises ConfigError for a class that is not there or is no
+    tool."""
+    python = _python(limits, sandbox)
     if config.tools == (PYTHON,) and config.protocol == "torl":
         return python
-    own = [load_tool(path) for path in config.tools if is_import_path(path)]
-    if config.search_folder is not None:
-        own.append(make_search(Path(config.search_folder), max_chars=config.search_max_chars))
-    names = [tool.name for tool in own]
-    reserved = {"output", *({PYTHON} & set(config.tools))}
-    if taken := next((name for name in names if names.count(name) > 1 or name in reserved), None):
-        raise ConfigError(
-            f"rollout.tools: two tools are called {taken}, or one as a block of the protocol; give it a `name`"
-        )
-    box = FencedTools({tool.name: tool for tool in own}, python if PYTHON in config.tools else None)
+    box = _box(config, python)
     if config.protocol == "torl":
         return box
     make: Callable[[FencedTools], Tool] = load(config.protocol, "rollout.protocol")
@@ -41,6 +36,57 @@ def make_tool(config: RolloutConfig, limits: SandboxConfig, sandbox: Sandbox) ->
             f"rollout.protocol = {config.protocol}: its instances need `stop`, a tuple of texts, and `open(problem)`"
         )
     return made
+
+
+def _python(limits: SandboxConfig, sandbox: Sandbox) -> PythonTool:
+    return PythonTool(sandbox, Limits(limits.wall_s, limits.cpu_s, limits.memory_mb, limits.output_bytes))
+
+
+def _box(config: RolloutConfig, python: PythonTool) -> FencedTools:
+    own = [load_tool(path) for path in config.tools if is_import_path(path)]
+    if config.search_folder is not None:
+        own.append(make_search(Path(config.search_folder), max_chars=config.search_max_chars))
+    names = [tool.name for tool in own]
+    reserved = {"output", *({PYTHON} & set(config.tools))}
+    if taken := next((name for name in names if names.count(name) > 1 or name in reserved), None):
+        raise ConfigError(
+            f"rollout.tools: two tools are called {taken}, or one as a block of the protocol; give it a `name`"
+        )
+    return FencedTools({tool.name: tool for tool in own}, python if PYTHON in config.tools else None)
+
+
+class NoSandbox:
+    """Where tools are only looked at."""
+
+    async def run(self, request: ExecutionRequest) -> ExecutionResult:
+        return ExecutionResult.infra("nothing runs here")
+
+
+def tool_and_prompts(
+    config: Config, tokenizer: Tokenizer, sandbox: Sandbox | None = None
+) -> tuple[Tool | ChatTools, EncodeProblem]:
+    """What the policy may call, and how a problem becomes its prompt, which tells it so. Without a sandbox no program runs. Raises
+    ConfigError and DataError for what cannot be used."""
+    sandbox = sandbox or NoSandbox()
+    data, rollout = config.data, config.rollout
+    if rollout.protocol == "chat":
+        chat = make_chat(
+            _box(rollout, _python(config.sandbox, sandbox)),
+            tokenizer,
+            system=data.system,
+            arguments=data.chat_arguments,
+            family=rollout.call_format,
+        )
+        return chat, lambda problem: chat.template.prompt(problem.problem)
+    tool = make_tool(rollout, config.sandbox, sandbox)
+    if data.template == CHAT:
+        system = None if data.system is None else with_tools(data.system, tool)
+        tokenizer.check_plain(system or "", "data.system")
+        template = ChatTemplate(tokenizer, system=system, arguments=data.chat_arguments)
+        return tool, lambda problem: template.prompt(problem.problem)
+    text = with_tools(TEMPLATES.get(data.template, data.template), tool)
+    tokenizer.check_plain(text, "data.template")
+    return tool, plain_prompts(text, tokenizer.encode)
 
 
 def with_tools(template: str, tool: Tool) -> str:

@@ -155,6 +155,7 @@ class SGLangClient:
                 "top_p": request.top_p,
                 "max_new_tokens": request.max_new_tokens - len(done),
                 "stop": [*request.stop, *suffixes],
+                **({"stop_token_ids": list(request.stop_token_ids)} if request.stop_token_ids else {}),
                 "no_stop_trim": True,
                 "skip_special_tokens": False,
                 "spaces_between_special_tokens": False,

@@ -8,16 +8,14 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from torl_mega.data.tokenizer import Tokenizer
 from torl_mega.errors import DataError
-from torl_mega.import_path import load
-from torl_mega.rollout.python_tool import STOP
 from torl_mega.rollout.recorder import parse_rows, read_rows, step_path
-from torl_mega.rollout.token_audit import Audit, audit_files
+from torl_mega.rollout.token_audit import Audit, Rules, audit_files
 from torl_mega.run.files import write_text
 from torl_mega.view.page import trajectories_page
 
@@ -27,21 +25,21 @@ def view(
     *,
     step: int | None = None,
     out: Path | None = None,
-    audit: bool = False,
+    audit: Callable[[Path, Path], Rules] | None = None,
     limit: int = 64,
     tokenizer: Path | None = None,
     as_json: bool = False,
 ) -> int:
     """Writes one step's trajectories as HTML (the last step unless `step` says), the first `limit` of them.
 
-    `out` defaults to `RUN/view/step_NNNNN.html`; `tokenizer` to the run's own `model.path`. With `audit` no page is
-    made: every step (or the one) is re-proved token by token, and 1 is returned at the first violation.
+    `out` defaults to `RUN/view/step_NNNNN.html`; `tokenizer` to the run's own `model.path`. With `audit`
+    no page is made: every step (or the one) is re-proved token by token against `audit(run, tokenizer)`, and 1 is returned at
+    the first violation.
     """
     paths = _step_files(run, step)
-    if audit:
-        return _audit(
-            paths if step is not None else _step_files(run, None), tokenizer or _model_path(run), _stops(run), as_json
-        )
+    if audit is not None:
+        rules = audit(run, tokenizer or _model_path(run))
+        return _audit(paths if step is not None else _step_files(run, None), rules, as_json)
     path = paths[-1]
     codec, note = _tokenizer(run, tokenizer)
     rows = list(read_rows(path))
@@ -76,20 +74,12 @@ def report(runs: Sequence[Path], out: Path | None = None, *, png: Path | None = 
     return 0
 
 
-def _audit(paths: Sequence[Path], tokenizer: Path, stops: tuple[str, ...], as_json: bool) -> int:
-    result = audit_files(paths, Tokenizer(tokenizer), stops=stops)
+def _audit(paths: Sequence[Path], rules: Rules, as_json: bool) -> int:
+    result = audit_files(paths, rules)
     _say(
         {**asdict(result), "violation": str(result.violation) if result.violation else None}, as_json, _verdict(result)
     )
     return 0 if result.violation is None else 1
-
-
-def _stops(run: Path) -> tuple[str, ...]:
-    """The texts at which this run's protocol stops a generation. Raises ConfigError where its class is no longer there."""
-    path = run / "config.json"
-    rollout = json.loads(path.read_text())["config"].get("rollout", {}) if path.is_file() else {}
-    protocol = rollout.get("protocol", "torl")
-    return (STOP,) if protocol == "torl" else tuple(load(protocol, "rollout.protocol").stop)
 
 
 def _verdict(result: Audit) -> str:

@@ -59,7 +59,8 @@ def spans_of(trajectory: Trajectory, decode: Decode | None) -> list[Span]:
         spans += _sampled(turn, decode) if decode else [_whole(turn, number)]
         if turn.tool_call is not None and turn.observation_ids:
             title = f"inserted after turn {number} · {len(turn.observation_ids)} tokens · never trained"
-            spans.append(Span(visible(turn.tool_call.observation), "inserted", title=title))
+            said = decode(turn.observation_ids) if decode else "".join(call.observation for call in turn.tool_calls)
+            spans.append(Span(visible(said), "inserted", title=title))
     return spans
 
 
