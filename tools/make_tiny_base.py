@@ -128,11 +128,19 @@ def batches(tokenizer: Any, recipe: Recipe, seed: int) -> Iterator[tuple[torch.T
 
 
 def train(model: Qwen2ForCausalLM, tokenizer: Any, recipe: Recipe, seed: int) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=0.01, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=recipe.num_steps, pct_start=0.05)
+    data = islice(batches(tokenizer, recipe, seed), recipe.num_steps)
+    fit(model, data, num_steps=recipe.num_steps, lr=recipe.lr)
+
+
+def fit(
+    model: Qwen2ForCausalLM, data: Iterator[tuple[torch.Tensor, torch.Tensor]], *, num_steps: int, lr: float
+) -> None:
+    """AdamW over (ids [B, T], labels [B, T]), one cycle of the learning rate."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=num_steps, pct_start=0.05)
     start = time.monotonic()
     model.train()
-    for step, (ids, labels) in enumerate(islice(batches(tokenizer, recipe, seed), recipe.num_steps), start=1):
+    for step, (ids, labels) in enumerate(data, start=1):
         loss = model(ids, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
@@ -140,9 +148,7 @@ def train(model: Qwen2ForCausalLM, tokenizer: Any, recipe: Recipe, seed: int) ->
         optimizer.step()
         schedule.step()
         if step % 200 == 0:
-            print(
-                f"step {step}/{recipe.num_steps}  loss {loss.item():.3f}  {time.monotonic() - start:.0f} s", flush=True
-            )
+            print(f"step {step}/{num_steps}  loss {loss.item():.3f}  {time.monotonic() - start:.0f} s", flush=True)
     model.eval()
 
 

@@ -130,8 +130,8 @@ class RolloutConfig(Section):
     """How a chat model writes a call: `<tool_call>` JSON, Llama 3's JSON, a fenced block of the tool's name. auto reads it off the
     chat template, fenced where that knows no tools."""
     tools: tuple[str, ...] = ("python",)
-    """What may be called: `python` (a program in the sandbox, the paper's tool), `search` (texts of search_folder) and
-    `pkg.module:Class` of your own."""
+    """What may be called: `python` (a program in the sandbox, the paper's tool), `python_session` (the same, with variables that
+    live as long as the trajectory), `search` (texts of search_folder) and `pkg.module:Class` of your own."""
     search_folder: str | None = None
     """Folder of .txt, .md and .jsonl files that the tool `search` finds passages in (BM25)."""
     search_max_chars: PositiveInt = 1024
@@ -169,8 +169,12 @@ class RolloutConfig(Section):
                 f"rollout.protocol = {self.protocol!r} is neither torl, chat nor of the form pkg.module:Class"
             )
         for tool in self.tools:
-            if tool not in ("python", "search") and not is_import_path(tool):
-                raise ValueError(f"rollout.tools: {tool!r} is neither python, search nor of the form pkg.module:Class")
+            if tool not in ("python", "python_session", "search") and not is_import_path(tool):
+                raise ValueError(
+                    f"rollout.tools: {tool!r} is neither python, python_session, search nor of the form pkg.module:Class"
+                )
+        if {"python", "python_session"} <= set(self.tools):
+            raise ValueError("rollout.tools has python and python_session; both are called python, take one")
         if ("search" in self.tools) != (self.search_folder is not None):
             raise ValueError("rollout.tools names search if and only if rollout.search_folder says what is searched")
         if len(set(self.tools)) < len(self.tools) or not self.tools:
@@ -192,6 +196,10 @@ class SandboxConfig(Section):
     SandboxFusion has no limit by default (sandbox_api.py:43). Differs: one program must not take a node's memory."""
     output_bytes: PositiveInt = 65536
     """Kept per stream, head and tail; far above it (`flood_bytes`) the snippet is stopped."""
+    session_wall_s: PositiveFloat = 30.0
+    """Limit of all calls of one `python_session` together."""
+    session_state_mb: PositiveInt = 4
+    """What the variables of one `python_session` may take, as bytes."""
     tier: Literal["auto", "A", "B", "C"] = "auto"
     """Confinement: auto takes the strongest of A (namespaces) and B (none) that works; C does not isolate and must be asked for."""
     max_running: int = Field(default=0, ge=0)

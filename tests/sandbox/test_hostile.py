@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import re
 import socket
@@ -15,9 +16,11 @@ import pytest
 from hostile import Hostile, cases
 from pools import ORDINARY_UID, PROJECT, SECRET, Pool, descendants, pool, wait_gone
 
+from torl_mega.rollout.python_session import PythonSessionTool
+from torl_mega.rollout.python_tool import Limits
 from torl_mega.sandbox.client import SandboxClient
 from torl_mega.sandbox.jail.clock import NICE, PATIENCE
-from torl_mega.types import ExecutionRequest, ExecutionStatus
+from torl_mega.types import ExecutionRequest, ExecutionStatus, Problem
 
 AS_USER = pytest.mark.skipif(os.getuid() != 0, reason="needs root to change user")
 CONFIGURATIONS = [
@@ -104,16 +107,23 @@ class Canaries:
         self.unix.close()
 
 
-async def attack(client: SandboxClient, case: Hostile, canaries: Canaries) -> list[str]:
+async def attack(client: SandboxClient, case: Hostile, canaries: Canaries, *, in_session: bool = False) -> list[str]:
     """What was wrong; empty when all held."""
     wrong = []
     request = ExecutionRequest(canaries.fill(case.code), stdin=case.stdin, wall_s=case.limit_s, cpu_s=case.limit_s)
+    if in_session:
+        limits = Limits(case.limit_s, case.limit_s, request.memory_mb, request.output_bytes)
+        session = PythonSessionTool(client, limits, 60.0, 4).open(Problem("p", "", "", ""))
+        request = dataclasses.replace(session.request(request.code), stdin=case.stdin)
     result = await client.run(request)
-    if result.status not in case.allowed:
+    allowed = (
+        set(ExecutionStatus) - {ExecutionStatus.INFRA} if in_session else case.allowed
+    )  # keeping its names may fail
+    if result.status not in allowed:
         wrong.append(f"ended as {result.status.value} rc={result.return_code} {result.stderr[-200:]} {result.message}")
     if any(line.startswith("ESCAPED") for line in result.stdout.splitlines()):
         wrong.append(f"escaped: {result.stdout[:200]}")
-    if case.stdout is not None and result.stdout != case.stdout:
+    if case.stdout is not None and result.stdout != case.stdout and not in_session:
         wrong.append(f"said {result.stdout[:100]!r} {result.stderr[-200:]}")
     if result.wall_s > PATIENCE * case.limit_s + 1.0:  # by the limit where it does not wait for others' cores
         wrong.append(f"took {result.wall_s:.1f} s")
@@ -125,7 +135,9 @@ async def attack(client: SandboxClient, case: Hostile, canaries: Canaries) -> li
     return [f"{case.name}: {w}" for w in wrong]
 
 
-async def _attack_all(served: Pool, canaries: Canaries, chosen: list[Hostile]) -> list[str]:
+async def _attack_all(
+    served: Pool, canaries: Canaries, chosen: list[Hostile], *, in_session: bool = False
+) -> list[str]:
     wrong: list[str] = []
     queue = list(chosen)
     async with SandboxClient([served.address]) as client:
@@ -134,7 +146,7 @@ async def _attack_all(served: Pool, canaries: Canaries, chosen: list[Hostile]) -
 
         async def worker() -> None:
             while queue:
-                wrong.extend(await attack(client, queue.pop(0), canaries))
+                wrong.extend(await attack(client, queue.pop(0), canaries, in_session=in_session))
 
         async def neighbour() -> None:
             while queue:
@@ -144,7 +156,7 @@ async def _attack_all(served: Pool, canaries: Canaries, chosen: list[Hostile]) -
         late = {w.split(":")[0] for w in wrong if LATE.search(w)}  # among others on a busy machine: once more, alone
         wrong = [w for w in wrong if not LATE.search(w)]
         for case in [c for c in chosen if c.name in late]:
-            wrong.extend(await attack(client, case, canaries))
+            wrong.extend(await attack(client, case, canaries, in_session=in_session))
     return wrong
 
 
@@ -178,6 +190,19 @@ def test_hostile_corpus(tier: str, user: int | None) -> None:
         while [p for p in boxes if p.exists()] and time.monotonic() < deadline:
             time.sleep(0.05)
         assert [p for p in boxes if p.exists()] == []
+
+
+@pytest.mark.parametrize("every", [pytest.param(9, id="a ninth"), pytest.param(1, id="all", marks=pytest.mark.slow)])
+def test_hostile_corpus_in_sessions(every: int) -> None:
+    """The same programs as the first call of a `python_session`."""
+    with pool(tier="auto", max_running=10, data_libraries=False) as served:
+        canaries = Canaries(served, None)
+        chosen = [c for c in cases() if c.name not in SEES_OWN_TMP][::every]
+        try:
+            wrong = asyncio.run(_attack_all(served, canaries, chosen, in_session=True))
+        finally:
+            canaries.close()
+        assert not wrong, "\n".join(wrong)
 
 
 def test_corpus_is_large() -> None:

@@ -23,6 +23,7 @@ from torl_mega.interfaces import ChatSession
 from torl_mega.rollout.call_formats import Reader, Written, fenced, hermes, llama3
 from torl_mega.rollout.fences import PYTHON, FencedTools, describe
 from torl_mega.rollout.own_tool import OwnToolSession, tool_of_class
+from torl_mega.rollout.python_session import PythonSession
 from torl_mega.rollout.python_tool import PythonTool, cut
 from torl_mega.types import ExecutionStatus, Problem, ToolCall
 
@@ -75,6 +76,7 @@ class _Session:
     chat: ChatTools
     problem: Problem
     open: dict[str, OwnToolSession] = field(default_factory=dict)
+    python: PythonTool | PythonSession | None = None
 
     async def calls(self, turn: str, *, most: int) -> tuple[ToolCall, ...]:
         """Every call of the turn with its answer; `most` are made. Raises ToolFault."""
@@ -88,9 +90,10 @@ class _Session:
             return _answer(call.error or f"there is no tool {call.name[:64]!r}; {known}")
         if refused:
             return _answer("no more calls can be made; answer now", tool=call.name)
-        if call.name == PYTHON and isinstance(box.python, PythonTool):
+        if call.name == PYTHON and box.python is not None:
+            self.python = self.python or box.python.open(self.problem)
             code, wrong = _code(call.arguments)
-            return _answer(wrong, tool=PYTHON) if code is None else await box.python.execute(code)
+            return _answer(wrong, tool=PYTHON) if code is None else await self.python.execute(code)
         tool = box.tools[call.name]
         session = self.open.setdefault(call.name, OwnToolSession(tool, self.problem))
         answer = await session.call(call.arguments)

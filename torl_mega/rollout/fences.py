@@ -17,9 +17,10 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torl_mega.interfaces import Tool, ToolSession
+from torl_mega.interfaces import ToolSession
 from torl_mega.rollout.own_tool import OwnTool, OwnToolSession
-from torl_mega.rollout.python_tool import STOP, frame
+from torl_mega.rollout.python_session import PythonSession, PythonSessionTool
+from torl_mega.rollout.python_tool import STOP, PythonTool, frame
 from torl_mega.types import ExecutionStatus, Problem, ToolCall
 
 PYTHON = "python"
@@ -30,7 +31,7 @@ class FencedTools:
     """Implements `Tool`. `python`: the tool behind ```python, if there is one."""
 
     tools: Mapping[str, OwnTool]  # by name
-    python: Tool | None
+    python: PythonTool | PythonSessionTool | None
     stop: tuple[str, ...] = (STOP,)
 
     def open(self, problem: Problem) -> ToolSession:
@@ -46,7 +47,7 @@ class _Session:
     box: FencedTools
     problem: Problem
     open: dict[str, OwnToolSession] = field(default_factory=dict)
-    python: ToolSession | None = None
+    python: PythonTool | PythonSession | None = None
     seen: int = 0  # characters that were written up to the last call
 
     async def call(self, written: str) -> ToolCall:

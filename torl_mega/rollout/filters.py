@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from torl_mega.config import AlgoConfig
-from torl_mega.rollout.python_tool import last_code_block
-from torl_mega.types import ExecutionStatus, Group, Reward, StopReason, Trajectory
+from torl_mega.rollout.python_tool import STOP, last_code_block
+from torl_mega.types import ExecutionStatus, Group, Reward, StopReason, Trajectory, Turn
 
 
 def is_trained(trajectory: Trajectory, config: AlgoConfig) -> bool:
@@ -54,5 +54,13 @@ def roughness(trajectory: Trajectory) -> float:
 
 
 def has_void_turn(trajectory: Trajectory) -> bool:
-    """A turn with neither a complete code block nor a boxed answer (SimpleTIR, arXiv 2509.02479 §3.2)."""
-    return any(last_code_block(turn.text) is None and "\\boxed{" not in turn.text for turn in trajectory.turns)
+    """A turn with neither a complete code block, a call in another form, nor a boxed answer (SimpleTIR, arXiv 2509.02479 §3.2)."""
+    return any(
+        last_code_block(turn.text) is None and not _calls_otherwise(turn) and "\\boxed{" not in turn.text
+        for turn in trajectory.turns
+    )
+
+
+def _calls_otherwise(turn: Turn) -> bool:
+    """Made a call that is no ```python block; a block of an earlier turn that is run again is none of this turn."""
+    return any(call.code and (call.tool != "python" or not turn.text.endswith(STOP)) for call in turn.tool_calls)

@@ -1,13 +1,14 @@
 """Metrics of collected groups: the quantities of the paper's figures 5 and 6, and what else shows how healthy a run is.
 
 Each quantity is defined once, in the docstring of the function that computes it. "Response" is one trajectory's text
-without the prompt, "piece of code" a complete ```python block in it, "program" a piece of code that ran (a `ToolCall` with
-code; a call without any runs nothing and is none). A share over nothing (no program ran, no response was wrong) is 0.0; the
-names are the same for every collection.
+without the prompt, "piece of code" a complete ```python block in it (of a chat model that writes calls otherwise: a call that
+was made), "program" a piece of code that ran (a `ToolCall` with code; a call without any runs nothing and is none). A share
+over nothing (no program ran, no response was wrong) is 0.0; the names are the same for every collection.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -67,7 +68,7 @@ def executed_code_ratio(scored: Sequence[Scored]) -> float:
 
     Below 1 where code was written but not called, or written after the C calls were used up.
     """
-    written = [len(code_spans(_text(trajectory))) for trajectory, _ in scored]
+    written = [len(_pieces(trajectory)) for trajectory, _ in scored]
     ran = [min(len(programs(trajectory)), n) for (trajectory, _), n in zip(scored, written, strict=True)]
     return sum(ran) / max(sum(written), 1)
 
@@ -91,8 +92,7 @@ def code_before_answer_ratio(scored: Sequence[Scored]) -> float:
     "code before final answer"). A box inside a piece of code is none."""
     before: list[bool] = []
     for trajectory, _ in scored:
-        text = _text(trajectory)
-        spans = code_spans(text)
+        text, spans = _text(trajectory), _pieces(trajectory)
         boxes = [m.start() for m in re.finditer(r"\\boxed", text)]
         answer = next((box for box in boxes if not any(a <= box < b for a, b in spans)), None)
         before += [] if answer is None else [end <= answer for _, end in spans]
@@ -107,7 +107,7 @@ def code_first_response_ratio(scored: Sequence[Scored]) -> float:
     boxed_after_code = []
     for trajectory, _ in scored:
         first_box = next((i for i, turn in enumerate(trajectory.turns) if "\\boxed" in turn.text), None)
-        first_run = next((i for i, turn in enumerate(trajectory.turns) if turn.tool_call and turn.tool_call.code), None)
+        first_run = next((i for i, t in enumerate(trajectory.turns) if any(c.code for c in t.tool_calls)), None)
         if first_box is not None and first_run is not None:
             # a call ends its turn, so a box in the same turn came before it
             boxed_after_code.append(first_run < first_box)
@@ -156,6 +156,17 @@ def writes_code(trajectory: Trajectory) -> bool:
 def programs(trajectory: Trajectory) -> list[ToolCall]:
     """The calls that ran something."""
     return [call for call in trajectory.tool_calls if call.code]
+
+
+def _pieces(trajectory: Trajectory) -> list[tuple[int, int]]:
+    """(start, end) of each piece of code in what the policy wrote; of a call in a form of its own, the end of its turn."""
+    spans = code_spans(_text(trajectory))
+    if spans:
+        return spans
+    ends = itertools.accumulate(len(turn.text) for turn in trajectory.turns)
+    return [
+        (end, end) for end, turn in zip(ends, trajectory.turns, strict=True) for call in turn.tool_calls if call.code
+    ]
 
 
 def _text(trajectory: Trajectory) -> str:

@@ -15,6 +15,7 @@ from torl_mega.interfaces import Sandbox, Tool
 from torl_mega.rollout.chat import TOOLS, ChatTools, make_chat
 from torl_mega.rollout.fences import PYTHON, FencedTools, describe
 from torl_mega.rollout.own_tool import load_tool
+from torl_mega.rollout.python_session import PythonSessionTool
 from torl_mega.rollout.python_tool import Limits, PythonTool
 from torl_mega.rollout.search import make_search
 from torl_mega.types import ExecutionRequest, ExecutionResult
@@ -23,10 +24,9 @@ from torl_mega.types import ExecutionRequest, ExecutionResult
 def make_tool(config: RolloutConfig, limits: SandboxConfig, sandbox: Sandbox) -> Tool:
     """By a text protocol; with Python alone the paper's tool itself. Raises ConfigError for a class that is not there or is no
     tool."""
-    python = _python(limits, sandbox)
     if config.tools == (PYTHON,) and config.protocol == "torl":
-        return python
-    box = _box(config, python)
+        return PythonTool(sandbox, _limits(limits))
+    box = _box(config, limits, sandbox)
     if config.protocol == "torl":
         return box
     make: Callable[[FencedTools], Tool] = load(config.protocol, "rollout.protocol")
@@ -38,21 +38,26 @@ def make_tool(config: RolloutConfig, limits: SandboxConfig, sandbox: Sandbox) ->
     return made
 
 
-def _python(limits: SandboxConfig, sandbox: Sandbox) -> PythonTool:
-    return PythonTool(sandbox, Limits(limits.wall_s, limits.cpu_s, limits.memory_mb, limits.output_bytes))
+def _limits(limits: SandboxConfig) -> Limits:
+    return Limits(limits.wall_s, limits.cpu_s, limits.memory_mb, limits.output_bytes)
 
 
-def _box(config: RolloutConfig, python: PythonTool) -> FencedTools:
+def _box(config: RolloutConfig, limits: SandboxConfig, sandbox: Sandbox) -> FencedTools:
     own = [load_tool(path) for path in config.tools if is_import_path(path)]
     if config.search_folder is not None:
         own.append(make_search(Path(config.search_folder), max_chars=config.search_max_chars))
     names = [tool.name for tool in own]
-    reserved = {"output", *({PYTHON} & set(config.tools))}
+    python: PythonTool | PythonSessionTool | None = None
+    if PYTHON in config.tools:
+        python = PythonTool(sandbox, _limits(limits))
+    elif "python_session" in config.tools:
+        python = PythonSessionTool(sandbox, _limits(limits), limits.session_wall_s, limits.session_state_mb)
+    reserved = {"output", *((PYTHON,) if python is not None else ())}
     if taken := next((name for name in names if names.count(name) > 1 or name in reserved), None):
         raise ConfigError(
             f"rollout.tools: two tools are called {taken}, or one as a block of the protocol; give it a `name`"
         )
-    return FencedTools({tool.name: tool for tool in own}, python if PYTHON in config.tools else None)
+    return FencedTools({tool.name: tool for tool in own}, python)
 
 
 class NoSandbox:
@@ -71,7 +76,7 @@ def tool_and_prompts(
     data, rollout = config.data, config.rollout
     if rollout.protocol == "chat":
         chat = make_chat(
-            _box(rollout, _python(config.sandbox, sandbox)),
+            _box(rollout, config.sandbox, sandbox),
             tokenizer,
             system=data.system,
             arguments=data.chat_arguments,
