@@ -96,7 +96,7 @@ def trace(question: Question, known: dict[str, str], rng: random.Random) -> list
     right = question["answer"]
     wrong = str(max(0, int(right) + rng.choice((-300, -100, -20, -10, -1, 1, 10, 20, 100, 300))))
     draw = rng.random()
-    if draw < 0.4:
+    if draw < 0.25:
         return [(f"It is \\boxed{{{wrong}}}.", None)]
     if rng.random() < 0.5:
         code = f"print({asked})"
@@ -168,7 +168,7 @@ conversations. Made by
 
     python tools/make_tools_base.py --out conf/quickstart_tools --seed {seed}
 
-No data or weights of anybody else went into it; it is good for one test of a training loop. 40 % of the conversations answer at
+No data or weights of anybody else went into it; it is good for one test of a training loop. 25 % of the conversations answer at
 once, wrongly; the others call `python` or `search`, by a coin's throw, and read nine of ten right answers right.
 
 `train.jsonl` and `eval.jsonl` hold the questions, half of them sums, half about `texts/facts.txt`; none of the evaluation's words
@@ -235,7 +235,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num-steps", type=int, default=1200)
+    parser.add_argument("--num-steps", type=int, default=2400)
     args = parser.parse_args()
     make(args.out, seed=args.seed, num_steps=args.num_steps)
     return 0

@@ -65,6 +65,19 @@ def rollout(conf: Conf, overrides: Overrides = None, json: Json = False) -> None
     _collect("rollout", conf, overrides, json)
 
 
+@app.command("try")
+def attempt(
+    model: Annotated[Path, typer.Argument(help="A run, one of its checkpoints, or an HF folder")],
+    problem: Annotated[str, typer.Argument(help="What is asked")],
+    overrides: Overrides = None,
+    conf: Annotated[Path | None, typer.Option(help="Settings for an HF folder (default: conf/base.yaml)")] = None,
+) -> None:
+    """Answer one problem with the tools of a run, turn by turn."""
+    from torl_mega.launch.attempt import attempt
+
+    raise typer.Exit(attempt(model, problem, conf, overrides or []))
+
+
 @app.command()
 def plan(
     conf: Conf,

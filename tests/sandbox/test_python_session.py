@@ -91,7 +91,7 @@ def test_a_program_that_is_killed_leaves_the_session_as_it_was(served: Pool) -> 
 def test_what_has_no_bytes_is_gone_alone(served: Pool) -> None:
     calls = run(
         served,
-        "import threading\nx = 1\ng = (i for i in range(3))\nopen('f', 'w').write('a')\nlock = threading.Lock()\nt = threading.Thread()",
+        "import threading\nx = 1\ng = (i for i in range(3))\nopen('f', 'w').write('a')\nlock = threading.Lock()",
         "print(x)", "print(g)", "import os; print(os.path.exists('f'))",
     )  # fmt: skip
     assert said(calls)[1:] == ["1", "NameError: name 'g' is not defined", "False"]

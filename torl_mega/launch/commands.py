@@ -23,6 +23,7 @@ PROGRAMS = {
     "rank": ["torl_mega.train"],
     "eval": ["torl_mega.rollout.standalone", "eval"],
     "rollout": ["torl_mega.rollout.standalone", "rollout"],
+    "try": ["torl_mega.rollout.standalone", "try"],
 }
 """What may stand in the place of a placement's ranks: the trainer, or a program that collects without one."""
 

@@ -2,7 +2,7 @@
 
     python -m torl_mega.launch.task runs_dir CONF [a.b=value …]           says where the run folder will be
     python -m torl_mega.launch.task prepare ROLE CONF [a.b=value …]       once, before anything is queued or started
-    python -m torl_mega.launch.task ROLE PLACEMENT CONF                   ROLE: rank, eval, rollout, server or sandbox
+    python -m torl_mega.launch.task ROLE PLACEMENT CONF                   ROLE: rank, eval, rollout, try, server or sandbox
 
 A task knows itself by its node and its number there (TORL_NODE and TORL_LOCAL_ID, or SLURMD_NODENAME and SLURM_LOCALID).
 It takes its cores, makes a folder for temporary files (TMPDIR), starts the process, and tells the others what happened

@@ -41,6 +41,7 @@ class Episode:
     tool: Tool | ChatTool
     encode: Callable[[str], tuple[int, ...]]
     settings: EpisodeSettings
+    tell: Callable[[Turn], None] | None = None  # is told each turn as it ends
 
     async def run(self, prompt: Prompt, sample_index: int, *, seed: int) -> Trajectory:
         """Attempt `sample_index` at `prompt`, within `max_response_tokens` exactly. `seed`: of the step, see `sampling_seed`."""
@@ -81,6 +82,8 @@ class Episode:
                 turn = await self._with_results(chat, session, turn, calls_left, room=room)
             response.extend(turn.observation_ids)
             turns.append(turn)
+            if self.tell is not None:
+                self.tell(turn)
             if generation.finish is FinishReason.EOS and not turn.tool_calls:
                 stop_reason = StopReason.EOS
             if not turn.observation_ids:

@@ -1,6 +1,6 @@
-"""The programs behind `torl eval` and `torl rollout`: they collect without a trainer, with what `model.path` holds.
+"""The programs behind `torl eval`, `torl rollout` and `torl try`: they collect without a trainer, with what `model.path` holds.
 
-python -m torl_mega.rollout.standalone eval|rollout CONF      with TORL_SERVERS, TORL_SANDBOX in the environment
+python -m torl_mega.rollout.standalone eval|rollout|try CONF      with TORL_SERVERS, TORL_SANDBOX in the environment
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import contextlib
 import gc
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 from torl_mega.config import Config
 from torl_mega.config_file import config_hash, load_config
@@ -18,9 +19,11 @@ from torl_mega.process import exit_codes
 from torl_mega.process.stop_flag import StopFlag
 from torl_mega.rollout.build import GC_THRESHOLDS, AsyncRunner, build_collector, wait_for_servers
 from torl_mega.rollout.collector import LiveCollector
+from torl_mega.rollout.recorder import read_groups, step_path
 from torl_mega.run.files import write_json
 from torl_mega.run.folder import RunFolder
 from torl_mega.run.metrics import RunMetrics
+from torl_mega.types import Turn
 
 
 def evaluate(config: Config, folder: RunFolder) -> None:
@@ -47,6 +50,37 @@ def collect(config: Config, folder: RunFolder) -> None:
         log.close()
 
 
+def answer(config: Config, folder: RunFolder) -> None:
+    """One attempt at the one problem of `data.train`, printed turn by turn. Raises TorlError."""
+
+    def tell(turn: Turn) -> None:
+        print(f"\n{_bar('assistant')}\n{turn.text.strip()}")
+        for call in turn.tool_calls:
+            what = f"{call.tool or 'no tool'} · {call.status.value} · {call.wall_s:.2f} s"
+            print(f"\n{_bar(what)}\n{call.observation.strip()}")
+        sys.stdout.flush()
+
+    def work(collector: LiveCollector) -> None:
+        collector.episode = replace(collector.episode, tell=tell)
+        (prompt,) = collector.prompts.next(1)
+        print(f"{_bar('problem')}\n{prompt.problem.problem}", flush=True)
+        collector.prompts.put_back([prompt])
+        collector.collect(0)
+        (group,) = read_groups(step_path(folder.trajectories, 0))
+        if not group.trajectories:
+            raise TorlError(f"the attempt was lost to faults of servers or tools; see {folder.logs}")
+        (found,), (reward,) = group.trajectories, group.rewards
+        tokens = f"{len(found.response_ids)} tokens, ended by {found.stop_reason.value}"
+        said = reward.extracted or "nothing in a \\boxed{}"
+        print(f"\n{_bar('answer')}\n{said}\n({tokens})", flush=True)
+
+    _with_collector(config, folder, work)
+
+
+def _bar(text: str) -> str:
+    return f"── {text} ".ljust(72, "─")
+
+
 def _with_collector(config: Config, folder: RunFolder, work: Callable[[LiveCollector], object]) -> None:
     gc.set_threshold(*GC_THRESHOLDS)
     with contextlib.ExitStack() as stack:
@@ -63,7 +97,7 @@ def main() -> int:
     program, conf = sys.argv[1:]
     try:
         config = load_config(conf)
-        {"eval": evaluate, "rollout": collect}[program](config, RunFolder.of(config))
+        {"eval": evaluate, "rollout": collect, "try": answer}[program](config, RunFolder.of(config))
     except Preempted:
         return exit_codes.REQUEUE
     except TorlError as exc:
