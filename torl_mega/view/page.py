@@ -146,7 +146,7 @@ def _tiles(shown: Sequence[Recorded]) -> list[tuple[str, str]]:
         ("mean reward", f"{sum(s.reward.value for s in shown) / num:+.3f}"),
         ("answers that called the tool", f"{sum(bool(s.trajectory.tool_calls) for s in shown) / num:.3f}"),
         (
-            "programs that ran through",
+            "calls that ended ok",
             f"{sum(c.status is ExecutionStatus.OK for c in calls) / len(calls):.3f}" if calls else "–",
         ),
         ("tokens an answer", f"{sum(len(s.trajectory.response_ids) for s in shown) / num:.0f}"),
