@@ -106,6 +106,26 @@ def test_every_finish_reason(live_server: LiveServer, tiny_config: Config, tiny_
 
 
 @pytest.mark.usefixtures("fresh")
+def test_a_token_that_closes_a_turn_ends_a_generation(
+    live_server: LiveServer, tiny_config: Config, tiny_model: Any, reference: Reference
+) -> None:
+    """As EOS does: it is among the ids, with its log-prob, and nothing follows."""
+    ends = tuple(range(20, 60))
+    asks = [request(token_ids=(*PROMPT, n), max_new_tokens=400, stop_token_ids=ends) for n in range(12)]
+
+    async def work(client: SGLangClient) -> list[Generation]:
+        return await asyncio.gather(*(client.generate(ask) for ask in asks))
+
+    generations, _ = with_client(tiny_config, [live_server.url], work)
+    closing = {*ends, Tokenizer(tiny_model).eos_id}
+    for ask, g in zip(asks, generations, strict=True):
+        assert g.finish is FinishReason.EOS
+        assert [i for i in g.token_ids if i in closing] == [g.token_ids[-1]]
+        assert reference.max_gap(ask.token_ids, g, 1.0) < 1e-4
+    assert len({g.token_ids[-1] for g in generations}) > 1
+
+
+@pytest.mark.usefixtures("fresh")
 def test_the_whole_context_fits_and_no_more(live_server: LiveServer, tiny_config: Config) -> None:
     most = tiny_config.max_context_tokens
     rooms = [(most - 1, 1), (1, most - 1), (most - 40, 40)]
