@@ -181,9 +181,20 @@ def _collect(program: str, conf: Path, overrides: list[str] | None, json: bool) 
     raise typer.Exit(launcher.collect(program, load_config(conf, overrides or []), json=json))
 
 
+def _refuse_dashes(words: list[str]) -> None:
+    """Settings are written without dashes; what looks like one with them would be called an unknown option."""
+    for word in (word for word in words if word.startswith("--")):
+        from torl_mega.config import Config  # not for commands without options: it takes a while
+
+        name = word.removeprefix("--").partition("=")[0].replace("-", "_")
+        if name and (name in Config.model_fields or "." in name):
+            raise TorlError(f"{word}: settings are written {name}=VALUE, without dashes")
+
+
 def main() -> None:
     """Console entry point: a TorlError is one line and exit code 1."""
     try:
+        _refuse_dashes(sys.argv[2:])
         app()
     except TorlError as exc:
         print(f"torl: error: {exc}", file=sys.stderr)

@@ -44,6 +44,19 @@ _Loader.add_implicit_resolver(
 )
 
 
+ELSEWHERE = {
+    "learning_rate": "optim.lr", "actor_lr": "optim.lr", "train_batch_size": "rollout.prompts_per_step",
+    "rollout_batch_size": "rollout.prompts_per_step", "num_generations": "rollout.group_size",
+    "n_samples_per_prompt": "rollout.group_size", "rollout_n": "rollout.group_size", "max_steps": "num_steps",
+    "total_training_steps": "num_steps", "num_rollout": "num_steps", "max_completion_length": "rollout.max_response_tokens",
+    "max_new_tokens": "rollout.max_response_tokens", "max_prompt_length": "data.max_prompt_tokens", "beta": "algo.kl_coef",
+    "kl_loss_coef": "algo.kl_coef", "model_name_or_path": "model.path", "train_files": "data.train", "val_files": "eval.data",
+    "tensor_model_parallel_size": "parallel.tensor", "pipeline_model_parallel_size": "parallel.pipeline",
+    "tp_size": "parallel.tensor", "pp_size": "parallel.pipeline", "max_turns": "rollout.max_tool_calls",
+}  # fmt: skip
+"""What other trainers call our settings."""
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The validated config of `path` with `overrides` applied. Raises ConfigError."""
     tree = _read(Path(path), ())
@@ -53,7 +66,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as exc:
-        raise ConfigError("\n".join(_explain(origin, error) for error in exc.errors())) from None
+        raise ConfigError("\n".join(_explain_all(origin, exc.errors()))) from None
 
 
 def origins(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, str]:
@@ -94,6 +107,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Tree:
         return tree
     if not isinstance(base, str):
         raise ConfigError(f"{path}: base = {base!r} is not the name of a file")
+    if not (path.parent / base).is_file():
+        raise ConfigError(f"{path}: base = {base!r}: {path.parent / base} is no file; see conf/ for the ones that ship")
     return _merge(_read(path.parent / base, (*seen, path)), tree)
 
 
@@ -135,6 +150,20 @@ def _override(tree: Tree, text: str) -> None:
     node[leaf] = value
 
 
+def _explain_all(origin: str, errors: Sequence[Any]) -> list[str]:
+    """A line for each error; whole sections that are missing in one."""
+    missing = [error["loc"][0] for error in errors if error["type"] == "missing" and len(error["loc"]) == 1]
+    if len(missing) < 2:
+        return [_explain(origin, error) for error in errors]
+    others = [
+        _explain(origin, error) for error in errors if not (error["type"] == "missing" and len(error["loc"]) == 1)
+    ]
+    return [
+        f"{origin}: {', '.join(map(str, missing))} are missing; start from `base: base.yaml` and say what differs",
+        *others,
+    ]
+
+
 def _explain(origin: str, error: Any) -> str:
     loc = [
         str(part) for part in error["loc"] if not str(part).startswith("as ")
@@ -147,6 +176,8 @@ def _explain(origin: str, error: Any) -> str:
     if error["type"] == "missing":
         return f"{origin}: {dotted} is missing; set it there or start from `base: base.yaml`"
     message = error["msg"].removeprefix("Value error, ")
+    if loc == ["name"] and error["type"] == "string_pattern_mismatch":
+        message = "a name has letters, digits, `.`, `_` and `-`, and begins with a letter or digit"
     if not loc or isinstance(error["input"], dict):
         return f"{origin}: {message}"
     return f"{origin}: {dotted} = {error['input']!r}: {message[0].lower()}{message[1:]}"
@@ -177,7 +208,9 @@ def _fields(loc: Sequence[str]) -> list[str]:
 
 
 def _nearest(loc: Sequence[str]) -> str | None:
-    """The known setting nearest to a wrong one: first in its own section, then by its last name anywhere."""
+    """The known setting nearest to a wrong one: what others call it, in its own section, by its last name anywhere."""
+    if loc[-1] in ELSEWHERE:
+        return ELSEWHERE[loc[-1]]
     close = difflib.get_close_matches(loc[-1], _fields(loc[:-1]), n=1, cutoff=0.7)
     if close:
         return ".".join([*loc[:-1], close[0]])

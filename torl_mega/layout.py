@@ -119,6 +119,12 @@ class ModelShape:
         return 2 * self.num_layers * self.kv_width * dtype_bytes
 
 
+def _hub_hint(folder: Path) -> str:
+    """A path of two words that is not there is likely a model's name on a hub."""
+    two_words = not folder.is_absolute() and len(folder.parts) == 2 and not folder.parent.exists()
+    return f"; `hf download {folder} --local-dir DIR` fetches that model into one" if two_words else ""
+
+
 def read_hf_config(path: str | Path) -> dict[str, Any]:
     """config.json of an HF folder. Raises ConfigError when the folder or the file is missing or not JSON."""
     folder = Path(path)
@@ -126,6 +132,7 @@ def read_hf_config(path: str | Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ConfigError(
             f"model.path = {folder} is no folder; it must hold an HF checkpoint (config.json, safetensors)"
+            + _hub_hint(folder)
         )
     if not file.is_file():
         raise ConfigError(f"model.path = {folder} has no config.json; it must hold an HF checkpoint")

@@ -240,7 +240,8 @@ def test_a_changed_recipe_is_refused(trained, runs_dir):
         ("model.path=nowhere", "model.path = nowhere is no folder"),
         ("data.train=nowhere.parquet", "data.train = 'nowhere.parquet' is not there"),
         ("parallel.tensor=3", "does not divide the 4 attention heads"),
-        ("serving.extra_args=[--no-such-flag]", "server_0 ended"),
+        ("serving.extra_args=[--no-such-flag]", "unrecognized arguments: --no-such-flag"),
+        ("serving.startup_timeout_s=1", "was not ready after 1 s"),
         ("algo.clip_hgih=1", "did you mean algo.clip_high?"),
     ],
 )
@@ -250,6 +251,16 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, override, message):
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("torl: error: ")
     assert message in last
+    assert not processes_of("name=bad")
+
+
+def test_a_python_for_the_servers_that_is_not_there_is_one_line(tmp_path):
+    done = torl("train", tmp_path, "bad", TORL_SGLANG_PYTHON="/nope/python")
+    assert done.returncode == 1
+    assert (
+        done.stderr.strip()
+        == "torl: error: server_0 could not be started: server_0: No such file or directory: /nope/python"
+    )
     assert not processes_of("name=bad")
 
 

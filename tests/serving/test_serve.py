@@ -36,7 +36,7 @@ def test_a_port_in_use_is_one_clear_line(tiny_config_path: Path) -> None:
         done = serve(str(tiny_config_path), "--port", str(port))
     assert done.returncode == 1
     assert done.stderr == (
-        f"error: port {port} on 127.0.0.1 is in use; stop what listens there or choose another --port\n"
+        f"torl: error: port {port} on 127.0.0.1 is in use; stop what listens there or choose another --port\n"
     )
 
 
@@ -44,7 +44,7 @@ def test_a_missing_model_and_a_context_too_long_are_one_clear_line(tiny_config_p
     port = str(free_port())
     done = serve(str(tiny_config_path), f"model.path={tmp_path}/none", "--port", port)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith(f"error: model.path = {tmp_path}/none: no config.json there")
+    assert done.stderr.splitlines()[-1].startswith(f"torl: error: model.path = {tmp_path}/none: no config.json there")
     done = serve(
         str(tiny_config_path), "rollout.max_response_tokens=4000", "trainer.micro_batch_tokens=8192", "--port", port
     )

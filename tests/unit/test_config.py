@@ -71,7 +71,9 @@ def test_the_recipe_page_says_what_the_configs_say():
         ("algo.correction_geo=[1.1,0.9]", "correction_geo is not [low, high]"),
         ("algo.dual_clip=0.5", "algo.dual_clip = 0.5: input should be greater than 1"),
         ("eval.benchmarks.aime24.temprature=1", "eval.benchmarks.aime24.temprature"),
-        ("name=../evil", "name = '../evil'"),
+        ("name=../evil", "name = '../evil': a name has letters, digits"),
+        ("learning_rate=1e-6", "learning_rate = 1e-06 is not a setting; did you mean optim.lr?"),
+        ("rollout.num_generations=4", "did you mean rollout.group_size?"),
         ("no_equals", "is not of the form section.key=value"),
         ("seed.x=1", "seed is a value, not a section"),
     ],
@@ -101,11 +103,12 @@ def test_base_chain_merges_by_key(tmp_path):
     ("text", "expected"),
     [
         ("base: self.yaml\n", "goes round in a circle"),
-        ("base: nowhere.yaml\n", "no such config file"),
+        ("base: nowhere.yaml\n", r"self.yaml: base = 'nowhere.yaml': .* is no file; see conf/"),
         ("- a\n- b\n", "expected a mapping"),
         ("a: [1\n", "not readable as YAML"),
         ("name: x\nname: y\n", "stands twice"),
-        ("name: x\n", "model is missing"),
+        ("name: x\n", r"num_steps, model, .* are missing; start from `base: base.yaml`"),
+        (f"base: {CONF / 'base.yaml'}\nreward: {{function: 3}}\n", "reward.function"),
     ],
 )
 def test_broken_files(tmp_path, text, expected):

@@ -435,8 +435,20 @@ def test_report_of_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert (tmp_path / "again.png").read_bytes() == png.read_bytes()
 
 
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.99])
+def test_a_step_that_was_cut_off_is_said_so(tmp_path: Path, groups: tuple[Group, ...], share: float) -> None:
+    path = write_step(tmp_path / "trajectories", 0, groups, [0.0] * sum(len(g.trajectories) for g in groups))
+    whole = path.read_bytes()
+    assert len(list(read_rows(path))) == sum(len(g.trajectories) for g in groups)
+    path.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(DataError, match="ends early"):
+        list(read_rows(path))
+    path.write_bytes(whole + whole)  # frames one after the other, as `cat` makes them
+    assert len(list(read_rows(path))) == 2 * sum(len(g.trajectories) for g in groups)
+
+
 def test_report_says_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"metrics.jsonl has no rows"):
+    with pytest.raises(DataError, match=r"metrics.jsonl (holds no rows|is not there)"):
         report([tmp_path])
     with pytest.raises(DataError, match=r"needs a run folder"):
         report([])

@@ -21,6 +21,8 @@ def attempt(model: Path, problem: str, conf: Path | None, overrides: Sequence[st
     Templates, tools and sampling are those of the run that `model` is, or belongs to; of an HF folder those of `conf`. Raises
     TorlError.
     """
+    if not problem.strip():
+        raise ConfigError('the problem is empty: torl try MODEL "What is 6*7?"')
     with tempfile.TemporaryDirectory(prefix="torl-try-") as folder:
         question, settings = Path(folder, "problem.jsonl"), Path(folder, "run.yaml")
         question.write_text(json.dumps({"problem": problem, "answer": "0"}) + "\n")

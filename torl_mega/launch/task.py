@@ -216,21 +216,29 @@ def run_sidecar(mine: Process, cmd: list[str], env: dict[str, str], status: Path
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # inherited
     log, was_ready = _OwnLog(), False
     for left in reversed(range(MAX_RESTARTS + 1)):
-        with start(cmd, name=mine.name, env=env) as child:
+        try:
+            started = start(cmd, name=mine.name, env=env)
+        except FileNotFoundError as exc:  # TORL_SGLANG_PYTHON names none
+            return _give_up(status, f"{ERROR_MARK}{mine.name} could not be started: {exc}")
+        with started as child:
             while (code := _ended(child, POLL_S)) is None and not stop.requested and not (status / "end").exists():
                 was_ready = was_ready or _is_ready(mine)
             if code is None or stop.requested or (status / "end").exists():
                 child.stop(SIDECAR_GRACE_S)
                 return exit_codes.DONE
         if not left or (code >= 0 and not was_ready):
-            words = log.last_words(mine, code)
-            (status / "failed").write_text(words)
-            _say(words)
-            return exit_codes.ERROR
+            return _give_up(status, log.last_words(mine, code))
         was_ready = True  # or a signal ended it, which says nothing against the next one
         _say(f"torl: {mine.name} {how_it_ended(code)}; starting it again")
         time.sleep(RESTART_DELAY_S)
     raise AssertionError("the last start returns")
+
+
+def _give_up(status: Path, words: str) -> int:
+    """Notes for everybody why the run cannot go on."""
+    (status / "failed").write_text(words)
+    _say(words)
+    return exit_codes.ERROR
 
 
 def _is_ready(mine: Process) -> bool:
@@ -261,6 +269,9 @@ class _OwnLog:
         lines = tail(self._path, 1000, begin=self._begin).splitlines()
         errors = [line for line in lines if line.startswith(ERROR_MARK)]
         last = lines[-1] if lines else "no output"
+        if errors and mine.role == "server":  # what SGLang said before we gave it up is the reason
+            said = next((line for line in reversed(lines) if line.strip() and line not in errors), "no output")
+            return f"{errors[-1]}; it said last: {said.strip()[:300]} (log: {self._path})"
         return (errors or [f"{ERROR_MARK}{mine.name} {how_it_ended(code)}: {last} (log: {self._path})"])[-1]
 
 

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import zstandard
 
@@ -61,14 +61,41 @@ def write_step(folder: Path, step: int, groups: Sequence[Group], advantages: Seq
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The JSON rows of one step. Raises DataError naming file and line."""
     try:
-        with path.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as stream:
-            for number, line in enumerate(io.TextIOWrapper(stream, encoding="utf-8"), 1):
+        with path.open("rb") as raw:
+            for number, line in enumerate(io.TextIOWrapper(io.BufferedReader(_Whole(raw)), encoding="utf-8"), 1):
                 try:
                     yield json.loads(line)
                 except json.JSONDecodeError as exc:
                     raise DataError(f"{path}:{number}: not a JSON line: {exc}") from None
+    except EOFError:
+        raise DataError(f"{path}: ends early: it was cut off, or is still being written") from None
     except (OSError, zstandard.ZstdError, UnicodeDecodeError) as exc:
         raise DataError(f"{path}: not readable as trajectories: {exc}") from None
+
+
+class _Whole(io.RawIOBase):
+    """What a zstd file holds. Raises EOFError where it ends in the middle, which zstandard's own reader takes for its end."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw, self._ready = raw, b""
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            packed = (self._frame.unused_data if self._frame.eof else b"") or self._raw.read(1 << 17)
+            if not packed:
+                if not self._frame.eof:
+                    raise EOFError
+                return 0
+            if self._frame.eof:  # another frame follows, as `cat` puts them
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+            self._ready = self._frame.decompress(packed)
+        size = min(len(buffer), len(self._ready))
+        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
+        return size
 
 
 def read_groups(path: Path) -> tuple[Group, ...]:

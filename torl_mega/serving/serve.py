@@ -177,7 +177,7 @@ def main() -> None:
     try:
         asyncio.run(_main(parser.parse_args()))
     except TorlError as exc:
-        print(f"error: {exc}", file=sys.stderr)
+        print(f"torl: error: {exc}", file=sys.stderr)  # the mark that a task looks for in a log
         sys.exit(1)
 
 

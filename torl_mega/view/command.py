@@ -37,6 +37,8 @@ def view(
     the first violation.
     """
     paths = _step_files(run, step)
+    if tokenizer is not None and not tokenizer.is_dir():
+        raise DataError(f"--tokenizer {tokenizer} is no folder; give one with config.json and a tokenizer")
     if audit is not None:
         rules = audit(run, tokenizer or _model_path(run))
         return _audit(paths if step is not None else _step_files(run, None), rules, as_json)
@@ -92,6 +94,8 @@ def _verdict(result: Audit) -> str:
 
 
 def _step_files(run: Path, step: int | None) -> list[Path]:
+    if run.is_file():
+        raise DataError(f"{run} is a file; give a run's folder, such as runs/quickstart")
     folder = run / "trajectories"
     paths = sorted(folder.glob("step_*.jsonl.zst"))
     if not paths:

@@ -77,7 +77,9 @@ def read_run(folder: Path) -> Run:
     rows = read_rows(folder / "metrics.jsonl")
     kept = {kind: [r for r in rows if isinstance(r, dict) and r.get("kind") == kind] for kind in ("train", "eval")}
     if not kept["train"] and not kept["eval"]:
-        raise DataError(f"{folder / 'metrics.jsonl'} has no rows; give a run folder such as runs/quickstart")
+        there = (folder / "metrics.jsonl").is_file()
+        what = "holds no rows of a run" if there else "is not there"
+        raise DataError(f"{folder / 'metrics.jsonl'} {what}; give a run's folder, such as runs/quickstart")
     try:
         summary = json.loads((folder / "summary.json").read_text())
     except (OSError, ValueError):
