@@ -94,6 +94,10 @@ def train(config: Config) -> int:
             trainer = MegatronTrainer(config)
             latest = parallel.share(lambda: checkpoint.latest(folder.checkpoints))
             saved: Mapping[str, Any] = trainer.load(latest) if latest else {"steps_done": 0, "rollouts": None}
+            where = f"goes on from {latest}, {saved['steps_done']} of {config.num_steps} steps" if latest else "begins"
+            _on_rank0(
+                lambda: print(f"trainer ready after {time.monotonic() - started:.0f} s; the run {where}", flush=True)
+            )
             device = parallel.device()
             rank0 = _on_rank0(lambda: stack.enter_context(build_rank0(config, folder, saved, stop, device=device)))
             park = config.trainer.park_weights
@@ -102,6 +106,10 @@ def train(config: Config) -> int:
             start = int(saved["steps_done"])
             loop.log.first_sync(start, loop.sync(start))
             check_engines(trainer, rank0, config, parallel.share, turns)
+            if rank0 is not None and rank0.server_urls:
+                print(
+                    f"weights sent and verified, log-probs agree, after {time.monotonic() - started:.0f} s", flush=True
+                )
             complete = loop.run(start, evaluate_first=_lacks_evaluation(config, rank0, start))
             trainer.finish_saves()
             if not complete:
@@ -237,7 +245,7 @@ def _finish(config: Config, folder: RunFolder, rank0: Rank0, wall_s: float) -> N
     before, after = summary["eval"]["before"], summary["eval"]["after"]
     if after:
         print(f"accuracy {before['accuracy']:.3f} -> {after['accuracy']:.3f}, code ratio {after['code_ratio']:.3f}")
-    print(f"done: {folder.summary}", flush=True)
+    print(f"done: {folder.summary}; look at it: torl view {folder.path}, torl report {folder.path}", flush=True)
 
 
 class OtherRank:

@@ -82,6 +82,7 @@ def _attempts(program: str, config: Config, placement: Placement, folder: RunFol
     if not text.isdecimal():
         raise ConfigError(f"TORL_MAX_RESTARTS = {text} is not a number")
     conf = freeze(config, folder, "local")
+    print(_what_starts(config, placement, folder), file=console, flush=True)
     stop = StopFlag(signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     for left in reversed(range(int(text) + 1)):
         code = _attempt(program, placement, conf, folder, stop, _Voice(folder.logs / "rank_0.log", console))
@@ -130,11 +131,18 @@ def _watch(
     ranks: list[GuardedProcess], sidecars: list[GuardedProcess], status: Path, stop: StopFlag, voice: _Voice
 ) -> int:
     deadline: float | None = None
+    started, told = time.monotonic(), set[Path]()
     while None in (codes := [rank.poll() for rank in ranks]):
+        for note in sorted(set(status.glob("*.ready")) - told):
+            voice.say(f"{note.stem} ready after {time.monotonic() - started:.0f} s")
+            told.add(note)
         voice.copy()
         if stop.requested and deadline is None:
             deadline = time.monotonic() + GRACE_S
-            _say(f"torl: {stop.signal_name}: stopping, within {GRACE_S:g} s; the same command goes on from there")
+            _say(
+                f"torl: {stop.signal_name}: stopping, within {GRACE_S:g} s: the step that is being made is dropped, the others are "
+                f"kept in a checkpoint; the same command goes on from there"
+            )
         elif deadline is None and any(car.poll() is not None for car in sidecars):
             (status / "lost").touch()
         if deadline is not None and time.monotonic() > deadline:
@@ -152,6 +160,10 @@ class _Voice:
         self._file.seek(0, os.SEEK_END)
         self._errors: list[str] = []
 
+    def say(self, text: str) -> None:
+        """A line of our own between those of rank 0."""
+        print(text, file=self._console, flush=True)
+
     def copy(self) -> None:
         for line in self._file:
             error = line.startswith(ERROR_MARK.encode())
@@ -168,6 +180,15 @@ class _Voice:
         for line in last_words:
             if line not in self._errors:
                 _say(line)
+
+
+def _what_starts(config: Config, placement: Placement, folder: RunFolder) -> str:
+    """What runs where, and how to watch it."""
+    where = "CPU cores" if placement.gpu == "cpu" else f"{placement.gpus_per_node} {placement.gpu}"
+    parts = {role: len(placement.of(role)) for role in ("rank", "server", "sandbox")}
+    counted = ", ".join(f"{n} {role}{'s' if n > 1 else ''}" for role, n in parts.items() if n)
+    watch = f"; curves: tensorboard --logdir {folder.path / 'tensorboard'}" if config.logging.tensorboard else ""
+    return f"{config.name}: {counted} on {where}; each one's log is in {folder.logs}{watch}"
 
 
 def _scratch_folder() -> Path:

@@ -222,7 +222,9 @@ def run_sidecar(mine: Process, cmd: list[str], env: dict[str, str], status: Path
             return _give_up(status, f"{ERROR_MARK}{mine.name} could not be started: {exc}")
         with started as child:
             while (code := _ended(child, POLL_S)) is None and not stop.requested and not (status / "end").exists():
-                was_ready = was_ready or _is_ready(mine)
+                if not was_ready and _is_ready(mine):
+                    was_ready = True
+                    (status / f"{mine.name}.ready").touch()
             if code is None or stop.requested or (status / "end").exists():
                 child.stop(SIDECAR_GRACE_S)
                 return exit_codes.DONE
