@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import psutil
+
 from torl_mega.config import Config
 from torl_mega.config_file import config_hash, load_config
 from torl_mega.data.tokenizer import Tokenizer
@@ -95,9 +97,7 @@ def train(config: Config) -> int:
             latest = parallel.share(lambda: checkpoint.latest(folder.checkpoints))
             saved: Mapping[str, Any] = trainer.load(latest) if latest else {"steps_done": 0, "rollouts": None}
             where = f"goes on from {latest}, {saved['steps_done']} of {config.num_steps} steps" if latest else "begins"
-            _on_rank0(
-                lambda: print(f"trainer ready after {time.monotonic() - started:.0f} s; the run {where}", flush=True)
-            )
+            _on_rank0(lambda: print(f"trainer ready after {_age_s():.0f} s; the run {where}", flush=True))
             device = parallel.device()
             rank0 = _on_rank0(lambda: stack.enter_context(build_rank0(config, folder, saved, stop, device=device)))
             park = config.trainer.park_weights
@@ -107,9 +107,7 @@ def train(config: Config) -> int:
             loop.log.first_sync(start, loop.sync(start))
             check_engines(trainer, rank0, config, parallel.share, turns)
             if rank0 is not None and rank0.server_urls:
-                print(
-                    f"weights sent and verified, log-probs agree, after {time.monotonic() - started:.0f} s", flush=True
-                )
+                print(f"weights sent and verified, log-probs agree, after {_age_s():.0f} s", flush=True)
             complete = loop.run(start, evaluate_first=_lacks_evaluation(config, rank0, start))
             trainer.finish_saves()
             if not complete:
@@ -122,6 +120,11 @@ def train(config: Config) -> int:
             return exit_codes.DONE
     finally:
         parallel.destroy()
+
+
+def _age_s() -> float:
+    """Seconds since this process was started, imports included."""
+    return time.time() - psutil.Process().create_time()
 
 
 def take_gpus(config: Config, stop: StopFlag) -> SharedServers:
