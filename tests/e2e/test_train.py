@@ -35,7 +35,9 @@ def trained(runs_dir, temporary):
     turns = ("cluster.turns=always", "trainer.park_weights=true")
     done = torl("train", runs_dir, "trained", *turns, TMPDIR=str(temporary))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1].startswith(f"done: {runs_dir / 'trained' / 'summary.json'}; look at it: torl view")
+    assert done.stdout.splitlines()[-1].startswith(
+        f"done: {runs_dir / 'trained' / 'summary.json'}; look at it: torl view"
+    )
     assert not list(temporary.iterdir())
     return runs_dir / "trained"
 

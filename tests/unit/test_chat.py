@@ -20,6 +20,7 @@ from test_own_tools import ROLLOUT
 from test_rollout import LIMITS, Box
 
 from torl_mega.config_file import load_config
+from torl_mega.data.prompts import PromptSource
 from torl_mega.data.tokenizer import Tokenizer
 from torl_mega.errors import ConfigError, DataError, ToolFault
 from torl_mega.rollout.call_formats import Written, fenced, hermes, llama3
@@ -419,6 +420,45 @@ def test_the_config_makes_it(tmp_path: Path) -> None:
         load_config("conf/base.yaml", ["rollout.protocol=chat", "data.train=arithmetic:1"])
     with pytest.raises(ConfigError, match=r"go with data.template = chat"):
         load_config("conf/base.yaml", ["data.system=x", "data.train=arithmetic:1"])
+
+
+def test_a_system_message_of_the_row_takes_the_place_of_the_common_one(tmp_path: Path) -> None:
+    row = {
+        "prompt": [{"role": "system", "content": "Row <|im_end|> says."}, {"role": "user", "content": "1+1"}],
+        "label": "2",
+    }
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"problem": "2+2", "answer": "4"}) + "\n")
+    model = usable(tmp_path, "qwen25")
+    given = [
+        "data.template=chat",
+        f"model.path={model}",
+        "data.system=Common.",
+        f"data.train={tmp_path}/rows.jsonl",
+        "rollout.protocol=chat",
+    ]
+    config = load_config("conf/base.yaml", given)
+    codec = Tokenizer(model)
+    _, prompts = tool_and_prompts(config, codec)
+    source = PromptSource(config.data.model_copy(update={"shuffle": False}), prompts, seed=0)
+    own, common = (codec.decode(prompt.token_ids) for prompt in source.next(2))
+    assert own.startswith("<|im_start|>system\nRow <|im_end|> says.\n\n# Tools")
+    assert common.startswith("<|im_start|>system\nCommon.\n\n# Tools")
+    end = codec.added["<|im_end|>"]
+    both = [
+        prompts(problem).count(end)
+        for problem in (Problem("p", "1", "", "", {"system": "<|im_end|>"}), Problem("p", "1", "", ""))
+    ]
+    assert both == [2, 2]  # one that is written is text
+
+
+def test_a_system_message_that_a_plain_template_leaves_out_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    row = {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1"}], "label": "2"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    config = load_config("conf/base.yaml", [f"data.train={tmp_path}/rows.jsonl"])
+    PromptSource(config.data, lambda problem: (1,), seed=0)
+    assert "1 problems bring a system message, which data.template leaves out" in caplog.text
 
 
 def test_text_protocols_never_hear_of_it() -> None:

@@ -14,7 +14,7 @@ on the turns, and the ids are those of `apply_chat_template`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -29,6 +29,7 @@ Part = tuple[str, bool]  # text, whether the template wrote it
 
 ASSISTANT = 1_000  # numbers of place-holders: results from 0, assistants' turns from here
 PROBLEM = 2_000
+SYSTEM = 3_000
 
 LLAMA_DATE = "26 Jul 2024"
 """Templates of Llama 3 write today's date unless told one; this is what they write where they know none. A prompt must be the
@@ -57,7 +58,7 @@ class ChatTemplate:
         )  # users' messages do not follow each other
         self._arguments = {"date_string": LLAMA_DATE, **(arguments or {})}
         self._between = lru_cache(maxsize=64)(self._render_between)
-        self._frame = self._split(self._render([*self._head, _user(_hole(PROBLEM))]), [PROBLEM])
+        self._frame = self._split(self._first([_hole(PROBLEM)]), [PROBLEM])
         # longest first; "<" and "[" begin what marks something, which leaves runs of spaces and added words out
         self._marks = tuple(t for t in sorted(tokenizer.added, key=len, reverse=True) if t[0] in "<[" and len(t) > 2)
         self._pattern = re.compile("|".join(map(re.escape, self._marks)) or r"(?!)")
@@ -65,35 +66,43 @@ class ChatTemplate:
         """What closes an assistant's turn, a special token."""
         self.end_id = tokenizer.added[self.closing]
 
-    def prompt(self, problem: str) -> tuple[int, ...]:
-        """Ids of a conversation that begins with `problem`, up to where the assistant's turn begins."""
-        whole = self._render([*self._head, _user(problem)])
-        content = _between(whole, *self._frame)
-        if content is None:
-            raise DataError(
-                f"the chat template writes other things around the problem {problem[:60]!r} than around others"
-            )
-        return self._encode([(self._frame[0], True), (content, False), (self._frame[1], True)])
+    def prompt(self, problem: str, system: str | None = None) -> tuple[int, ...]:
+        """Ids of a conversation that begins with `problem`, up to where the assistant's turn begins. `system`: a system message
+        of the problem's own, in the place of the common one. Raises DataError where a text changes what is written around it."""
+        if system is None:
+            return self._encode(self._filled(self._frame, [PROBLEM], [problem], self._first))
+        frame = self._split(self._own_first([_hole(SYSTEM), _hole(PROBLEM)]), [SYSTEM, PROBLEM])
+        return self._encode(self._filled(frame, [SYSTEM, PROBLEM], [system, problem], self._own_first))
 
     def results(self, results: Sequence[tuple[str, str]]) -> tuple[int, ...]:
         """Ids of what follows an assistant's turn after its closing token: (tool, text) of each result, and the beginning of
         the next turn. Raises DataError where a text changes what the template writes around it."""
         names, texts = tuple(name for name, _ in results), [text for _, text in results]
-        pieces = self._between(names)
-        contents = []
+        parts = self._filled(
+            self._between(names), range(len(texts)), texts, lambda shown: self._after_turn(names, shown)
+        )
+        return self._encode(parts)[1:]
+
+    def _first(self, shown: Sequence[str]) -> str:
+        return self._render([*self._head, _user(shown[0])])
+
+    def _own_first(self, shown: Sequence[str]) -> str:
+        return self._render([{"role": "system", "content": shown[0]}, _user(shown[1])])
+
+    def _filled(
+        self, pieces: Sequence[str], holes: Sequence[int], texts: Sequence[str], render: Callable[[Sequence[str]], str]
+    ) -> list[Part]:
+        """The template's pieces with the texts between them as it writes them (some templates trim or quote)."""
+        parts: list[Part] = [(pieces[0], True)]
         for n, text in enumerate(texts):
-            shown = [text if k == n else _hole(k) for k in range(len(texts))]
-            before, after = _around(pieces, n)
-            content = _between(self._after_turn(names, shown), before, after)
+            whole = render([text if k == n else _hole(hole) for k, hole in enumerate(holes)])
+            content = _between(whole, *_around(pieces, holes, n))
             if content is None:
                 raise DataError(
-                    f"the chat template writes other things around the result {text[:60]!r} than around others"
+                    f"the chat template writes other things around the text {text[:60]!r} than around others"
                 )
-            contents.append(content)
-        parts: list[Part] = [(pieces[0], True)]
-        for content, piece in zip(contents, pieces[1:], strict=True):
-            parts += [(content, False), (piece, True)]
-        return self._encode(parts)[1:]
+            parts += [(content, False), (pieces[n + 1], True)]
+        return parts
 
     def written_calls(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str | None:
         """The text of an assistant's turn with these calls, as the template writes it; None where it cannot, or leaves them out."""
@@ -240,10 +249,13 @@ def _assistant(text: str) -> Message:
     return {"role": "assistant", "content": text}
 
 
-def _around(pieces: Sequence[str], n: int) -> tuple[str, str]:
-    """What stands before and after place-holder `n`, the other place-holders included."""
-    before = "".join(f"{piece}{_hole(k)}" for k, piece in enumerate(pieces[:n])) + pieces[n]
-    after = "".join(f"{piece}{_hole(n + 1 + k)}" for k, piece in enumerate(pieces[n + 1 : -1])) + pieces[-1]
+def _around(pieces: Sequence[str], holes: Sequence[int], n: int) -> tuple[str, str]:
+    """What stands before and after place-holder number `n`, the other place-holders included."""
+    before = "".join(f"{piece}{_hole(hole)}" for piece, hole in zip(pieces, holes[:n], strict=False)) + pieces[n]
+    after = (
+        "".join(f"{piece}{_hole(hole)}" for piece, hole in zip(pieces[n + 1 :], holes[n + 1 :], strict=False))
+        + pieces[-1]
+    )
     return before, after
 
 

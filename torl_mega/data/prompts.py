@@ -24,8 +24,10 @@ import numpy as np
 
 from torl_mega.config import DataConfig
 from torl_mega.data import arithmetic
+from torl_mega.data.chat_template import CHAT
 from torl_mega.data.cursors import Cursor, EpochCursor, MixedCursor, StreamCursor
 from torl_mega.data.problem_files import ProblemFile, arithmetic_seed, open_problems
+from torl_mega.data.readers import SYSTEM
 from torl_mega.errors import DataError
 from torl_mega.types import Problem, Prompt
 
@@ -160,13 +162,19 @@ class PromptSource:
         return EpochCursor(problems, kept, seed=seed, shuffle=self._config.shuffle)
 
     def _kept_rows(self, problems: ProblemFile) -> Iterator[int]:
-        config = self._config
+        config, num_told = self._config, 0
         for row, problem in enumerate(problems):
+            num_told += SYSTEM in problem.extra
             prompt = _prompt(problem, self._encode)
             if len(prompt.token_ids) <= config.max_prompt_tokens:
                 yield row
             elif config.overlong_prompts == "error":
                 raise _too_long(prompt, config.max_prompt_tokens)
+        if num_told and config.template != CHAT:
+            log.warning(
+                "%d problems bring a system message, which data.template leaves out; data.template=chat has it",
+                num_told,
+            )
 
 
 def _prompt(problem: Problem, encode: EncodeProblem) -> Prompt:

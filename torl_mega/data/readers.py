@@ -30,6 +30,9 @@ from torl_mega.types import Problem
 
 Row = Mapping[str, Any]
 
+SYSTEM = "system"
+"""Where `Problem.extra` keeps a system message that a row brings: a chat template puts it in the place of data.system."""
+
 _LINE_ENDINGS = (".jsonl", ".ndjson")
 _PROBLEM_KEYS = ("problem", "question", "prompt")
 _ANSWER_KEYS = ("gt_answer", "answer", "final_answer", "ground_truth", "expected_answer", "label")
@@ -210,7 +213,20 @@ def _verl_problem(row: Row, *, where: str, default_source: str, number: int) -> 
     source = str(row.get("data_source") or default_source)
     extra = row.get("extra_info")
     identity = _row_id(extra if isinstance(extra, Mapping) else {}, number)
-    return Problem(problem_id=f"{source}/{identity}", problem=bare_problem(text), answer=answer, source=source)
+    told = _system_text(messages)
+    return Problem(
+        problem_id=f"{source}/{identity}",
+        problem=bare_problem(text),
+        answer=answer,
+        source=source,
+        extra={} if told is None else {SYSTEM: told},
+    )
+
+
+def _system_text(messages: list[Any]) -> str | None:
+    """The row's own system message."""
+    said = [m.get("content") for m in messages if isinstance(m, Mapping) and m.get("role") == "system"]
+    return next((text for text in said if isinstance(text, str) and text.strip()), None)
 
 
 def _last_user_text(messages: list[Any], where: str) -> str:

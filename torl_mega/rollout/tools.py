@@ -8,6 +8,7 @@ from pathlib import Path
 from torl_mega.config import Config, RolloutConfig, SandboxConfig
 from torl_mega.data.chat_template import CHAT, ChatTemplate
 from torl_mega.data.prompts import TEMPLATES, EncodeProblem, plain_prompts
+from torl_mega.data.readers import SYSTEM
 from torl_mega.data.tokenizer import Tokenizer
 from torl_mega.errors import ConfigError
 from torl_mega.import_path import is_import_path, load
@@ -82,13 +83,13 @@ def tool_and_prompts(
             arguments=data.chat_arguments,
             family=rollout.call_format,
         )
-        return chat, lambda problem: chat.template.prompt(problem.problem)
+        return chat, lambda problem: chat.template.prompt(problem.problem, problem.extra.get(SYSTEM))
     tool = make_tool(rollout, config.sandbox, sandbox)
     if data.template == CHAT:
         system = None if data.system is None else with_tools(data.system, tool)
         tokenizer.check_plain(system or "", "data.system")
         template = ChatTemplate(tokenizer, system=system, arguments=data.chat_arguments)
-        return tool, lambda problem: template.prompt(problem.problem)
+        return tool, lambda problem: template.prompt(problem.problem, problem.extra.get(SYSTEM))
     text = with_tools(TEMPLATES.get(data.template, data.template), tool)
     tokenizer.check_plain(text, "data.template")
     return tool, plain_prompts(text, tokenizer.encode)
