@@ -235,7 +235,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num-steps", type=int, default=2400)
+    parser.add_argument("--num-steps", type=int, default=2000)
     args = parser.parse_args()
     make(args.out, seed=args.seed, num_steps=args.num_steps)
     return 0

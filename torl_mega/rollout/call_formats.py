@@ -8,7 +8,7 @@
 
 A call that was begun and cannot be read is a call too: its `error` is what the policy is answered. What stands in thoughts
 (`<think>`) is none. Sources: the chat templates of these models; sglang/srt/function_call/{hermes,llama32}_detector.py, which read
-the same forms.
+the same forms but cannot be imported here: a rank's environment has no SGLang.
 """
 
 from __future__ import annotations
