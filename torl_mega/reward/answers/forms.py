@@ -233,10 +233,27 @@ def _set_builder(element: str, condition: str, depth: int) -> Form:
     if match is not None:
         return _make_family(element, match, depth)
     form = read_form(condition, depth + 1)
+    whole = re.fullmatch(r"\s*([A-Za-z])\s*\\in\s*(?:\\mathbb\{[ZN]\}|[ZN])\s*", element)
+    if whole is not None and form.kind == "relation":
+        return Form("set", _forms(list(map(str, _whole_between(form, whole[1]))), depth))
     real = re.fullmatch(r"\s*[A-Za-z]\s*(?:\\in\s*(?:\\mathbb\{R\}|R))?\s*", element)
     if real is None or form.kind not in ("relation", "list", "family"):
         raise Unreadable("a set builder that is no condition on a real number")
     return form
+
+
+def _whole_between(form: Form, name: str) -> range:
+    """The whole numbers of `low < name < high`, with whole bounds. Raises Unreadable for any other condition."""
+    sides, steps = [part.text.strip() for part in form.parts], {"<": 1, "\\le": 0}
+    if len(sides) != 3 or sides[1] != name or not set(form.marks) <= set(steps):
+        raise Unreadable("a set builder of whole numbers that is no range")
+    try:
+        low, high = int(sides[0]) + steps[form.marks[0]], int(sides[2]) - steps[form.marks[1]]
+    except ValueError:
+        raise Unreadable("a set builder of whole numbers between other bounds") from None
+    if high - low >= MAX_PARTS:
+        raise Unreadable("too many parts")
+    return range(low, high + 1)
 
 
 def _forms(texts: list[str], depth: int, *, flat: bool = True) -> tuple[Form, ...]:

@@ -33,7 +33,7 @@ _COUNTED = frozenset(
         "path hats pencils pens cookie base total"
     ).split()
 )
-_SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _BARE = sorted((w for w in {*_CANONICAL_UNIT, *_COUNTED, *_SCALES} if len(w) > 1), key=len, reverse=True)
 _ANY_WORD = "|".join(map(re.escape, _BARE))
 _POWER = r"(\^\s*\{?[23]\}?)?"
@@ -50,7 +50,7 @@ _PLAIN_NUMBER = re.compile(r"-?(?:[0-9][0-9.,]*|\\frac\s*\{[0-9]+\}\s*\{[0-9]+\}
 _NO_UNIT = re.compile(  # words that change the number before them, or take it back
     r"\b(?:or|and|not|no|nor|but|wrong|incorrect|false|maybe|except|more|less|most|least|than|over|divided|plus|minus"
     r"|negative|point|pi|squared|cubed|root|factorial|base|hal(?:f|ves)|thirds?|fourths?|fifths?|tenths?|quarters?"
-    r"|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|dozens?|score|hundreds?|hundredths?)\b"
+    r"|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|dozens?|score|hundreds|hundredths?)\b"
     r"|n't|(?<![a-z^])[0-9]|[04-9]",
     re.ASCII,
 )
