@@ -197,9 +197,7 @@ class SandboxConfig(Section):
     output_bytes: PositiveInt = 65536
     """Kept per stream, head and tail; far above it (`flood_bytes`) the snippet is stopped."""
     session_wall_s: PositiveFloat = 30.0
-    """Limit of all calls of one `python_session` together."""
-    session_state_mb: PositiveInt = 4
-    """What the variables of one `python_session` may take, as bytes."""
+    """Limit of all calls of one `python_session` together, with the earlier programs that each of them runs again."""
     tier: Literal["auto", "A", "B", "C"] = "auto"
     """Confinement: auto takes the strongest of A (namespaces) and B (none) that works; C does not isolate and must be asked for."""
     max_running: int = Field(default=0, ge=0)

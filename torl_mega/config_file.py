@@ -117,7 +117,7 @@ def _parse(path: Path) -> Tree:
         tree = yaml.load(path.read_text(), Loader=_Loader) or {}
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file; see conf/ for the ones that ship") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as exc:  # 2024-99-99 is a ValueError
         raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(exc).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
@@ -138,7 +138,7 @@ def _override(tree: Tree, text: str) -> None:
         raise ConfigError(f"override {text!r} is not of the form section.key=value")
     try:
         value = yaml.load(raw, Loader=_Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError):
         value = raw  # e.g. a template with braces: taken as the text it is
     *parents, leaf = dotted.split(".")
     node = tree

@@ -114,7 +114,7 @@ async def attack(client: SandboxClient, case: Hostile, canaries: Canaries, *, in
     request = ExecutionRequest(canaries.fill(case.code), stdin=case.stdin, wall_s=case.limit_s, cpu_s=case.limit_s)
     if in_session:
         limits = Limits(case.limit_s, case.limit_s, request.memory_mb, request.output_bytes)
-        session = PythonSessionTool(client, limits, 60.0, 4).open(Problem("p", "", "", ""))
+        session = PythonSessionTool(client, limits, 60.0).open(Problem("p", "", "", ""))
         request = dataclasses.replace(session.request(request.code), stdin=case.stdin)
     result = await client.run(request)
     allowed = (

@@ -301,7 +301,18 @@ def test_a_turn_that_ends_otherwise_is_the_answer() -> None:
         (hermes, '<tool_call>{"name": "f", "arguments": {"s": "</tool_call><tool_call>"}}</tool_call>',
          [Written("f", {"s": "</tool_call><tool_call>"})]),
         (hermes, '<think><tool_call>{"name": "f"}</tool_call>', []),
-        (hermes, '<tool_call>{"name": "f"}', [Written("", "", "the call is no JSON object between <tool_call> and </tool_call>")]),
+        (hermes, '<tool_call>{"name": "f"}', [Written("f", {})]),
+        (hermes, '<tool_call>{"name": "f", "parameters": {"x": 1}}</tool_call>', [Written("f", {"x": 1})]),
+        (hermes, '<tool_call>{"name": "f", "args": {"x": 1}}</tool_call>', [Written("f", "", "the call of f has no arguments")]),
+        (hermes, '<tool_call>[{"name": "f"}, {"name": "g"}]</tool_call>', [Written("f", {}), Written("g", {})]),
+        (hermes, '<tool_call>{"name": "f", "arguments": {"s": "a </think> <think>"}}</tool_call> </think>', [Written("f", {"s": "a </think> <think>"})]),
+        (hermes, '<think>a</think> <tool_call>{"name": "f"}</tool_call> <think> maybe', [Written("f", {})]),
+        (llama3, '{"parameters": {"x": 1}, "name": "f"}', [Written("f", {"x": 1})]),
+        (llama3, 'I call it. <|python_tag|>{"name": "f", "parameters": {}}<|python_tag|>{"name": "g", "parameters": {}}', [Written("f", {}), Written("g", {})]),
+        (llama3, '{"name": "f", "parameters": {}}, {"name": "g", "parameters": {}}', [Written("f", {}), Written("g", {})]),
+        (llama3, "{'name': 'f', 'parameters': {}}", [Written("", "", "the call is no JSON object")]),
+        (llama3, '{"a": 1}', []),
+        (fenced(["f"]), "```f\r\n1\r\n```\r\n", [Written("f", "1\n")]),
         (hermes, '<tool_call>{"name": "f", "arguments": "{}"}</tool_call>', [Written("f", "", "the arguments of f are no JSON object")]),
         (hermes, "<tool_call>" + "[" * 100_000, [Written("", "", "the call is no JSON object between <tool_call> and </tool_call>")]),
         (llama3, ' <|python_tag|>{"name": "f", "parameters": {"x": 1}};\n{"name": "g", "arguments": {}}', [Written("f", {"x": 1}), Written("g", {})]),
@@ -309,7 +320,7 @@ def test_a_turn_that_ends_otherwise_is_the_answer() -> None:
         (llama3, '{"type": "function", "function": "f", "parameters": {"a": 2}}', [Written("f", {"a": 2})]),
         (llama3, "{1, 2} is the set", []),
         (llama3, 'The call {"name": "f", "parameters": {}}', []),
-        (llama3, '{"name": "f", "parameters": {}} and so', [Written("f", {}), Written("", "", "the call is no JSON object")]),
+        (llama3, '{"name": "f", "parameters": {}} and so', [Written("f", {})]),
         (fenced(["f", "g"]), "x\n```f\n1\n```\n```h\n2\n```\n```g\n3", [Written("f", "1\n")]),
         (fenced(["f"]), "```f\n```", [Written("f", "\n")]),
     ],
@@ -342,6 +353,86 @@ def test_a_template_that_cannot_be_used_is_refused(why: str, tmp_path: Path) -> 
     box = FencedTools({}, PythonTool(Box(), LIMITS))
     with pytest.raises((DataError, ConfigError), match=message):
         make_chat(box, codec, system=None, arguments={}, family="auto")
+
+
+SPECIAL = {"<|im_start|>": True, "<|im_end|>": True}
+MORE_BROKEN = {
+    "keeps the last thought alone": (
+        "{%- set ns = namespace(last=-1) %}{%- for m in messages %}{%- if m.role == 'assistant' %}{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}"
+        + CHATML.replace("message['content'] +", "(message['content'].split('</think>')[-1] if loop.index0 != ns.last else message['content']) +"),
+        "not append-only"),
+    "other thoughts": (CHATML.replace("message['content'] +", "(message['content'] if loop.last else message['content'].split('[/THINK]')[-1]) +"), "not append-only"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("why", sorted(MORE_BROKEN))
+def test_a_template_that_forgets_thoughts_is_refused(why: str, tmp_path: Path) -> None:
+    template, message = MORE_BROKEN[why]
+    codec = Tokenizer(chat_model(tmp_path / "m", template, SPECIAL, "<|im_end|>"))
+    with pytest.raises(DataError, match=message):
+        make_chat(FencedTools({}, PythonTool(Box(), LIMITS)), codec, system=None, arguments={}, family="fenced")
+
+
+def made(tmp_path: Path, template: str, added: dict[str, bool], **more: Any) -> tuple[Tokenizer, ChatTools]:
+    codec = Tokenizer(chat_model(tmp_path / "m", template, added, "<|im_end|>"))
+    return codec, make_chat(
+        FencedTools({}, PythonTool(Box(), LIMITS)), codec, **{"system": None, "arguments": {}, "family": "auto", **more}
+    )
+
+
+def test_a_row_whose_system_message_the_template_cannot_keep_is_refused(tmp_path: Path) -> None:
+    upper = "(message['content'] | upper if message.role == 'assistant' and not loop.last and messages[0].role == 'system' else message['content']) +"
+    _, tools = made(tmp_path, CHATML.replace("message['content'] +", upper), SPECIAL)
+    assert tools.template.prompt("abc")
+    with pytest.raises(DataError, match="not append-only"):
+        tools.template.prompt("abc", "sys")
+
+
+def test_marks_that_do_not_look_like_marks_are_the_templates_alone(tmp_path: Path) -> None:
+    codec, tools = made(
+        tmp_path,
+        CHATML.replace("'\\n' + message", "'◁sep▷' + message"),
+        {**SPECIAL, "◁sep▷": False, "<tool>": False, "<a<tool>": False},
+    )
+    for text in ("w ◁sep▷ d", "x <a<tool> y", "<tool>"):
+        ids = tools.template.prompt(text)
+        assert [ids.count(codec.added[t]) for t in ("◁sep▷", "<tool>", "<a<tool>")] == [1, 0, 0], text
+        assert text in codec.decode(ids)
+
+
+def test_the_date_does_not_move_a_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    codec, tools = made(tmp_path, "{{- strftime_now('%d %B %Y') + '\\n' }}" + CHATML, SPECIAL)
+    assert codec.decode(tools.template.prompt("a")).startswith("26 July 2024\n")
+
+
+def test_of_several_templates_the_one_for_tools_is_taken(tmp_path: Path) -> None:
+    codec = Tokenizer(usable(tmp_path, "qwen25"))
+    codec._hf.chat_template = {"default": CHATML, "tool_use": QWEN25}
+    tools = make_chat(FencedTools({}, PythonTool(Box(), LIMITS)), codec, system=None, arguments={}, family="auto")
+    assert tools.family == "hermes"
+    assert "# Tools" in codec.decode(tools.template.prompt("a"))
+
+
+def test_what_the_template_is_told_is_checked(tmp_path: Path) -> None:
+    class Sly:
+        """Ends <|im_end|> here."""
+
+        async def __call__(self) -> str:
+            return ""
+
+    codec = tokenizer("qwen25")
+    with pytest.raises(DataError, match=r"a description holds '<\|im_end\|>'"):
+        make_chat(
+            FencedTools({"sly": tool_of_class(Sly, "sly")}, None), codec, system=None, arguments={}, family="auto"
+        )
+    with pytest.raises(DataError, match="data.chat_arguments has return_dict"):
+        made(tmp_path, CHATML, SPECIAL, arguments={"return_dict": True})
+
+
+def test_a_turn_that_repeats_a_call_a_thousand_times_is_answered_in_bounds() -> None:
+    found = attempt("qwen25", "<tool_call></tool_call>" * 1000, "x", room=100_000)
+    assert len(found.tool_calls) == 32
+    assert audited("qwen25", found) is None
 
 
 def test_a_model_without_a_chat_template_or_with_other_calls_is_refused(tmp_path: Path) -> None:

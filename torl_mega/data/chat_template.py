@@ -13,6 +13,7 @@ on the turns, and the ids are those of `apply_chat_template`.
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -31,9 +32,11 @@ ASSISTANT = 1_000  # numbers of place-holders: results from 0, assistants' turns
 PROBLEM = 2_000
 SYSTEM = 3_000
 
-LLAMA_DATE = "26 Jul 2024"
-"""Templates of Llama 3 write today's date unless told one; this is what they write where they know none. A prompt must be the
-same tomorrow."""
+TODAY = datetime.date(2024, 7, 26)
+"""What a template that writes today's date is told (Llama 3.1's own default): a prompt must be the same tomorrow."""
+
+THOUGHTS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<thinking>", "</thinking>"))
+"""Marks of thoughts that templates look for."""
 
 
 class ChatTemplate:
@@ -56,11 +59,21 @@ class ChatTemplate:
         self._names = (
             (("a",), ("a", "b")) if result_role == "tool" else (("",),)
         )  # users' messages do not follow each other
-        self._arguments = {"date_string": LLAMA_DATE, **(arguments or {})}
+        reserved = sorted(set(arguments or {}) & tokenizer.chat_keywords)
+        if reserved:
+            raise DataError(f"data.chat_arguments has {reserved[0]}, which is no argument of a template; leave it out")
+        self._arguments = {"strftime_now": TODAY.strftime, **(arguments or {})}
+        self._source = tokenizer.chat_template(for_tools=bool(tools))
+        self._proven_with_system = False
         self._between = lru_cache(maxsize=64)(self._render_between)
         self._frame = self._split(self._first([_hole(PROBLEM)]), [PROBLEM])
-        # longest first; "<" and "[" begin what marks something, which leaves runs of spaces and added words out
-        self._marks = tuple(t for t in sorted(tokenizer.added, key=len, reverse=True) if t[0] in "<[" and len(t) > 2)
+        # longest first; what the template itself writes, and what looks like a mark, which leaves added words and spaces out
+        self._marks = tuple(
+            t
+            for t in sorted(tokenizer.added, key=len, reverse=True)
+            if t.strip() and (t in self._source or (t[0] in "<[" and len(t) > 2))
+        )
+        self._mark_ids = frozenset(tokenizer.added[mark] for mark in self._marks)
         self._pattern = re.compile("|".join(map(re.escape, self._marks)) or r"(?!)")
         self.closing = self._prove()
         """What closes an assistant's turn, a special token."""
@@ -71,6 +84,9 @@ class ChatTemplate:
         of the problem's own, in the place of the common one. Raises DataError where a text changes what is written around it."""
         if system is None:
             return self._encode(self._filled(self._frame, [PROBLEM], [problem], self._first))
+        if not self._proven_with_system:  # the template may look whether there is one
+            self._prove_long(("", ""), [{"role": "system", "content": _hole(SYSTEM)}])
+            self._proven_with_system = True
         frame = self._split(self._own_first([_hole(SYSTEM), _hole(PROBLEM)]), [SYSTEM, PROBLEM])
         return self._encode(self._filled(frame, [SYSTEM, PROBLEM], [system, problem], self._own_first))
 
@@ -157,52 +173,43 @@ class ChatTemplate:
 
     def _prove(self) -> str:
         """The token that closes an assistant's turn. Raises DataError."""
-        names = self._names[0]
-        one = self._after_turn(names, [_hole(0)])
-        self._prove_long(one)
-        if "</think>" in self._tokenizer.chat_template:
-            thought = "<think>\nso\n</think>\n\n" + _hole(ASSISTANT)
-            if self._after_turn(names, [_hole(0)], thought) != one:
-                raise self._broken(len(self._head) + 1, "assistant", "with thinking in it")
-        self._prove_ids()
+        self._prove_long(("", ""), self._head)
+        for opened, closed in THOUGHTS:
+            if closed in self._source:
+                self._prove_long((f"{opened}\nso\n{closed}\n\n", ", with thinking in it"), self._head)
+        one = self._after_turn(self._names[0], [_hole(0)])
         closing = next((mark for mark in self._marks if one.startswith(mark)), None)
         if closing is None:
             raise DataError(
                 f"the chat template of {self._tokenizer.path} closes the assistant's turn with {one[:20]!r}, which is no special "
                 f"token; nothing would tell a server that a turn is over"
             )
+        self._prove_ids()
         return closing
 
-    def _prove_long(self, one: str) -> None:
-        """Three turns, with one and two results between them."""
-        messages: list[Message] = [*self._head, _user(_hole(PROBLEM))]
+    def _prove_long(self, thought: tuple[str, str], head: Sequence[Message]) -> None:
+        """Three turns that begin with the thought, with one and several results between them. Raises DataError."""
+        text, what = thought
+        messages: list[Message] = [*head, _user(_hole(PROBLEM))]
         for turn, names in enumerate((self._names[0], self._names[-1], self._names[0])):
-            said = _hole(ASSISTANT + turn)
+            said = text + _hole(ASSISTANT + turn)
             begin = self._render(messages) + said
             at = len(messages)
             messages += [_assistant(said), *self._results(names, [_hole(n) for n in range(len(names))])]
             whole = self._render(messages)
             if not whole.startswith(begin):
-                raise self._broken(at, "assistant", f"with message {at + 2} ({self._role}) after it")
-            rest = whole[len(begin) :]
-            if self._split(rest, range(len(names))) != self._between(names) or (
-                names == self._names[0] and rest != one
-            ):
-                raise self._broken(at + 1, self._role, f"in turn {turn + 1}")
+                raise self._broken(at, "assistant", f"with message {at + 2} ({self._role}) after it{what}")
+            if self._split(whole[len(begin) :], range(len(names))) != self._between(names):
+                raise self._broken(at + 1, self._role, f"in turn {turn + 1}{what}")
 
     def _prove_ids(self) -> None:
-        """The ids are the tokenizer's own for what the template wrote."""
-        text = "Let $x = 12.5$;\n\n  what is\tπ·x²?"
-        names = self._names[-1]
-        texts = [text, "42\n"][: len(names)]
-        wanted = self._tokenizer.encode_with_special
-        prompt = wanted(self._render([*self._head, _user(text)]))
-        results = wanted(self._after_turn(names, texts))[1:]
-        for ids, own in (
-            (self.prompt(text), prompt),
-            (self.results(list(zip(names, texts, strict=True))), results),
-        ):
-            if ids != own:
+        """The ids are the tokenizer's own for what the template wrote. Raises DataError."""
+        names, wanted = self._names[-1], self._tokenizer.encode_with_special
+        for text in ("Let $x = 12.5$;\n\n  what is\tπ·x²?", "  two", "two \n", "7"):
+            texts = [text, "42\n"][: len(names)]
+            prompt = wanted(self._first([text]))
+            results = wanted(self._after_turn(names, texts))[1:]
+            if (self.prompt(text), self.results(list(zip(names, texts, strict=True)))) != (prompt, results):
                 raise DataError(
                     f"{self._tokenizer.path}: its tokenizer makes other ids of a whole conversation than of the texts between "
                     f"special tokens (it adds or swallows spaces there); use the model's fast tokenizer (tokenizer.json)"
@@ -227,10 +234,16 @@ class ChatTemplate:
         """Text with no token of the template's in it: one that others wrote is cut behind its first character."""
         ids: list[int] = []
         at = 0
-        for match in self._pattern.finditer(text):
-            ids += self._tokenizer.encode(text[at : match.start() + 1])
+        while match := self._pattern.search(text, at):
+            ids += self._encode_plain(text[at : match.start() + 1])
             at = match.start() + 1
-        return [*ids, *(self._tokenizer.encode(text[at:]) if text[at:] else ())]
+        return [*ids, *self._encode_plain(text[at:])]
+
+    def _encode_plain(self, text: str) -> tuple[int, ...]:
+        ids = self._tokenizer.encode(text) if text else ()
+        if self._mark_ids.isdisjoint(ids):
+            return ids
+        return tuple(i for ch in text for i in self._tokenizer.encode(ch))  # the tokenizer's normalising made one
 
 
 _HOLE = r"torlhole(\d+)eloh"

@@ -27,7 +27,7 @@ from torl_mega.data import arithmetic
 from torl_mega.data.chat_template import CHAT
 from torl_mega.data.cursors import Cursor, EpochCursor, MixedCursor, StreamCursor
 from torl_mega.data.problem_files import ProblemFile, arithmetic_seed, open_problems
-from torl_mega.data.readers import SYSTEM
+from torl_mega.data.readers import system_of
 from torl_mega.errors import DataError
 from torl_mega.types import Problem, Prompt
 
@@ -164,7 +164,7 @@ class PromptSource:
     def _kept_rows(self, problems: ProblemFile) -> Iterator[int]:
         config, num_told = self._config, 0
         for row, problem in enumerate(problems):
-            num_told += SYSTEM in problem.extra
+            num_told += system_of(problem) is not None
             prompt = _prompt(problem, self._encode)
             if len(prompt.token_ids) <= config.max_prompt_tokens:
                 yield row
@@ -178,6 +178,10 @@ class PromptSource:
 
 
 def _prompt(problem: Problem, encode: EncodeProblem) -> Prompt:
+    try:
+        problem.problem.encode()
+    except UnicodeEncodeError as exc:
+        raise DataError(f"{problem.problem_id}: its problem is no Unicode text: {exc.reason} at {exc.start}") from None
     return Prompt(problem=problem, token_ids=tuple(encode(problem)))
 
 

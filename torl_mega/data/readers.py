@@ -223,6 +223,12 @@ def _verl_problem(row: Row, *, where: str, default_source: str, number: int) -> 
     )
 
 
+def system_of(problem: Problem) -> str | None:
+    """The system message that the problem's row brought."""
+    told = problem.extra.get(SYSTEM)
+    return told if isinstance(told, str) and told.strip() else None
+
+
 def _system_text(messages: list[Any]) -> str | None:
     """The row's own system message."""
     said = [m.get("content") for m in messages if isinstance(m, Mapping) and m.get("role") == "system"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,16 +44,22 @@ class Tokenizer:
         """Token ids of text in which special tokens are meant; only for text that nobody outside wrote."""
         return tuple(self._hf.encode(text, add_special_tokens=False, split_special_tokens=False))
 
-    @property
-    def chat_template(self) -> str:
-        """Raises DataError for a tokenizer without one."""
+    def chat_template(self, *, for_tools: bool) -> str:
+        """The template, of several the one for tools or the default. Raises DataError for a tokenizer without one."""
         template = self._hf.chat_template
+        if isinstance(template, dict):
+            template = template.get("tool_use" if for_tools and "tool_use" in template else "default")
         if not isinstance(template, str):
             raise DataError(
                 f"{self.path}: data.template = chat, but its tokenizer has no chat template (chat_template.jinja, or chat_template "
                 f"in tokenizer_config.json); take an instruct model, or a text with {{problem}}"
             )
         return template
+
+    @property
+    def chat_keywords(self) -> frozenset[str]:
+        """What `apply_chat_template` takes for itself and does not hand to a template."""
+        return frozenset(inspect.signature(self._hf.apply_chat_template).parameters)
 
     def render_chat(
         self,
@@ -68,7 +75,7 @@ class Tokenizer:
             return self._hf.apply_chat_template(
                 [dict(message) for message in messages],
                 tools=[dict(tool) for tool in tools] or None,
-                chat_template=self.chat_template,
+                chat_template=self.chat_template(for_tools=bool(tools)),
                 tokenize=False,
                 add_generation_prompt=generate,
                 **arguments,

@@ -6,9 +6,9 @@
              {"x": 1}
              ```
 
-A call that was begun and cannot be read is a call too: its `error` is what the policy is answered. What stands in thoughts
-(`<think>`) is none. Sources: the chat templates of these models; sglang/srt/function_call/{hermes,llama32}_detector.py, which read
-the same forms but cannot be imported here: a rank's environment has no SGLang.
+A tagged call that was begun and cannot be read is a call too: its `error` is what the policy is answered. What stands in the
+thought that a turn begins with (`<think>`) is none. Sources: the chat templates of these models; sglang/srt/function_call/
+{hermes,llama32}_detector.py, which read the same forms but cannot be imported here: a rank's environment has no SGLang.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+PYTHON_TAG = "<|python_tag|>"
 _DECODER = json.JSONDecoder()
 
 
@@ -43,8 +44,9 @@ def hermes(turn: str) -> list[Written]:
     while at >= 0:
         start = at + len("<tool_call>")
         value, end = _json(text, start)
-        if value is not None and text[end:].lstrip().startswith("</tool_call>"):
-            calls.append(_named(value, ("arguments",)))
+        rest = text[end:].lstrip()
+        if value is not None and (not rest or rest.startswith("</tool_call>")):
+            calls += [_named(one) for one in (value if isinstance(value, list) and value else [value])]
         else:
             end = start
             calls.append(Written("", "", "the call is no JSON object between <tool_call> and </tool_call>"))
@@ -54,18 +56,25 @@ def hermes(turn: str) -> list[Written]:
 
 
 def llama3(turn: str) -> list[Written]:
-    """A turn that begins with a JSON object with a name is calls, separated by `;` or white space; any other is an answer."""
-    text = without_thoughts(turn).strip().removeprefix("<|python_tag|>").strip()
-    if not re.match(r'\{\s*"(name|type|function)"', text):
-        return []
+    """A turn that begins with a JSON object with a name, or what follows `<|python_tag|>`, is calls, separated by `;`, commas or
+    white space; any other is an answer, and so is what follows the calls."""
+    text = without_thoughts(turn)
+    tagged = PYTHON_TAG in text
+    text = text.partition(PYTHON_TAG)[2] if tagged else text
+    text = text.replace(PYTHON_TAG, ";").strip()
     calls: list[Written] = []
     at = 0
-    while at < len(text):
+    while text[at : at + 1] == "{":
         value, end = _json(text, at)
         if value is None:
-            return [*calls, Written("", "", "the call is no JSON object")]
-        calls.append(_named(value, ("parameters", "arguments")))
-        at = end + len(text[end:]) - len(text[end:].lstrip("; \n\r\t"))
+            meant = (
+                tagged or calls or re.match(r"""\{\s*["'](name|type|function|parameters|arguments)["']""", text[at:])
+            )
+            return [*calls, Written("", "", "the call is no JSON object")] if meant else []
+        if not tagged and not calls and not {"name", "function"} & value.keys():
+            return []
+        calls.append(_named(value))
+        at = end + len(text[end:]) - len(text[end:].lstrip(";, \n\r\t"))
     return calls
 
 
@@ -77,6 +86,7 @@ def fenced(names: Sequence[str]) -> Reader:
         calls: list[Written] = []
         name, lines = "", []
         for line in without_thoughts(turn).split("\n"):
+            line = line.removesuffix("\r")
             if not name and opening.fullmatch(line):
                 name, lines = line.strip("` \t"), []
             elif name and line.rstrip() == "```":
@@ -90,10 +100,10 @@ def fenced(names: Sequence[str]) -> Reader:
 
 
 def without_thoughts(turn: str) -> str:
-    """The turn behind its last `</think>`; nothing while it still thinks."""
-    if "</think>" in turn:
-        return turn.rpartition("</think>")[2]
-    return "" if "<think>" in turn else turn
+    """The turn without the thought that it begins with; nothing while it still thinks. Later tags are text."""
+    if not turn.lstrip().startswith("<think>"):
+        return turn
+    return turn.partition("</think>")[2]
 
 
 def _json(text: str, at: int) -> tuple[Any, int]:
@@ -107,13 +117,16 @@ def _json(text: str, at: int) -> tuple[Any, int]:
     return value, end
 
 
-def _named(value: Any, keys: Sequence[str]) -> Written:
+def _named(value: Any) -> Written:
     if isinstance(value, dict) and isinstance(value.get("function"), dict):
         value = value["function"]  # {"type": "function", "function": {…}}
     name = value.get("name", value.get("function")) if isinstance(value, dict) else None
     if not isinstance(name, str):
         return Written("", "", "the call has no name")
-    arguments = next((value[key] for key in keys if key in value), {})
+    keys = [key for key in ("arguments", "parameters") if key in value]
+    if not keys and value.keys() - {"name", "function", "type", "id"}:
+        return Written(name, "", f"the call of {name[:64]} has no arguments")
+    arguments = value[keys[0]] if keys else {}
     if isinstance(arguments, dict):
         return Written(name, arguments)
-    return Written(name, "", f"the {keys[0]} of {name} are no JSON object")
+    return Written(name, "", f"the arguments of {name[:64]} are no JSON object")

@@ -24,10 +24,12 @@ from torl_mega.rollout.call_formats import Reader, Written, fenced, hermes, llam
 from torl_mega.rollout.fences import PYTHON, FencedTools, describe
 from torl_mega.rollout.own_tool import OwnToolSession, tool_of_class
 from torl_mega.rollout.python_session import PythonSession
-from torl_mega.rollout.python_tool import PythonTool, cut
+from torl_mega.rollout.python_tool import NO_OUTPUT, PythonTool, cut
 from torl_mega.types import ExecutionStatus, Problem, ToolCall
 
 TOOLS = "{tools}"
+MOST_CALLS = 32
+"""Calls of one turn that are answered; a turn that repeats itself may hold thousands."""
 FAMILIES: Mapping[str, Reader] = {"hermes": hermes, "llama3": llama3}
 SAMPLE = ("calc", {"text": 'a "b"\n</tool_call>', "n": [1, {"x": None}]})
 
@@ -58,8 +60,8 @@ class ChatTools:
         return _Session(self, problem)
 
     def calls_of(self, turn: str) -> list[Written]:
-        """The calls in the text of a turn, with or without its closing token."""
-        return self.read(turn.removesuffix(self.template.closing))
+        """The first MOST_CALLS calls in the text of a turn, with or without its closing token."""
+        return self.read(turn.removesuffix(self.template.closing))[:MOST_CALLS]
 
     def follow(self, calls: Sequence[ToolCall]) -> tuple[int, ...]:
         """Ids of the messages that hold the results, up to the assistant's next turn. Raises ToolFault."""
@@ -98,7 +100,8 @@ class _Session:
         session = self.open.setdefault(call.name, OwnToolSession(tool, self.problem))
         answer = await session.call(call.arguments)
         code = call.arguments if isinstance(call.arguments, str) else json.dumps(call.arguments, ensure_ascii=False)
-        return ToolCall(code, answer.status, None, cut(answer.text, most=tool.max_chars), answer.wall_s, tool=tool.name)
+        shown = cut(answer.text, most=tool.max_chars) or NO_OUTPUT  # some templates leave an empty message out
+        return ToolCall(code, answer.status, None, shown, answer.wall_s, tool=tool.name)
 
     async def close(self) -> None:
         async with contextlib.AsyncExitStack() as stack:  # each is closed, also when another's close fails
@@ -129,10 +132,11 @@ def make_chat(
     schemas = [tool.schema for tool in box.tools.values()]
     if box.python is not None:
         schemas.insert(0, tool_of_class(Python, PYTHON).schema)
+    tokenizer.check_plain(json.dumps(schemas, ensure_ascii=False), "rollout.tools: a description")
     if system is not None:
-        tokenizer.check_plain(system, "data.system")
         system = system.replace(TOOLS, describe(box))
-    if family == "auto" and "tools" not in tokenizer.chat_template:
+        tokenizer.check_plain(system, "data.system")
+    if family == "auto" and "tools" not in tokenizer.chat_template(for_tools=True):
         family = "fenced"
     if family == "fenced":
         template = ChatTemplate(tokenizer, system=system, result_role="user", arguments=arguments)

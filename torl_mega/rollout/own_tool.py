@@ -87,7 +87,10 @@ def tool_of_class(made: Any, path: str) -> OwnTool:
 
 def _arguments(call: Any, path: str) -> type[BaseModel]:
     fields: dict[str, Any] = {}
-    hints = inspect.get_annotations(call, eval_str=True)
+    try:
+        hints = inspect.get_annotations(call, eval_str=True)
+    except NameError as exc:
+        raise ConfigError(f"rollout.tools: {path}: a type of its arguments is not there: {exc}") from exc
     for parameter in list(inspect.signature(call).parameters.values())[1:]:
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             raise ConfigError(f"rollout.tools: {path}: {parameter} cannot be filled by name; name each argument")
@@ -95,7 +98,18 @@ def _arguments(call: Any, path: str) -> type[BaseModel]:
             raise ConfigError(f"rollout.tools: {path}: argument {parameter.name} has no type")
         default = ... if parameter.default is parameter.empty else parameter.default
         fields[parameter.name] = (hints[parameter.name], default)
-    return create_model("Arguments", __config__=ConfigDict(extra="forbid"), **fields)
+        if parameter.name.startswith(("_", "model_")):
+            raise ConfigError(
+                f"rollout.tools: {path}: argument {parameter.name} has a name that pydantic keeps for itself"
+            )
+    try:
+        made = create_model("Arguments", __config__=ConfigDict(extra="forbid"), **fields)
+        made.model_json_schema()
+    except Exception as exc:  # the boundary to a user's types
+        raise ConfigError(
+            f"rollout.tools: {path}: its arguments have no schema: {' '.join(str(exc).split())[:200]}"
+        ) from exc
+    return made
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +151,8 @@ class OwnToolSession:
     def parse(self, text: str) -> dict[str, Any]:
         """The arguments. Raises ToolError with what is wrong with them."""
         single = self._tool.single_text
+        if not text.strip() and not self._tool.arguments.model_fields:
+            return {}
         try:
             given = json.loads(text)
         except (ValueError, RecursionError) as exc:
@@ -180,4 +196,10 @@ class OwnToolSession:
             self._instance = self._tool.make(self._problem) if takes_problem else self._tool.make()
         if inspect.iscoroutinefunction(type(self._instance).__call__):
             return await self._instance(**arguments)
-        return await asyncio.to_thread(self._instance, **arguments)
+        return await asyncio.to_thread(self._in_thread, arguments)
+
+    def _in_thread(self, arguments: dict[str, Any]) -> Any:
+        try:
+            return self._instance(**arguments)
+        except StopIteration as exc:  # which a future cannot hold
+            raise RuntimeError("StopIteration") from exc

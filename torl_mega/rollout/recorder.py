@@ -65,7 +65,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
             for number, line in enumerate(io.TextIOWrapper(io.BufferedReader(_Whole(raw)), encoding="utf-8"), 1):
                 try:
                     yield json.loads(line)
-                except json.JSONDecodeError as exc:
+                except (ValueError, RecursionError) as exc:
                     raise DataError(f"{path}:{number}: not a JSON line: {exc}") from None
     except EOFError:
         raise DataError(f"{path}: ends early: it was cut off, or is still being written") from None

@@ -35,7 +35,10 @@ class Index:
             raise DataError(f"rollout.search_folder = {str(folder)!r} holds no text in {', '.join(ENDINGS)} files")
         self._bm25s = bm25s
         self._index = bm25s.BM25()
-        self._index.index(self._tokens([f"{title} {text}" for title, text in self.passages]), show_progress=False)
+        tokens = self._tokens([f"{title} {text}" for title, text in self.passages])
+        if not tokens.vocab:
+            raise DataError(f"rollout.search_folder = {str(folder)!r} holds no words to search by")
+        self._index.index(tokens, show_progress=False)
 
     def find(self, query: str, num: int) -> list[tuple[str, str]]:
         """(title, text) of at most `num` passages that share a word with `query`, the best first."""
@@ -66,7 +69,7 @@ def _passages(folder: Path) -> Iterator[tuple[str, str]]:
     for path in sorted(p for p in folder.rglob("*") if p.suffix in ENDINGS and p.is_file()):
         name = str(path.relative_to(folder).with_suffix(""))
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as exc:
             raise DataError(f"rollout.search_folder: {path}: {exc}") from exc
         if path.suffix == ".jsonl":
@@ -79,14 +82,15 @@ def _passages(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def _rows(path: Path, name: str, text: str) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
             said = row["text"] if "text" in row else row["contents"]
-        except (ValueError, KeyError, TypeError) as exc:
+        except (ValueError, KeyError, TypeError, RecursionError) as exc:
             raise DataError(
                 f"rollout.search_folder: {path}:{number}: no JSON object with `text` or `contents`"
             ) from exc
-        yield str(row.get("title", name)), " ".join(str(said).split())
+        if isinstance(said, str) and said.strip():
+            yield str(row.get("title") or name), " ".join(said.split())

@@ -8,9 +8,9 @@ from pathlib import Path
 from torl_mega.config import Config, RolloutConfig, SandboxConfig
 from torl_mega.data.chat_template import CHAT, ChatTemplate
 from torl_mega.data.prompts import TEMPLATES, EncodeProblem, plain_prompts
-from torl_mega.data.readers import SYSTEM
+from torl_mega.data.readers import system_of
 from torl_mega.data.tokenizer import Tokenizer
-from torl_mega.errors import ConfigError
+from torl_mega.errors import ConfigError, DataError
 from torl_mega.import_path import is_import_path, load
 from torl_mega.interfaces import Sandbox, Tool
 from torl_mega.rollout.chat import TOOLS, ChatTools, make_chat
@@ -52,7 +52,7 @@ def _box(config: RolloutConfig, limits: SandboxConfig, sandbox: Sandbox) -> Fenc
     if PYTHON in config.tools:
         python = PythonTool(sandbox, _limits(limits))
     elif "python_session" in config.tools:
-        python = PythonSessionTool(sandbox, _limits(limits), limits.session_wall_s, limits.session_state_mb)
+        python = PythonSessionTool(sandbox, _limits(limits), limits.session_wall_s)
     reserved = {"output", *((PYTHON,) if python is not None else ())}
     if taken := next((name for name in names if names.count(name) > 1 or name in reserved), None):
         raise ConfigError(
@@ -83,13 +83,18 @@ def tool_and_prompts(
             arguments=data.chat_arguments,
             family=rollout.call_format,
         )
-        return chat, lambda problem: chat.template.prompt(problem.problem, problem.extra.get(SYSTEM))
+        return chat, lambda problem: chat.template.prompt(problem.problem, system_of(problem))
     tool = make_tool(rollout, config.sandbox, sandbox)
     if data.template == CHAT:
         system = None if data.system is None else with_tools(data.system, tool)
         tokenizer.check_plain(system or "", "data.system")
         template = ChatTemplate(tokenizer, system=system, arguments=data.chat_arguments)
-        return tool, lambda problem: template.prompt(problem.problem, problem.extra.get(SYSTEM))
+        if template.end_id not in tokenizer.eos_ids:
+            raise DataError(
+                f"{tokenizer.path}: the chat template closes a turn with {template.closing}, which is no EOS of the model, so that "
+                f"servers would sample on; set rollout.protocol=chat, or eos_token_id in generation_config.json"
+            )
+        return tool, lambda problem: template.prompt(problem.problem, system_of(problem))
     text = with_tools(TEMPLATES.get(data.template, data.template), tool)
     tokenizer.check_plain(text, "data.template")
     return tool, plain_prompts(text, tokenizer.encode)
