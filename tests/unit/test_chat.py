@@ -389,14 +389,11 @@ def test_a_row_whose_system_message_the_template_cannot_keep_is_refused(tmp_path
 
 
 def test_marks_that_do_not_look_like_marks_are_the_templates_alone(tmp_path: Path) -> None:
-    codec, tools = made(
-        tmp_path,
-        CHATML.replace("'\\n' + message", "'◁sep▷' + message"),
-        {**SPECIAL, "◁sep▷": False, "<tool>": False, "<a<tool>": False},
-    )
+    template = CHATML.replace("'\\n' + message", "'◁sep▷' + message").replace("assistant\\n'", "assistant◁sep▷'")
+    codec, tools = made(tmp_path, template, {**SPECIAL, "◁sep▷": False, "<tool>": False, "<a<tool>": False})
     for text in ("w ◁sep▷ d", "x <a<tool> y", "<tool>"):
         ids = tools.template.prompt(text)
-        assert [ids.count(codec.added[t]) for t in ("◁sep▷", "<tool>", "<a<tool>")] == [1, 0, 0], text
+        assert [ids.count(codec.added[t]) for t in ("◁sep▷", "<tool>", "<a<tool>")] == [2, 0, 0], text
         assert text in codec.decode(ids)
 
 
@@ -425,7 +422,7 @@ def test_what_the_template_is_told_is_checked(tmp_path: Path) -> None:
         make_chat(
             FencedTools({"sly": tool_of_class(Sly, "sly")}, None), codec, system=None, arguments={}, family="auto"
         )
-    with pytest.raises(DataError, match="data.chat_arguments has return_dict"):
+    with pytest.raises(DataError, match=r"data.chat_arguments has return_dict"):
         made(tmp_path, CHATML, SPECIAL, arguments={"return_dict": True})
 
 

@@ -36,7 +36,7 @@ class Index:
         self._bm25s = bm25s
         self._index = bm25s.BM25()
         tokens = self._tokens([f"{title} {text}" for title, text in self.passages])
-        if not tokens.vocab:
+        if not tokens.vocab:  # pyright: ignore[reportAttributeAccessIssue]
             raise DataError(f"rollout.search_folder = {str(folder)!r} holds no words to search by")
         self._index.index(tokens, show_progress=False)
 
