@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,14 @@ from torl_mega.config_file import load_config
 from torl_mega.errors import ConfigError, DataError, ToolFault
 from torl_mega.rollout.episode import Episode
 from torl_mega.rollout.fences import FencedTools, last_block
-from torl_mega.rollout.own_tool import load_tool
+from torl_mega.rollout.own_tool import OwnToolSession, load_tool, tool_of_class
 from torl_mega.rollout.python_tool import PythonTool
 from torl_mega.rollout.recorder import trajectory_from_json
 from torl_mega.rollout.search import Index
 from torl_mega.rollout.statistics import by_tool
 from torl_mega.rollout.token_audit import Rules, audit_row
 from torl_mega.rollout.tools import make_tool, with_tools
-from torl_mega.types import ExecutionStatus, Trajectory
+from torl_mega.types import ExecutionStatus, Problem, Trajectory
 
 MODULE = '''
 import asyncio, time
@@ -361,3 +362,51 @@ def test_metrics_name_each_tool() -> None:
 )
 def test_the_last_closed_block_counts(text: str, found: tuple[str, str] | None) -> None:
     assert last_block(text, ("a", "b")) == found
+
+
+class Plain:
+    """No type that pydantic knows."""
+
+
+def made(**body: Any) -> type:
+    return type("Made", (), {"__doc__": "Does.", **body})
+
+
+def test_types_that_have_no_schema_are_one_line() -> None:
+    async def forward(self: Any, a: Nope) -> str: ...  # type: ignore[name-defined]  # noqa: F821
+    async def plain(self: Any, a: Plain) -> str: ...
+    async def function(self: Any, a: Callable[[], int]) -> str: ...
+    async def reserved(self: Any, model_dump: str) -> str: ...
+    async def hidden(self: Any, _x: str) -> str: ...
+
+    for call, message in (
+        (forward, "is not there"), (plain, "have no schema"), (function, "have no schema"), (reserved, "pydantic keeps"),
+        (hidden, "pydantic keeps"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=message):
+            tool_of_class(made(__call__=call), "their:Tool")
+
+
+def test_a_tool_without_arguments_and_one_that_runs_out() -> None:
+    async def nothing(self: Any) -> str:
+        return "called"
+
+    def runs_out(self: Any) -> str:
+        return next(iter(()))
+
+    problem = Problem("p", "", "", "")
+    session = OwnToolSession(tool_of_class(made(__call__=nothing), "their:Tool"), problem)
+    assert asyncio.run(session.call("\n")).text == "called"
+    session = OwnToolSession(tool_of_class(made(__call__=runs_out), "their:Tool"), problem)
+    with pytest.raises(ToolFault, match="StopIteration"):
+        asyncio.run(session.call("{}"))
+
+
+def test_search_reads_what_editors_write(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(
+        '﻿{"text": "one\u2028river"}\n{"text": null}\n{"text": "", "title": null}\n'.encode()
+    )
+    assert Index(tmp_path).passages == [("a", "one river")]
+    (tmp_path / "a.jsonl").write_text('{"text": "the a of"}\n')
+    with pytest.raises(DataError, match="no words to search by"):
+        Index(tmp_path)
