@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torl_mega.config_file import load_config
 from torl_mega.errors import ConfigError
@@ -36,7 +37,7 @@ def attempt(model: Path, problem: str, conf: Path | None, overrides: Sequence[st
         changes = [f"{key}={json.dumps(value)}" for key, value in one.items()]
         run, path = _run_of(model)
         if run is not None:
-            settings.write_text(json.dumps(json.loads((run / "config.json").read_text())["config"]))
+            settings.write_text(json.dumps(_settings_of(run)))
             conf, given = settings, [f"model.path={path}"]
         elif not (model / "config.json").is_file():
             raise ConfigError(
@@ -58,6 +59,16 @@ def _run_of(model: Path) -> tuple[Path | None, Path]:
     return None, model
 
 
+def _settings_of(run: Path) -> dict[str, Any]:
+    """Raises ConfigError for a folder that is no run's."""
+    try:
+        return dict(json.loads((run / "config.json").read_text())["config"])
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise ConfigError(
+            f"{run / 'config.json'} holds no run's settings ({type(exc).__name__}); give a run or a model"
+        ) from exc
+
+
 def _newest(run: Path) -> Path:
     """What a run has come to: its HF export, else its last checkpoint."""
     folder = RunFolder(run)
@@ -71,6 +82,5 @@ def _newest(run: Path) -> Path:
 
 def _has_chat_template(model: Path) -> bool:
     path = model / "tokenizer_config.json"
-    return (model / "chat_template.jinja").is_file() or (
-        path.is_file() and "chat_template" in json.loads(path.read_text())
-    )
+    said = path.read_text("utf-8", "replace") if path.is_file() else ""
+    return (model / "chat_template.jinja").is_file() or '"chat_template"' in said
