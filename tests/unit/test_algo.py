@@ -238,6 +238,8 @@ def slow_loss(logprobs, batch, weights, config):
                     "k2": (gap * gap / 2, -gap),
                     "k3": (math.exp(gap) - gap - 1, 1 - math.exp(gap)),
                 }[config.kl_estimator]
+                if config.kl_estimator == "k3" and kl > 10:  # reached at a gap of 2.6, and flat from there
+                    kl, kl_slope = 10.0, 0.0
                 term, slope = term + config.kl_coef * kl, slope + config.kl_coef * kl_slope
             total += weight[t] * term
             gradient[at + t] = weight[t] * slope
