@@ -1,6 +1,6 @@
-"""Makes the folder conf/quickstart_tools: a chat model of 0.4M parameters, questions for two tools, texts that one of them searches.
+"""Makes conf/quickstart_tools: a chat model of 0.5M parameters, questions for two tools, and the texts that one of them searches.
 
-    python tools/make_tools_base.py --out conf/quickstart_tools       (minutes, one core)
+    python tools/make_tools_base.py --out conf/quickstart_tools       (13 minutes, one core)
 
 Half of the questions are sums (`Compute 37*45-12.`), which Python answers and the texts do not; the other half ask for a number
 that stands in one of 1,200 texts (`Code of kelotavi?`), which `search` finds and Python cannot know. The base model has seen both
