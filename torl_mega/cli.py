@@ -187,7 +187,8 @@ def _refuse_dashes(words: list[str]) -> None:
         from torl_mega.config import Config  # not for commands without options: it takes a while
 
         name = word.removeprefix("--").partition("=")[0].replace("-", "_")
-        if name and (name in Config.model_fields or "." in name):
+        dotted = "." in name and all(part.isidentifier() for part in name.split("."))
+        if name in Config.model_fields or dotted:
             raise TorlError(f"{word}: settings are written {name}=VALUE, without dashes")
 
 

@@ -397,7 +397,7 @@ def test_marks_that_do_not_look_like_marks_are_the_templates_alone(tmp_path: Pat
         assert text in codec.decode(ids)
 
 
-def test_the_date_does_not_move_a_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_date_does_not_move_a_prompt(tmp_path: Path) -> None:
     codec, tools = made(tmp_path, "{{- strftime_now('%d %B %Y') + '\\n' }}" + CHATML, SPECIAL)
     assert codec.decode(tools.template.prompt("a")).startswith("26 July 2024\n")
 
@@ -460,8 +460,7 @@ def test_a_tokenizer_that_adds_spaces_between_special_tokens_is_refused(tmp_path
     model = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**model, "model_type": "gpt2"}))
     codec = Tokenizer(folder)
-    if codec.encode("a") == tokenizer("qwen25").encode("a"):
-        pytest.skip("this transformers rebuilds the tokenizer without its pre-tokenizer")
+    assert codec.encode("a") != tokenizer("qwen25").encode("a")
     with pytest.raises(DataError, match="makes other ids of a whole conversation"):
         make_chat(FencedTools({}, PythonTool(Box(), LIMITS)), codec, system=None, arguments={}, family="auto")
 

@@ -56,9 +56,8 @@ class ChatTemplate:
         self._head: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self._tools = list(tools)
         self._role = result_role
-        self._names = (
-            (("a",), ("a", "b")) if result_role == "tool" else (("",),)
-        )  # users' messages do not follow each other
+        # results between two turns, as they are tried; users' messages do not follow each other
+        self._names = (("a",), ("a", "b")) if result_role == "tool" else (("",),)
         reserved = sorted(set(arguments or {}) & tokenizer.chat_keywords)
         if reserved:
             raise DataError(f"data.chat_arguments has {reserved[0]}, which is no argument of a template; leave it out")
@@ -99,6 +98,18 @@ class ChatTemplate:
         )
         return self._encode(parts)[1:]
 
+    def written_calls(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str | None:
+        """The text of an assistant's turn with these calls, as the template writes it; None where it cannot, or leaves them out."""
+        made = [{"type": "function", "function": {"name": n, "arguments": dict(a)}} for n, a in calls]
+        turn = {"role": "assistant", "content": "", "tool_calls": made}
+        start = [*self._head, _user(_hole(PROBLEM))]
+        try:
+            whole = self._render([*start, turn], generate=False)
+            begin = self._render(start)
+        except DataError:
+            return None
+        return whole.removeprefix(begin) if whole.startswith(begin) else None
+
     def _first(self, shown: Sequence[str]) -> str:
         return self._render([*self._head, _user(shown[0])])
 
@@ -112,25 +123,13 @@ class ChatTemplate:
         parts: list[Part] = [(pieces[0], True)]
         for n, text in enumerate(texts):
             whole = render([text if k == n else _hole(hole) for k, hole in enumerate(holes)])
-            content = _between(whole, *_around(pieces, holes, n))
+            content = _inside(whole, *_around(pieces, holes, n))
             if content is None:
                 raise DataError(
                     f"the chat template writes other things around the text {text[:60]!r} than around others"
                 )
             parts += [(content, False), (pieces[n + 1], True)]
         return parts
-
-    def written_calls(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str | None:
-        """The text of an assistant's turn with these calls, as the template writes it; None where it cannot, or leaves them out."""
-        made = [{"type": "function", "function": {"name": n, "arguments": dict(a)}} for n, a in calls]
-        turn = {"role": "assistant", "content": "", "tool_calls": made}
-        start = [*self._head, _user(_hole(PROBLEM))]
-        try:
-            whole = self._render([*start, turn], generate=False)
-            begin = self._render(start)
-        except DataError:
-            return None
-        return whole.removeprefix(begin) if whole.startswith(begin) else None
 
     # ------------------------------------------------------------------------------------------------ rendering
 
@@ -150,9 +149,9 @@ class ChatTemplate:
     def _results(self, names: Sequence[str], texts: Sequence[str]) -> list[Message]:
         return [{"role": self._role, "name": name, "content": text} for name, text in zip(names, texts, strict=True)]
 
-    def _after_turn(self, names: Sequence[str], texts: Sequence[str], turn: str = "") -> str:
+    def _after_turn(self, names: Sequence[str], texts: Sequence[str]) -> str:
         """What the template puts between an assistant's turn and the next."""
-        turn = turn or _hole(ASSISTANT)
+        turn = _hole(ASSISTANT)
         start = [*self._head, _user(_hole(PROBLEM))]
         begin = self._render(start) + turn
         whole = self._render([*start, _assistant(turn), *self._results(names, texts)])
@@ -272,7 +271,7 @@ def _around(pieces: Sequence[str], holes: Sequence[int], n: int) -> tuple[str, s
     return before, after
 
 
-def _between(text: str, before: str, after: str) -> str | None:
+def _inside(text: str, before: str, after: str) -> str | None:
     """What stands between two texts; None where they are not there."""
     fits = len(text) >= len(before) + len(after) and text.startswith(before) and text.endswith(after)
     return text[len(before) : len(text) - len(after)] if fits else None

@@ -10,10 +10,9 @@ whatever it says.
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torl_mega.data.chat_template import ChatTemplate
@@ -21,13 +20,11 @@ from torl_mega.data.tokenizer import Tokenizer
 from torl_mega.errors import ConfigError, DataError, ToolFault
 from torl_mega.interfaces import ChatSession
 from torl_mega.rollout.call_formats import Reader, Written, fenced, hermes, llama3
-from torl_mega.rollout.fences import PYTHON, FencedTools, describe
-from torl_mega.rollout.own_tool import OwnToolSession, tool_of_class
-from torl_mega.rollout.python_session import PythonSession
-from torl_mega.rollout.python_tool import NO_OUTPUT, PythonTool, cut
+from torl_mega.rollout.fences import PYTHON, FencedTools, OpenTools
+from torl_mega.rollout.own_tool import tool_of_class
+from torl_mega.rollout.python_tool import NO_OUTPUT, cut
 from torl_mega.types import ExecutionStatus, Problem, ToolCall
 
-TOOLS = "{tools}"
 MOST_CALLS = 32
 """Calls of one turn that are answered; a turn that repeats itself may hold thousands."""
 FAMILIES: Mapping[str, Reader] = {"hermes": hermes, "llama3": llama3}
@@ -57,7 +54,7 @@ class ChatTools:
         return self.template.end_id
 
     def open(self, problem: Problem) -> ChatSession:
-        return _Session(self, problem)
+        return _Session(self, OpenTools(self.box, problem))
 
     def calls_of(self, turn: str) -> list[Written]:
         """The first MOST_CALLS calls in the text of a turn, with or without its closing token."""
@@ -76,9 +73,7 @@ class ChatTools:
 @dataclass(slots=True)
 class _Session:
     chat: ChatTools
-    problem: Problem
-    open: dict[str, OwnToolSession] = field(default_factory=dict)
-    python: PythonTool | PythonSession | None = None
+    tools: OpenTools
 
     async def calls(self, turn: str, *, most: int) -> tuple[ToolCall, ...]:
         """Every call of the turn with its answer; `most` are made. Raises ToolFault."""
@@ -93,20 +88,16 @@ class _Session:
         if refused:
             return _answer("no more calls can be made; answer now", tool=call.name)
         if call.name == PYTHON and box.python is not None:
-            self.python = self.python or box.python.open(self.problem)
             code, wrong = _code(call.arguments)
-            return _answer(wrong, tool=PYTHON) if code is None else await self.python.execute(code)
+            return _answer(wrong, tool=PYTHON) if code is None else await self.tools.python.execute(code)
         tool = box.tools[call.name]
-        session = self.open.setdefault(call.name, OwnToolSession(tool, self.problem))
-        answer = await session.call(call.arguments)
+        answer = await self.tools.own(call.name).call(call.arguments)
         code = call.arguments if isinstance(call.arguments, str) else json.dumps(call.arguments, ensure_ascii=False)
         shown = cut(answer.text, most=tool.max_chars) or NO_OUTPUT  # some templates leave an empty message out
         return ToolCall(code, answer.status, None, shown, answer.wall_s, tool=tool.name)
 
     async def close(self) -> None:
-        async with contextlib.AsyncExitStack() as stack:  # each is closed, also when another's close fails
-            for session in self.open.values():
-                stack.push_async_callback(session.close)
+        await self.tools.close()
 
 
 def _answer(text: str, *, tool: str = "") -> ToolCall:
@@ -133,9 +124,7 @@ def make_chat(
     if box.python is not None:
         schemas.insert(0, tool_of_class(Python, PYTHON).schema)
     tokenizer.check_plain(json.dumps(schemas, ensure_ascii=False), "rollout.tools: a description")
-    if system is not None:
-        system = system.replace(TOOLS, describe(box))
-        tokenizer.check_plain(system, "data.system")
+    tokenizer.check_plain(system or "", "data.system")
     if family == "auto" and "tools" not in tokenizer.chat_template(for_tools=True):
         family = "fenced"
     if family == "fenced":

@@ -35,7 +35,7 @@ class FencedTools:
     stop: tuple[str, ...] = (STOP,)
 
     def open(self, problem: Problem) -> ToolSession:
-        return _Session(self, problem)
+        return _Session(OpenTools(self, problem))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -43,32 +43,49 @@ class FencedTools:
 
 
 @dataclass(slots=True)
-class _Session:
+class OpenTools:
+    """Those that one trajectory has called, each opened at its first call."""
+
     box: FencedTools
     problem: Problem
-    open: dict[str, OwnToolSession] = field(default_factory=dict)
-    python: PythonTool | PythonSession | None = None
+    _own: dict[str, OwnToolSession] = field(default_factory=dict)
+    _python: PythonTool | PythonSession | None = None
+
+    def own(self, name: str) -> OwnToolSession:
+        return self._own.setdefault(name, OwnToolSession(self.box.tools[name], self.problem))
+
+    @property
+    def python(self) -> PythonTool | PythonSession:
+        assert self.box.python is not None
+        self._python = self._python or self.box.python.open(self.problem)
+        return self._python
+
+    async def close(self) -> None:
+        async with contextlib.AsyncExitStack() as stack:  # each is closed, also when another's close fails
+            for session in (*self._own.values(), *([self._python] if self._python else [])):
+                stack.push_async_callback(session.close)
+
+
+@dataclass(slots=True)
+class _Session:
+    tools: OpenTools
     seen: int = 0  # characters that were written up to the last call
 
     async def call(self, written: str) -> ToolCall:
         new, self.seen = written[self.seen :], len(written)
-        name, text = last_block(new, self.box.names) or (None, "")
+        box = self.tools.box
+        name, text = last_block(new, box.names) or (None, "")
         if name is None:
-            shown = frame(f"(no call found; the tools are {', '.join(self.box.names)})")
+            shown = frame(f"(no call found; the tools are {', '.join(box.names)})")
             return ToolCall("", ExecutionStatus.ERROR, None, shown, 0.0, tool="")
-        if name == PYTHON and self.box.python is not None:
-            self.python = self.python or self.box.python.open(self.problem)
-            return await self.python.call(new)
-        tool = self.box.tools[name]
-        session = self.open.setdefault(name, OwnToolSession(tool, self.problem))
-        answer = await session.call(text)
-        shown = frame(answer.text, most=tool.max_chars)
+        if name == PYTHON and box.python is not None:
+            return await self.tools.python.call(new)
+        answer = await self.tools.own(name).call(text)
+        shown = frame(answer.text, most=box.tools[name].max_chars)
         return ToolCall(text, answer.status, None, shown, answer.wall_s, tool=name)
 
     async def close(self) -> None:
-        async with contextlib.AsyncExitStack() as stack:  # each is closed, also when another's close fails
-            for session in (*self.open.values(), *([self.python] if self.python else [])):
-                stack.push_async_callback(session.close)
+        await self.tools.close()
 
 
 def last_block(text: str, names: Sequence[str]) -> tuple[str, str] | None:

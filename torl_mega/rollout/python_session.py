@@ -14,14 +14,12 @@ what is run again, have `session_wall_s`.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from dataclasses import dataclass, field
 
 from torl_mega.errors import SandboxFault
 from torl_mega.interfaces import Sandbox
-from torl_mega.rollout.python_tool import NO_CODE, STOP, Limits, frame, last_code_block, render_body
-from torl_mega.rollout.python_tool import cut as cut_text
+from torl_mega.rollout.python_tool import STOP, Limits, call_last_block, cut, render_body
 from torl_mega.types import ExecutionRequest, ExecutionStatus, Problem, ToolCall
 
 THROUGH = ".session"
@@ -92,11 +90,7 @@ class PythonSession:
 
     async def call(self, written: str) -> ToolCall:
         """Runs the last block of what the policy wrote. Raises SandboxFault."""
-        code = last_code_block(written)
-        if code is None:
-            return ToolCall("", ExecutionStatus.ERROR, None, frame(NO_CODE), 0.0)
-        ran = await self.execute(code)
-        return dataclasses.replace(ran, observation=frame(ran.observation))
+        return await call_last_block(written, self.execute)
 
     async def execute(self, code: str) -> ToolCall:
         """Runs a program after the earlier ones; the observation is what it says, without a fence. Raises SandboxFault."""
@@ -114,7 +108,7 @@ class PythonSession:
             self.earlier.append(_bytes(code))
             self.again_s += own_s
         said = render_body(result, wall_s=tool.limits.wall_s, memory_mb=request.memory_mb)
-        return ToolCall(code, result.status, result.return_code, cut_text(said), own_s)
+        return ToolCall(code, result.status, result.return_code, cut(said), own_s)
 
     def request(self, code: str) -> ExecutionRequest:
         """The earlier programs, then `code`, as one program."""

@@ -7,6 +7,7 @@ runs in the sandbox, and `\\n{observation}\\n```\\n` is inserted. `PythonTool` i
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from torl_mega.errors import SandboxFault
@@ -46,11 +47,7 @@ class PythonTool:
 
     async def call(self, written: str) -> ToolCall:
         """Raises SandboxFault when the sandbox could not say how the program ended."""
-        code = last_code_block(written)
-        if code is None:
-            return ToolCall("", ExecutionStatus.ERROR, None, frame(NO_CODE), 0.0)
-        ran = await self.execute(code)
-        return dataclasses.replace(ran, observation=frame(ran.observation))
+        return await call_last_block(written, self.execute)
 
     async def execute(self, code: str) -> ToolCall:
         """Runs a program; the observation is what it says, without a fence. Raises SandboxFault."""
@@ -64,6 +61,15 @@ class PythonTool:
             raise SandboxFault(f"sandbox: {result.message}")
         body = cut(render_body(result, wall_s=box.wall_s, memory_mb=box.memory_mb))
         return ToolCall(code, result.status, result.return_code, body, result.wall_s)
+
+
+async def call_last_block(written: str, execute: Callable[[str], Awaitable[ToolCall]]) -> ToolCall:
+    """What `execute` says to the last block of what the policy wrote, in the fence that is inserted."""
+    code = last_code_block(written)
+    if code is None:
+        return ToolCall("", ExecutionStatus.ERROR, None, frame(NO_CODE), 0.0)
+    ran = await execute(code)
+    return dataclasses.replace(ran, observation=frame(ran.observation))
 
 
 def last_code_block(text: str) -> str | None:

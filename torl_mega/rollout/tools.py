@@ -13,13 +13,16 @@ from torl_mega.data.tokenizer import Tokenizer
 from torl_mega.errors import ConfigError, DataError
 from torl_mega.import_path import is_import_path, load
 from torl_mega.interfaces import Sandbox, Tool
-from torl_mega.rollout.chat import TOOLS, ChatTools, make_chat
+from torl_mega.rollout.chat import ChatTools, make_chat
 from torl_mega.rollout.fences import PYTHON, FencedTools, describe
 from torl_mega.rollout.own_tool import load_tool
 from torl_mega.rollout.python_session import PythonSessionTool
 from torl_mega.rollout.python_tool import Limits, PythonTool
 from torl_mega.rollout.search import make_search
 from torl_mega.types import ExecutionRequest, ExecutionResult
+
+TOOLS = "{tools}"
+"""What a template or a system message may say for what the tools are."""
 
 
 def make_tool(config: RolloutConfig, limits: SandboxConfig, sandbox: Sandbox) -> Tool:
@@ -76,10 +79,11 @@ def tool_and_prompts(
     sandbox = sandbox or NoSandbox()
     data, rollout = config.data, config.rollout
     if rollout.protocol == "chat":
+        box = _box(rollout, config.sandbox, sandbox)
         chat = make_chat(
-            _box(rollout, config.sandbox, sandbox),
+            box,
             tokenizer,
-            system=data.system,
+            system=None if data.system is None else with_tools(data.system, box),
             arguments=data.chat_arguments,
             family=rollout.call_format,
         )
