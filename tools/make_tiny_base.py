@@ -47,12 +47,8 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # Qwen2's own,
 VOCAB_SIZE = 320  # 256 bytes, 61 merges, 3 special tokens; divisible by every tensor-parallel size of the tests
 
 
-def make_tokenizer(seed: int) -> Any:
-    """Byte-level BPE in Qwen2's own format: AutoTokenizer rebuilds exactly this one from `model_type: qwen2`."""
-    rng, source = random.Random(seed), training_problems(seed)
-    corpus = [
-        TEMPLATE.format(problem=p.problem) + "".join(t for t, _ in trace(p, rng, Mix())) for p in islice(source, 400)
-    ]
+def qwen2_tokenizer(corpus: list[str], num_texts: int) -> Any:
+    """Byte-level BPE of `num_texts` tokens, with SPECIAL_TOKENS behind them."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -60,18 +56,22 @@ def make_tokenizer(seed: int) -> Any:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    bpe.train_from_iterator(
-        corpus,
-        trainers.BpeTrainer(
-            vocab_size=VOCAB_SIZE - len(SPECIAL_TOKENS),
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=num_texts, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(corpus, trainer)
     model = json.loads(bpe.to_str())["model"]
     vocab = model["vocab"] | {token: len(model["vocab"]) + i for i, token in enumerate(SPECIAL_TOKENS)}
     merges: Any = [tuple(pair) for pair in model["merges"]]  # the annotation there says str, the code wants pairs
-    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges, model_max_length=4096)
+    return Qwen2Tokenizer(vocab=vocab, merges=merges, model_max_length=4096)
+
+
+def make_tokenizer(seed: int) -> Any:
+    """Byte-level BPE in Qwen2's own format: AutoTokenizer rebuilds exactly this one from `model_type: qwen2`."""
+    rng, source = random.Random(seed), training_problems(seed)
+    corpus = [
+        TEMPLATE.format(problem=p.problem) + "".join(t for t, _ in trace(p, rng, Mix())) for p in islice(source, 400)
+    ]
+    tokenizer = qwen2_tokenizer(corpus, VOCAB_SIZE - len(SPECIAL_TOKENS))
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS[1:])})
     return tokenizer
 
@@ -84,10 +84,10 @@ class Recipe:
     mix: Mix = field(default_factory=Mix)
 
 
-def make_model(eos: int) -> Qwen2ForCausalLM:
+def make_model(eos: int, vocab_size: int = VOCAB_SIZE) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(
         Qwen2Config(
-            vocab_size=VOCAB_SIZE,
+            vocab_size=vocab_size,
             hidden_size=128,
             intermediate_size=320,
             num_hidden_layers=2,
@@ -114,17 +114,21 @@ def encode_trace(tokenizer: Any, problem: Problem, pieces: list[Piece]) -> tuple
     return [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
 
 
+def padded(rows: list[tuple[list[int], list[int]]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids [B, T], labels [B, T]) of ragged rows, padded on the right; causal attention never looks at the padding."""
+    length = max(len(ids) for ids, _ in rows)
+    ids, labels = torch.full((len(rows), length), pad), torch.full((len(rows), length), -100)
+    for row, (i, y) in enumerate(rows):
+        ids[row, : len(i)], labels[row, : len(y)] = torch.tensor(i), torch.tensor(y)
+    return ids, labels
+
+
 def batches(tokenizer: Any, recipe: Recipe, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless (ids [B, T], labels [B, T]), padded on the right; causal attention never looks at the padding."""
+    """Endless (ids [B, T], labels [B, T])."""
     rng, source = random.Random(seed), training_problems(seed)
     while True:
         rows = [encode_trace(tokenizer, p, trace(p, rng, recipe.mix)) for p in islice(source, recipe.batch_size)]
-        length = max(len(ids) for ids, _ in rows)
-        ids = torch.full((len(rows), length), tokenizer.eos_token_id)
-        labels = torch.full((len(rows), length), -100)
-        for row, (i, y) in enumerate(rows):
-            ids[row, : len(i)], labels[row, : len(y)] = torch.tensor(i), torch.tensor(y)
-        yield ids, labels
+        yield padded(rows, tokenizer.eos_token_id)
 
 
 def train(model: Qwen2ForCausalLM, tokenizer: Any, recipe: Recipe, seed: int) -> None:

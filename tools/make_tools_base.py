@@ -24,11 +24,7 @@ from typing import Any
 import make_tiny_base as tiny
 import torch
 from tiny_base_traces import interpret
-from tokenizers import Regex, pre_tokenizers, trainers
-from tokenizers import Tokenizer as Bpe
-from tokenizers.models import BPE
-from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
-from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+from transformers import GenerationConfig
 
 from torl_mega.data.arithmetic import problems
 from torl_mega.data.tokenizer import Tokenizer
@@ -40,7 +36,6 @@ from torl_mega.rollout.tools import NoSandbox
 from torl_mega.types import ExecutionStatus, ToolCall
 
 VOCAB_SIZE = 512
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MARKUP = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
 NUM_FACTS, NUM_TRAIN, NUM_EVAL = 1200, 2000, 256
@@ -111,21 +106,8 @@ def trace(question: Question, known: dict[str, str], rng: random.Random) -> list
 
 
 def make_tokenizer(corpus: list[str]) -> Any:
-    bpe = Bpe(BPE())
-    split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    size = VOCAB_SIZE - len(SPECIAL) - len(MARKUP)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        corpus, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
-    )
-    model = json.loads(bpe.to_str())["model"]
-    vocab = model["vocab"] | {token: size + i for i, token in enumerate(SPECIAL)}
-    merges: Any = [tuple(pair) for pair in model["merges"]]
-    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges, model_max_length=4096)
-    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL[1:])})
+    tokenizer = tiny.qwen2_tokenizer(corpus, VOCAB_SIZE - len(tiny.SPECIAL_TOKENS) - len(MARKUP))
+    tokenizer.add_special_tokens({"additional_special_tokens": list(tiny.SPECIAL_TOKENS[1:])})
     tokenizer.add_tokens(list(MARKUP))
     tokenizer.eos_token = "<|im_end|>"
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -142,18 +124,6 @@ def encode(chat: ChatTools, tokenizer: Tokenizer, question: Question, turns: Any
         ids += written + inserted
         labels += written + [-100] * len(inserted)
     return ids, labels
-
-
-def batches(
-    rows: Iterator[tuple[list[int], list[int]]], size: int, pad: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    while True:
-        batch = list(islice(rows, size))
-        length = max(len(ids) for ids, _ in batch)
-        ids, labels = torch.full((size, length), pad), torch.full((size, length), -100)
-        for row, (i, y) in enumerate(batch):
-            ids[row, : len(i)], labels[row, : len(y)] = torch.tensor(i), torch.tensor(y)
-        yield ids, labels
 
 
 CARD = """---
@@ -181,7 +151,7 @@ def make(out: Path, *, seed: int, num_steps: int) -> None:
     torch.use_deterministic_algorithms(True)
     known = facts(seed)
     unseen, seen = known[:NUM_EVAL], known[NUM_EVAL:]
-    fresh = out.with_name(out.name + ".new")
+    fresh = tiny.temporary_for(out)
     shutil.rmtree(fresh, ignore_errors=True)
     (fresh / "texts").mkdir(parents=True)
     (fresh / "texts/facts.txt").write_text(
@@ -202,13 +172,7 @@ def make(out: Path, *, seed: int, num_steps: int) -> None:
     hf = make_tokenizer(corpus)
     torch.manual_seed(seed)
     end = hf.convert_tokens_to_ids("<|im_end|>")
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=VOCAB_SIZE, hidden_size=128, intermediate_size=320, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=4096, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-            tie_word_embeddings=False, bos_token_id=None, eos_token_id=end, pad_token_id=end,
-        )
-    )  # fmt: skip
+    model = tiny.make_model(end, VOCAB_SIZE)
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=end, do_sample=True)
     hf.save_pretrained(fresh)
     model.save_pretrained(fresh)
@@ -222,7 +186,9 @@ def make(out: Path, *, seed: int, num_steps: int) -> None:
         for question in questions(seen, seed + 2):
             yield encode(chat, tokenizer, question, trace(question, table, rng))
 
-    tiny.fit(model, islice(batches(conversations(), 64, end), num_steps), num_steps=num_steps, lr=2e-3)
+    rows = conversations()
+    batches = (tiny.padded(list(islice(rows, 64)), end) for _ in range(num_steps))
+    tiny.fit(model, batches, num_steps=num_steps, lr=2e-3)
     model.save_pretrained(fresh)
     num = sum(p.numel() for p in model.parameters())
     (fresh / "README.md").write_text(CARD.format(num=num, steps=num_steps, seed=seed))
