@@ -208,12 +208,12 @@ def _fields(loc: Sequence[str]) -> list[str]:
 
 
 def _nearest(loc: Sequence[str]) -> str | None:
-    """The known setting nearest to a wrong one: what others call it, in its own section, by its last name anywhere."""
-    if loc[-1] in ELSEWHERE:
-        return ELSEWHERE[loc[-1]]
+    """The known setting nearest to a wrong one: in its own section, by what others call it, by its last name anywhere."""
     close = difflib.get_close_matches(loc[-1], _fields(loc[:-1]), n=1, cutoff=0.7)
     if close:
         return ".".join([*loc[:-1], close[0]])
+    if loc[-1] in ELSEWHERE:
+        return ELSEWHERE[loc[-1]]
     everywhere = {f"{s}.{k}": k for s in Config.model_fields for k in _fields([s])}
     everywhere |= {k: k for k in Config.model_fields}
     close = difflib.get_close_matches(loc[-1], list(everywhere.values()), n=1, cutoff=0.8)

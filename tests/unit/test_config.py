@@ -74,6 +74,8 @@ def test_the_recipe_page_says_what_the_configs_say():
         ("name=../evil", "name = '../evil': a name has letters, digits"),
         ("learning_rate=1e-6", "learning_rate = 1e-06 is not a setting; did you mean optim.lr?"),
         ("rollout.num_generations=4", "did you mean rollout.group_size?"),
+        ("optim.beta=0.9", "did you mean optim.betas?"),
+        ("algo.beta=0.1", "did you mean algo.kl_coef?"),
         ("no_equals", "is not of the form section.key=value"),
         ("seed.x=1", "seed is a value, not a section"),
     ],

@@ -52,16 +52,17 @@ class Index:
 
 def make_search(folder: Path, *, max_chars: int) -> OwnTool:
     """The tool over `folder`."""
-    index = Index(folder)
+    index, shown = Index(folder), max_chars
 
     class Search:
         """Finds passages in a collection of texts by their words."""
+
+        max_chars = shown
 
         async def __call__(self, query: str, num: Annotated[int, Field(ge=1, le=10)] = 3) -> str:
             found = index.find(query, num)
             return "\n".join(f"[{title}] {text}" for title, text in found) or "(nothing found)"
 
-    Search.max_chars = max_chars  # type: ignore[attr-defined]
     return tool_of_class(Search, "search")
 
 
