@@ -6,7 +6,7 @@ own average for the 7B model (62.1) is not the mean of its row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 Size = Literal["1.5b", "7b"]
@@ -40,10 +40,11 @@ def mean(values: Mapping[str, float]) -> float:
     return sum(values.values()) / len(values)
 
 
-def end_points(size: Size) -> dict[str, tuple[str, float]]:
-    """(where it is from, value) of each metric that the paper gives an end point for; benchmarks as `<name>/accuracy`, their
-    mean as `eval_accuracy`, in [0, 1]."""
+def end_points(size: Size, evaluated: Collection[str]) -> dict[str, tuple[str, float]]:
+    """(where it is from, value in [0, 1]) of each metric that the paper gives an end point for: benchmarks as `<name>/accuracy`,
+    and as `eval_accuracy` their mean over those that were `evaluated`, as long as the paper has them all."""
     ours = row(size, OURS[size])
     points = {f"{name}/accuracy": (f"{OURS[size]}, Table 3", value / 100) for name, value in ours.items()}
-    points["eval_accuracy"] = (f"{OURS[size]}, mean of Table 3", mean(ours) / 100)
+    if evaluated and set(evaluated) <= set(ours):
+        points["eval_accuracy"] = (f"{OURS[size]}, mean of Table 3", mean({b: ours[b] for b in evaluated}) / 100)
     return points | {"code_ratio": ("ToRL after 100 steps, §3.3.1", CODE_RATIO_AT_100)}

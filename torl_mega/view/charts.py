@@ -90,7 +90,7 @@ def short(value: float) -> str:
 
 def place(x: float) -> str:
     """A place on the x axis: whole numbers are written out."""
-    return f"{x:.0f}" if x == round(x) and abs(x) < 1e5 else short(x)
+    return f"{x:.0f}" if x == round(x) and abs(x) < 1e4 else short(x)
 
 
 def _three(value: float) -> str:
@@ -222,7 +222,7 @@ def _frame(lines: Sequence[Line], references: Sequence[Reference], *, log: bool,
     num_labels = sum(1 for n in lines if n.drawn or n.marks)
     bottom = max(HEIGHT - BOTTOM, TOP + LABEL_GAP * (num_labels + 1))
     high_x = max(xs) if max(xs) > min(xs) else min(xs) + 1
-    return Frame(min(xs), high_x, low, high, WIDTH - 10 - 6.4 * widest, bottom, log)
+    return Frame(min(xs), high_x, low, high, WIDTH - 8 - 7 * widest, bottom, log)
 
 
 def _grid(frame: Frame, x_label: str) -> list[str]:
@@ -286,7 +286,7 @@ def _dot(kind: str, frame: Frame, line: Line, point: tuple[float, float]) -> str
     x, y = point
     title = f"{line.key} at {place(x)}: {short(y)}"
     return (
-        f'<circle class="{kind} {look(line.index)}" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="3.5">'
+        f'<circle class="{kind} {look(line.index)}" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="{3.2 if len(line.marks) <= 12 else 2}">'
         f"<title>{escape(title)}</title></circle>"
     )
 
@@ -308,12 +308,12 @@ def _labels(frame: Frame, lines: Sequence[Line]) -> list[str]:
             break
         places[i] = min(places[i], frame.bottom - LABEL_GAP * (len(places) - 1 - i))
     parts = []
-    for place, (y, _, line) in zip(places, wanted, strict=True):
+    for spot, (y, _, line) in zip(places, wanted, strict=True):
         end = frame.x((line.drawn or line.marks)[-1][0])
-        if abs(place - y) > 3 or frame.right - end > 3:
-            parts.append(f'<path class="leader" d="M{end:.1f} {y:.1f}L{frame.right + 3:.1f} {place:.1f}"/>')
+        if abs(spot - y) > 3 or frame.right - end > 3:
+            parts.append(f'<path class="leader" d="M{end:.1f} {y:.1f}L{frame.right + 4:.1f} {spot:.1f}"/>')
         parts.append(
-            f'<text class="label {look(line.index)}" x="{frame.right + 5:.1f}" y="{place + 3.5:.1f}">{escape(_label(line))}</text>'
+            f'<text class="label {look(line.index)}" x="{frame.right + 7:.1f}" y="{spot + 3.5:.1f}">{escape(_label(line))}</text>'
         )
     return parts
 

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from torl_mega.run.metrics import Row
-from torl_mega.view.run_data import Run, benchmarks, series
+from torl_mega.view.run_data import Run, Series, benchmarks
 from torl_mega.view.spans import visible
 
 
@@ -22,8 +21,8 @@ class Panel:
     rows: Literal["train", "eval"] = "train"
     paper: str = ""
 
-    def of(self, run: Run) -> Sequence[Row]:
-        return run.train if self.rows == "train" else run.evals
+    def of(self, run: Run) -> Series:
+        return (run.train if self.rows == "train" else run.evals).get(self.name, [])
 
 
 S, E, LOG = "share", "eval", "log"
@@ -93,7 +92,7 @@ PICTURE = ("accuracy", "code_ratio", "pass_ratio")
 
 def sections(runs: Sequence[Run]) -> Iterator[tuple[str, list[Panel]]]:
     """The charts that one of the runs has a value for; benchmarks, tools and parts of the reward as the runs name them."""
-    names = dict.fromkeys(k for run in runs for row in run.train for k in row)
+    names = dict.fromkeys(k for run in runs for k in run.train)
     more = {
         "Does it learn": [
             Panel(f"{visible(b)}, accuracy in evaluation", f"{b}/accuracy", "", S, E, f"{b}/accuracy") for b in benchmarks(runs)
@@ -108,5 +107,10 @@ def sections(runs: Sequence[Run]) -> Iterator[tuple[str, list[Panel]]]:
     }
     for title, panels in SECTIONS:
         everything = [*panels, *more.get(title, [])]
-        there = [p for p in everything if any(series(p.of(run), p.name) for run in runs)]
-        yield title, [p for p in there if p.form != LOG or any(v > 0 for run in runs for _, v in series(p.of(run), p.name))]
+        yield title, [p for p in everything if any(v > 0 or p.form != LOG for run in runs for _, v in p.of(run))]
+
+
+def constant(panel: Panel, runs: Sequence[Run]) -> float | None:
+    """The value that the metric had everywhere and always, if it did not move."""
+    values = {value for run in runs for _, value in panel.of(run)}
+    return values.pop() if len(values) == 1 and any(len(panel.of(run)) > 1 for run in runs) else None

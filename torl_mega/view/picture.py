@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from torl_mega.view.panels import PICTURE, SECTIONS, Panel
-from torl_mega.view.run_data import Run, Scale, series
+from torl_mega.view.run_data import Run, Scale
 
 COLOURS = ("#1f5fae", "#c8551b", "#1a7f4b", "#8a4fbf", "#b3283f", "#0d8295", "#9a6b00", "#c2478f")  # as report.css.j2
 DASHES = ("-", "--", ":")
@@ -41,11 +41,11 @@ def write_png(path: Path, runs: Sequence[Run], scale: Scale) -> None:
 def _draw(axes: Axes, panel: Panel, runs: Sequence[Run], scale: Scale) -> None:
     for i, run in enumerate(runs):
         colour, dash = COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)]
-        points = [(scale.x(run, step), value) for step, value in series(run.train, panel.name)]
+        points = [(scale.x(run, step), value) for step, value in run.train.get(panel.name, [])]
         if points:
             xs, ys = zip(*points, strict=True)
             axes.plot(xs, ys, dash, color=colour, linewidth=1.6, label=run.name.replace("$", r"\$"))
-        marks = [(scale.x(run, step), value) for step, value in series(run.evals, panel.name)]
+        marks = [(scale.x(run, step), value) for step, value in run.evals.get(panel.name, [])]
         if marks:  # an empty line that is not clipped would unhinge the layout
             xs, ys = zip(*marks, strict=True)
             axes.plot(xs, ys, "o", color=colour, markersize=5, markerfacecolor="white", zorder=3, clip_on=False)

@@ -23,11 +23,13 @@ from torl_mega.run import paper
 from torl_mega.run.files import write_text
 from torl_mega.view.charts import Line, Reference, XAxis, columns, line_chart, place, short, stacked_area, stacked_bars
 from torl_mega.view.charts import look, swatch, value_at  # fmt: skip
-from torl_mega.view.panels import Panel, sections
-from torl_mega.view.run_data import Axis, Run, Scale, is_number, mean, read_runs, scale, series, smoothed, window_for
+from torl_mega.view.panels import Panel, constant, sections
+from torl_mega.view.run_data import Axis, Run, Scale, benchmarks, last, mean, read_runs, scale, smoothed, window_for
+from torl_mega.view.spans import visible
 from torl_mega.view.tables import PHASES, Table, tables, to_markdown
 from torl_mega.view.templates import environment, style
 
+MOST_RAW = 6  # runs up to which the steps themselves are drawn below their means
 MOST_AREAS = 4  # runs for which the phases are also drawn over time
 NUM_ROWS = 12  # of the table below a chart
 
@@ -56,6 +58,13 @@ class Figure:
     svg: Markup
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    title: str
+    figures: tuple[Figure, ...]
+    still: str  # what did not move, with its value
 
 
 def report(
@@ -112,11 +121,8 @@ def _writing(target: Path) -> Iterator[None]:
 def report_page(runs: Sequence[Run], x: Scale, options: Options, beside: Path) -> str:
     """The page's HTML. `beside`: the folder it will lie in, from which links to pages of `torl view` count."""
     window = window_for(runs, options.window)
-    points = paper.end_points(options.size) if options.size else {}
-    drawn = [(t, [_figure(p, runs, x, window, points, beside) for p in panels]) for t, panels in sections(runs)]
-    for title, figures in drawn:
-        if title == "Speed" and figures:
-            figures[:0] = _phases(runs, x)
+    points = paper.end_points(options.size, benchmarks(runs)) if options.size else {}
+    drawn = [_section(title, panels, runs, x, window, points, beside) for title, panels in sections(runs)]
     names = [run.name for run in runs]
     title = ", ".join(names) if len(names) <= 3 else f"{', '.join(names[:2])} and {len(names) - 2} more runs"
     return (
@@ -126,9 +132,10 @@ def report_page(runs: Sequence[Run], x: Scale, options: Options, beside: Path) -
             title=title,
             legend=[(run, Markup(swatch(i)), _viewer(run, beside)) for i, run in enumerate(runs)],
             tables=tables(runs, size=options.size),
-            sections=[(name, figures) for name, figures in drawn if figures],
+            sections=[section for section in drawn if section.figures or section.still],
             other=_other(runs),
             window=window,
+            raw=len(runs) <= MOST_RAW,
             x_label=x.label,
             paper=f"{paper.OURS[options.size]} ({paper.SOURCE})" if options.size else "",
             **style("report.css.j2"),
@@ -136,10 +143,26 @@ def report_page(runs: Sequence[Run], x: Scale, options: Options, beside: Path) -
     )
 
 
+def _section(
+    title: str,
+    panels: Sequence[Panel],
+    runs: Sequence[Run],
+    x: Scale,
+    window: int,
+    points: dict[str, tuple[str, float]],
+    beside: Path,
+) -> Section:
+    still = {p.title: value for p in panels if p.paper not in points and (value := constant(p, runs)) is not None}
+    figures = [_figure(p, runs, x, window, points, beside) for p in panels if p.title not in still]
+    phases = _phases(runs, x) if title == "Speed" else []
+    return Section(title, (*phases, *figures), ", ".join(f"{name} {short(value)}" for name, value in still.items()))
+
+
 def _figure(
     panel: Panel, runs: Sequence[Run], x: Scale, window: int, points: dict[str, tuple[str, float]], beside: Path
 ) -> Figure:
-    lines = [line for i, run in enumerate(runs) if (line := _line(panel, i, run, x, window)).drawn or line.marks]
+    raw = 1 < window and len(runs) <= MOST_RAW
+    lines = [line for i, run in enumerate(runs) if (line := _line(panel, i, run, x, window, raw)).drawn or line.marks]
     references = [Reference(*points[panel.paper])] if panel.paper in points else []
     svg = line_chart(
         panel.title,
@@ -156,30 +179,31 @@ def _figure(
     return Figure(panel.title, panel.meaning, Markup(svg), (x.word, *(n.key for n in lines)), tuple(rows))
 
 
-def _line(panel: Panel, index: int, run: Run, x: Scale, window: int) -> Line:
+def _line(panel: Panel, index: int, run: Run, x: Scale, window: int, raw: bool) -> Line:
     """Evaluations alone are a line with circles; beside training, circles only."""
-    measured = [(x.x(run, s), v) for s, v in series(panel.of(run), panel.name)]
+    measured = [(x.x(run, s), v) for s, v in panel.of(run)]
     if panel.rows == "eval":
         return Line(index, run.key, measured, marks=measured)
-    marks = [(x.x(run, s), v) for s, v in series(run.evals, panel.name)] if panel.name in ("accuracy", "code_ratio") else []
+    evals = run.evals.get(panel.name, []) if panel.name in ("accuracy", "code_ratio") else []
+    marks = [(x.x(run, s), v) for s, v in evals]
     averaged = smoothed(measured, window)
-    return Line(index, run.key, averaged, measured if window > 1 else (), marks)
+    return Line(index, run.key, averaged, measured if raw else (), marks)
 
 
 def _phases(runs: Sequence[Run], x: Scale) -> list[Figure]:
     """Where a step's time goes: a bar a run, and over time for a few."""
-    known = [run for run in runs if all(series(run.train, name) for name in PHASES.values())]
+    known = [run for run in runs if all(len(run.train.get(name, ())) == run.num_steps > 0 for name in PHASES.values())]
     if not known:
         return []
     names = tuple(PHASES)
-    means = [(run.key, [mean(series(run.train, n)) or 0.0 for n in PHASES.values()]) for run in known]
+    means = [(run.key, [mean(run.train[n]) or 0.0 for n in PHASES.values()]) for run in known]
     rows = tuple((Cell(key), *(Cell(short(v)) for v in values), Cell(short(sum(values)))) for key, values in means)
     head = ("run", *names, "step")
     figures = [Figure("time in a step (s)", "mean over all steps", Markup(stacked_bars("time in a step", names, means)), head, rows)]
     for run in known if len(known) <= MOST_AREAS else []:
-        steps = [r for r in run.train if all(is_number(r.get(n)) for n in PHASES.values())]
-        xs, parts = [x.x(run, r["step"]) for r in steps], [[r[n] for r in steps] for n in PHASES.values()]
-        if len(steps) > 1:
+        xs = [x.x(run, step) for step, _ in run.train["step"]]
+        parts = [[v for _, v in run.train[n]] for n in PHASES.values()]
+        if len(xs) > 1:
             svg = stacked_area("time in a step", XAxis(x.label, x.word), names, xs, parts)
             figures.append(Figure(f"{run.key} · time in a step (s)", run.name, Markup(svg), (), ()))
     return figures
@@ -188,9 +212,9 @@ def _phases(runs: Sequence[Run], x: Scale) -> list[Figure]:
 def _other(runs: Sequence[Run]) -> Table | None:
     """The last value of whatever else was logged."""
     charted = {p.name for _, panels in sections(runs) for p in panels}
-    names = list(dict.fromkeys(k for run in runs for row in run.train for k in row if k not in charted))
-    last = {n: [s[-1][1] if (s := series(run.train, n)) else None for run in runs] for n in names if n not in ("kind", "step")}
-    rows = tuple((n, *("–" if v is None else short(v) for v in values)) for n, values in last.items() if any(map(is_number, values)))
+    names = dict.fromkeys(k for run in runs for k in run.train if k not in charted and k != "step")
+    values = {n: [last(run.train.get(n, [])) for run in runs] for n in names}
+    rows = tuple((visible(n), *("–" if v is None else short(v) for v in found)) for n, found in values.items())
     return Table("Everything else that was logged", ("metric, last step", *(run.key for run in runs)), rows) if rows else None
 
 
@@ -203,5 +227,5 @@ def _viewer(run: Run, beside: Path) -> str:
 def _step(run: Run, x: Scale, at: float, beside: Path) -> str:
     """Address of the trajectories of the step that lies at `at`."""
     page = _viewer(run, beside)
-    found = [row["step"] for row in run.train if x.x(run, row["step"]) == at] if page else []
+    found = [step for step, _ in run.train.get("step", []) if x.x(run, step) == at] if page else []
     return f"{page}#step={found[0]}" if found else ""

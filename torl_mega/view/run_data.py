@@ -26,6 +26,9 @@ NOT_COMPARED = ("name", "runs_dir")
 PAPER_WINDOW = 16  # steps; figure 1 of the paper is a "16-step moving" mean
 
 
+Series = list[tuple[float, float]]  # (step, value), in order
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """What one run logged."""
@@ -33,14 +36,15 @@ class Run:
     key: str  # A, B, …: the run's label inside charts
     name: str
     folder: Path
-    train: tuple[Row, ...]
-    evals: tuple[Row, ...]
+    train: Mapping[str, Series]  # metric -> its points in the training steps
+    evals: Mapping[str, Series]  # the same for the evaluations
     summary: dict[str, Any]
     config: dict[str, Any]  # a.b -> value
     versions: tuple[dict[str, Any], ...]  # one for each change of machine or packages
 
-
-Series = list[tuple[float, float]]  # (step, value), in order
+    @property
+    def num_steps(self) -> int:
+        return len(self.train.get("step", ()))
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -69,8 +73,8 @@ def read_run(folder: Path, key: str = "A", name: str | None = None) -> Run:
         key,
         visible(name or folder.resolve().name),
         folder,
-        kept["train"],
-        kept["eval"],
+        by_metric(kept["train"]),
+        by_metric(kept["eval"]),
         summary if isinstance(summary, dict) else {},
         dict(flatten(written)) if isinstance(written, dict) else {},
         tuple(v for v in versions if isinstance(v, dict)) if isinstance(versions, list) else (),
@@ -93,9 +97,19 @@ def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def series(rows: Sequence[Row], name: str) -> Series:
-    """(step, value) of the rows that have both."""
-    return [(row["step"], row[name]) for row in rows if is_number(row.get(name)) and is_number(row.get("step"))]
+def by_metric(rows: Sequence[Row]) -> dict[str, Series]:
+    """The points of every metric, `step` itself among them, which every row has."""
+    found: dict[str, Series] = {}
+    for row in rows:
+        step = row["step"]
+        for name, value in row.items():
+            if is_number(value):
+                found.setdefault(name, []).append((step, value))
+    return found
+
+
+def last(points: Series) -> float | None:
+    return points[-1][1] if points else None
 
 
 def mean(points: Series) -> float | None:
@@ -113,7 +127,7 @@ def smoothed(points: Series, window: int) -> Series:
 
 def window_for(runs: Sequence[Run], asked: int | None) -> int:
     """Steps that a line is averaged over: as asked, or the paper's where a run is four times as long, or one."""
-    longest = max(len(run.train) for run in runs)
+    longest = max(run.num_steps for run in runs)
     return asked if asked is not None else PAPER_WINDOW if longest >= 4 * PAPER_WINDOW else 1
 
 
@@ -139,8 +153,8 @@ def scale(runs: Sequence[Run], axis: Axis) -> Scale:
     steps: dict[str, list[float]] = {}
     before: dict[str, list[float]] = {}
     for run in runs:
-        costs = series(run.train, COST[axis])
-        if len(costs) < len(run.train):
+        costs = run.train.get(COST[axis], [])
+        if len(costs) < run.num_steps:
             raise DataError(f"--x {axis}: {run.name} did not log {COST[axis]} in every step; take --x step")
         steps[run.key] = [step for step, _ in costs]
         before[run.key] = [0.0]
@@ -181,15 +195,15 @@ def _shown(config: Mapping[str, Any], name: str) -> str:
 
 
 def benchmarks(runs: Sequence[Run]) -> list[str]:
-    """Names of the benchmarks that a run was evaluated on, in the order of the first row that has them."""
-    found = [k.removesuffix("/accuracy") for run in runs for row in run.evals for k in row if k.endswith("/accuracy")]
+    """Names of the benchmarks that a run was evaluated on, in the order in which the runs have them."""
+    found = [k.removesuffix("/accuracy") for run in runs for k in run.evals if k.endswith("/accuracy")]
     return list(dict.fromkeys(found))
 
 
 def faults(run: Run) -> dict[str, float]:
     """Fault -> how often it happened in the steps that count."""
-    names = dict.fromkeys(k for row in run.train for k in row if k.startswith("faults/"))
-    return {visible(n.removeprefix("faults/")): sum(v for _, v in series(run.train, n)) for n in sorted(names)}
+    names = sorted(name for name in run.train if name.startswith("faults/"))
+    return {visible(n.removeprefix("faults/")): sum(v for _, v in run.train[n]) for n in names}
 
 
 def versions_of(run: Run) -> dict[str, str]:

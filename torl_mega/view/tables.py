@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torl_mega.run import paper
-from torl_mega.view.run_data import Run, benchmarks, differences, faults, is_number, mean, series, versions_of
+from torl_mega.view.run_data import Run, benchmarks, differences, faults, is_number, last, mean, versions_of
 from torl_mega.view.spans import visible
 
 PHASES = {"rollout": "rollout_s", "train": "train_s", "sync": "sync_s"}
@@ -40,19 +40,19 @@ def _last_note() -> str:
 
 
 def _result(run: Run) -> tuple[str, ...]:
-    before, after = (run.evals[0], run.evals[-1]) if run.evals else ({}, {})
+    before, after = ({name: points[i][1] for name, points in run.evals.items()} for i in (0, -1))
     sync, wall = run.summary.get("weight_sync", {}), run.summary.get("wall_s", {})
-    worst = max((v for _, v in series(run.train, "max_abs_logprob_diff")), default=None)
+    worst = max((v for _, v in run.train.get("max_abs_logprob_diff", ())), default=None)
     spent = wall.get("total") if isinstance(wall, dict) else None
     syncs = [sync.get(n) if isinstance(sync, dict) else None for n in ("num_verified", "num_syncs")]
     return (
         run.key,
         run.name,
-        str(len(run.train)),
+        str(run.num_steps),
         number(before.get("accuracy")),
         number(after.get("accuracy")),
         number(after.get("code_ratio")),
-        number(mean(series(run.train, "response_length")[-LAST:]), "{:.0f}"),
+        number(mean(run.train.get("response_length", [])[-LAST:]), "{:.0f}"),
         number(spent, "{:.0f} s"),
         number(worst, "{:.1e}"),
         f"{number(syncs[0], '{:.0f}')} of {number(syncs[1], '{:.0f}')}" if all(map(is_number, syncs)) else "–",
@@ -84,8 +84,8 @@ def benchmark_table(runs: Sequence[Run], size: paper.Size | None) -> Table:
 
 
 def _last_scores(run: Run, names: Sequence[str]) -> dict[str, float]:
-    values = {name: run.evals[-1].get(f"{name}/accuracy") for name in names}
-    return {name: 100 * value for name, value in values.items() if is_number(value)}
+    values = {name: last(run.evals.get(f"{name}/accuracy", [])) for name in names}
+    return {name: 100 * value for name, value in values.items() if value is not None}
 
 
 def _score(label: str, row: Mapping[str, float], names: Sequence[str]) -> tuple[str, ...]:
@@ -95,14 +95,14 @@ def _score(label: str, row: Mapping[str, float], names: Sequence[str]) -> tuple[
 
 def tool_table(runs: Sequence[Run]) -> Table:
     """Calls and how they ended, and tool by tool where there are several, as means over the last steps."""
-    names = dict.fromkeys(k for run in runs for row in run.train for k in row)
+    names = dict.fromkeys(k for run in runs for k in run.train)
     ends = [n for n in names if n.startswith("execution/")]
     tools = [n for n in names if n.startswith("tool/")]
     chosen = [*(n for n in ("tool_calls", "code_ratio", "pass_ratio") if n in names), *ends, *tools]
-    chosen = [n for n in chosen if n not in ends or any(v for run in runs for _, v in series(run.train, n)[-LAST:])]
+    chosen = [n for n in chosen if n not in ends or any(v for run in runs for _, v in run.train.get(n, [])[-LAST:])]
     titles = tuple(visible(n.removeprefix("execution/").removeprefix("tool/").replace("_", " ")) for n in chosen)
     rows = tuple(
-        (run.key, run.name, *(number(mean(series(run.train, n)[-LAST:])) for n in chosen)) for run in runs if run.train
+        (run.key, run.name, *(number(mean(run.train.get(n, [])[-LAST:])) for n in chosen)) for run in runs if run.train
     )
     note = f"Mean over the last {LAST} steps; ends of programs as shares of those that ran, those that never happened left out."
     return Table("Tools", ("", "run", *titles), rows if chosen else (), note)
@@ -114,11 +114,11 @@ def fault_table(runs: Sequence[Run]) -> Table:
     names = sorted({name for found in counted for name in found})
     titles = tuple(name.replace("_", " ") for name in names)
     rows = tuple(
-        (run.key, run.name, number(mean(series(run.train, "fault_rate")), "{:.2%}"), *(f"{found.get(n, 0):.0f}" for n in names))
+        (run.key, run.name, number(mean(run.train.get("fault_rate", [])), "{:.2%}"), *(f"{found.get(n, 0):.0f}" for n in names))
         for run, found in zip(runs, counted, strict=True)
         if run.train
     )
-    return Table("Faults", ("", "run", "trajectories lost", *titles), rows, "" if names else "No other fault was logged.")
+    return Table("Faults, counted", ("", "run", "trajectories lost", *titles), rows, "" if names else "No other fault was logged.")
 
 
 def version_table(runs: Sequence[Run]) -> Table:
