@@ -13,7 +13,8 @@ Size = Literal["1.5b", "7b"]
 SOURCE = "arXiv 2503.23383"
 BENCHMARKS = ("aime24", "aime25", "math500", "olympiadbench", "amc23")
 
-TABLE_3: Mapping[Size, Mapping[str, tuple[float, ...]]] = {  # accuracy in %, greedy, one tool call; columns as BENCHMARKS
+# accuracy in %, greedy, one tool call; columns as BENCHMARKS
+TABLE_3: Mapping[Size, Mapping[str, tuple[float, ...]]] = {
     "1.5b": {
         "Qwen2.5-Math-1.5B-Instruct": (10.0, 10.0, 66.0, 31.0, 62.5),
         "Qwen2.5-Math-1.5B-Instruct-TIR": (13.3, 13.3, 73.8, 41.3, 55.0),

@@ -110,7 +110,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 def columns(lines: Sequence[Line], most: int) -> list[float]:
     """At most `most` places on the x axis, evenly over all the points there are, first and last among them."""
-    xs = sorted({x for line in lines for x, _ in (*line.drawn, *line.marks)})
+    xs = sorted({x for line in lines for x, _ in line.drawn or line.marks})
     if len(xs) <= most:
         return xs
     return sorted({xs[round(i * (len(xs) - 1) / (most - 1))] for i in range(most)})
@@ -136,7 +136,7 @@ def line_chart(
     if log:
         lines = [Line(n.index, n.key, _positive(n.drawn), _positive(n.raw), _positive(n.marks)) for n in lines]
     frame = _frame(lines, references, log=log, share=share)
-    parts = [*_grid(frame, x_axis.label), *(_reference(frame, r) for r in references)]
+    parts = [*_grid(frame, x_axis.label)]
     parts += [f'<path class="raw {look(n.index)}" d="{_path(frame, _envelope(n.raw))}"/>' for n in lines if n.raw]
     for n in lines:
         if len(n.drawn) > 1:
@@ -144,6 +144,7 @@ def line_chart(
         elif n.drawn:
             parts.append(_dot("point", frame, n, n.drawn[0]))
         parts += [_dot("mark", frame, n, mark) for mark in _thin(n.marks)]
+    parts += [_reference(frame, r) for r in references]
     parts += _labels(frame, lines)
     parts += _readout(frame, x_axis.word, lines)
     said = ", ".join(f"{n.key} {short(p[-1][1])}" for n in lines if (p := n.drawn or n.marks))
@@ -172,7 +173,9 @@ def stacked_bars(name: str, names: Sequence[str], rows: Sequence[tuple[str, Sequ
     return _svg(f"{name}; a table with the values follows", 8 + len(rows) * height, parts)
 
 
-def stacked_area(name: str, x_axis: XAxis, names: Sequence[str], xs: Sequence[float], parts: Sequence[Sequence[float]]) -> str:
+def stacked_area(
+    name: str, x_axis: XAxis, names: Sequence[str], xs: Sequence[float], parts: Sequence[Sequence[float]]
+) -> str:
     """The parts of a sum over `xs`, one above the other; `parts[i]` belongs to `names[i]`."""
     kept = [i for i, _ in _thin([(float(i), 0.0) for i in range(len(xs))])]
     chosen = [int(i) for i in kept]
@@ -183,9 +186,13 @@ def stacked_area(name: str, x_axis: XAxis, names: Sequence[str], xs: Sequence[fl
     drawn = _grid(frame, x_axis.label)
     for part, (below, above) in enumerate(zip(sums, sums[1:], strict=False)):
         there = [f"{frame.x(xs[i]):.1f},{frame.y(v):.1f}" for i, v in zip(chosen, above, strict=True)]
-        back = [f"{frame.x(xs[i]):.1f},{frame.y(v):.1f}" for i, v in zip(reversed(chosen), reversed(below), strict=True)]
+        back = [
+            f"{frame.x(xs[i]):.1f},{frame.y(v):.1f}" for i, v in zip(reversed(chosen), reversed(below), strict=True)
+        ]
         points = " ".join(there + back)
-        drawn.append(f'<polygon class="f{part % NUM_COLOURS}" points="{points}"><title>{escape(names[part])}</title></polygon>')
+        drawn.append(
+            f'<polygon class="f{part % NUM_COLOURS}" points="{points}"><title>{escape(names[part])}</title></polygon>'
+        )
     return _svg(f"{name} against {x_axis.label}: {', '.join(names)}", frame.bottom + BOTTOM, drawn)
 
 
@@ -235,7 +242,9 @@ def _grid(frame: Frame, x_label: str) -> list[str]:
     for value in values:
         y = frame.y(value)
         parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{frame.right:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{_tick(value, frame.log)}</text>')
+        parts.append(
+            f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{_tick(value, frame.log)}</text>'
+        )
     for value in ticks(frame.low_x, frame.high_x):
         parts.append(
             f'<text class="tick" x="{frame.x(value):.1f}" y="{frame.bottom + 14:.1f}" text-anchor="middle">{_tick(value)}</text>'
@@ -329,7 +338,8 @@ def _readout(frame: Frame, word: str, lines: Sequence[Line]) -> list[str]:
         shown = [(n, v) for n in lines if (v := value_at(n, x)) is not None]
         box = at + 6 if at < (LEFT + frame.right) / 2 else at - 6 - READ_WIDTH
         text = "".join(
-            f'<tspan class="{look(n.index)}" x="{box + 6:.1f}" dy="12">{escape(n.key)} {short(v)}</tspan>' for n, v in shown
+            f'<tspan class="{look(n.index)}" x="{box + 6:.1f}" dy="12">{escape(n.key)} {short(v)}</tspan>'
+            for n, v in shown
         )
         parts.append(
             f'<g class="col" tabindex="-1"><rect class="hit" x="{left:.1f}" y="{TOP}" width="{max(right - left, 0):.1f}" '

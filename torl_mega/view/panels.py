@@ -30,7 +30,9 @@ SECTIONS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
     (
         "Does it learn",
         (
-            Panel("accuracy in training", "accuracy", "responses whose final answer is correct; circles: evaluations", S),
+            Panel(
+                "accuracy in training", "accuracy", "responses whose final answer is correct; circles: evaluations", S
+            ),
             Panel("accuracy in evaluation", "accuracy", "mean over the benchmarks", S, E, "eval_accuracy"),
             Panel("reward", "reward", "mean over all responses"),
         ),
@@ -38,12 +40,20 @@ SECTIONS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
     (
         "Does it use the tool",
         (
-            Panel("code ratio", "code_ratio", "responses with a complete piece of code; circles: evaluations", S, paper="code_ratio"),
+            Panel(
+                "code ratio",
+                "code_ratio",
+                "responses with a complete piece of code; circles: evaluations",
+                S,
+                paper="code_ratio",
+            ),
             Panel("pass ratio", "pass_ratio", "programs that ended OK, of those that ran", S),
             Panel("pass ratio, correct responses", "pass_ratio_correct", "", S),
             Panel("pass ratio, incorrect responses", "pass_ratio_incorrect", "", S),
             Panel("executed code ratio", "executed_code_ratio", "pieces of code that ran, of those written", S),
-            Panel("code before the answer", "code_before_answer_ratio", "pieces of code that end before the first box", S),
+            Panel(
+                "code before the answer", "code_before_answer_ratio", "pieces of code that end before the first box", S
+            ),
             Panel("tool calls a response", "tool_calls"),
             Panel("responses that used all calls", "tool_calls_at_limit_ratio", "", S),
             Panel("void turns", "void_turn_ratio", "responses with a turn of neither code nor answer", S),
@@ -92,18 +102,28 @@ PICTURE = ("accuracy", "code_ratio", "pass_ratio")
 
 def sections(runs: Sequence[Run]) -> Iterator[tuple[str, list[Panel]]]:
     """The charts that one of the runs has a value for; benchmarks, tools and parts of the reward as the runs name them."""
-    names = dict.fromkeys(k for run in runs for k in run.train)
+    names, found = (
+        dict.fromkeys(k for run in runs for k in run.train),
+        benchmarks(runs),
+    )  # one benchmark alone is the mean
     more = {
         "Does it learn": [
-            Panel(f"{visible(b)}, accuracy in evaluation", f"{b}/accuracy", "", S, E, f"{b}/accuracy") for b in benchmarks(runs)
+            Panel(f"{visible(b)}, accuracy in evaluation", f"{b}/accuracy", "", S, E, f"{b}/accuracy")
+            for b in (found if len(found) > 1 else ())
         ]
-        + [Panel(visible(n.replace("/", ": ", 1)), n) for n in names if n.startswith("reward/") and n != "reward/answer"],
+        + [
+            Panel(visible(n.replace("/", ": ", 1)), n)
+            for n in names
+            if n.startswith("reward/") and n != "reward/answer"
+        ],
         "Does it use the tool": [
             Panel(visible(n.removeprefix("tool/").replace("/", ": ").replace("_", " ")), n)
             for n in names
             if n.startswith("tool/")
         ],
-        "Faults": [Panel(visible(n.removeprefix("faults/")), n, "in a step") for n in sorted(names) if n.startswith("faults/")],
+        "Faults": [
+            Panel(visible(n.removeprefix("faults/")), n, "in a step") for n in sorted(names) if n.startswith("faults/")
+        ],
     }
     for title, panels in SECTIONS:
         everything = [*panels, *more.get(title, [])]

@@ -9,11 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from markupsafe import Markup
@@ -21,8 +19,19 @@ from markupsafe import Markup
 from torl_mega.errors import DataError
 from torl_mega.run import paper
 from torl_mega.run.files import write_text
-from torl_mega.view.charts import Line, Reference, XAxis, columns, line_chart, place, short, stacked_area, stacked_bars
-from torl_mega.view.charts import look, swatch, value_at  # fmt: skip
+from torl_mega.view.charts import (
+    Line,
+    Reference,
+    XAxis,
+    columns,
+    line_chart,
+    place,
+    short,
+    stacked_area,
+    stacked_bars,
+    swatch,
+    value_at,
+)
 from torl_mega.view.panels import Panel, constant, sections
 from torl_mega.view.run_data import Axis, Run, Scale, benchmarks, last, mean, read_runs, scale, smoothed, window_for
 from torl_mega.view.spans import visible
@@ -41,6 +50,9 @@ class Options:
     axis: Axis = "step"
     window: int | None = None  # steps that a line averages over; None = the paper's 16 where a run is long enough
     size: paper.Size | None = None  # of the paper's model whose end points are drawn
+
+
+AS_STEPS = Options()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +83,7 @@ def report(
     folders: Sequence[Path],
     out: Path | None = None,
     *,
-    options: Options = Options(),  # noqa: B008
+    options: Options = AS_STEPS,
     png: Path | None = None,
     markdown: Path | None = None,
     as_json: bool = False,
@@ -115,7 +127,9 @@ def _writing(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as exc:
-        raise DataError(f"{target} cannot be written: {exc.strerror}; choose another --out, --png or --markdown") from None
+        raise DataError(
+            f"{target} cannot be written: {exc.strerror}; choose another --out, --png or --markdown"
+        ) from None
 
 
 def report_page(runs: Sequence[Run], x: Scale, options: Options, beside: Path) -> str:
@@ -161,7 +175,7 @@ def _section(
 def _figure(
     panel: Panel, runs: Sequence[Run], x: Scale, window: int, points: dict[str, tuple[str, float]], beside: Path
 ) -> Figure:
-    raw = 1 < window and len(runs) <= MOST_RAW
+    raw = window > 1 and len(runs) <= MOST_RAW
     lines = [line for i, run in enumerate(runs) if (line := _line(panel, i, run, x, window, raw)).drawn or line.marks]
     references = [Reference(*points[panel.paper])] if panel.paper in points else []
     svg = line_chart(
@@ -174,8 +188,8 @@ def _figure(
     )
     rows = []
     for at in columns(lines, NUM_ROWS):
-        cells = [(line, value_at(line, at)) for line in lines]
-        rows.append((Cell(place(at)), *(Cell("–" if v is None else short(v), _step(runs[n.index], x, at, beside)) for n, v in cells)))
+        cells = [Cell(_shown(value_at(n, at)), _step(runs[n.index], x, at, beside)) for n in lines]
+        rows.append((Cell(place(at)), *cells))
     return Figure(panel.title, panel.meaning, Markup(svg), (x.word, *(n.key for n in lines)), tuple(rows))
 
 
@@ -199,7 +213,8 @@ def _phases(runs: Sequence[Run], x: Scale) -> list[Figure]:
     means = [(run.key, [mean(run.train[n]) or 0.0 for n in PHASES.values()]) for run in known]
     rows = tuple((Cell(key), *(Cell(short(v)) for v in values), Cell(short(sum(values)))) for key, values in means)
     head = ("run", *names, "step")
-    figures = [Figure("time in a step (s)", "mean over all steps", Markup(stacked_bars("time in a step", names, means)), head, rows)]
+    bars = Markup(stacked_bars("time in a step", names, means))
+    figures = [Figure("time in a step (s)", "mean over all steps", bars, head, rows)]
     for run in known if len(known) <= MOST_AREAS else []:
         xs = [x.x(run, step) for step, _ in run.train["step"]]
         parts = [[v for _, v in run.train[n]] for n in PHASES.values()]
@@ -214,8 +229,16 @@ def _other(runs: Sequence[Run]) -> Table | None:
     charted = {p.name for _, panels in sections(runs) for p in panels}
     names = dict.fromkeys(k for run in runs for k in run.train if k not in charted and k != "step")
     values = {n: [last(run.train.get(n, [])) for run in runs] for n in names}
-    rows = tuple((visible(n), *("–" if v is None else short(v) for v in found)) for n, found in values.items())
-    return Table("Everything else that was logged", ("metric, last step", *(run.key for run in runs)), rows) if rows else None
+    rows = tuple((visible(n), *map(_shown, found)) for n, found in values.items())
+    return (
+        Table("Everything else that was logged", ("metric, last step", *(run.key for run in runs)), rows)
+        if rows
+        else None
+    )
+
+
+def _shown(value: float | None) -> str:
+    return "–" if value is None else short(value)
 
 
 def _viewer(run: Run, beside: Path) -> str:

@@ -163,8 +163,12 @@ def scale(runs: Sequence[Run], axis: Axis) -> Scale:
     if axis == "tokens":
         return Scale("sampled tokens", "tokens", steps, before)
     longest = max(spent[-1] for spent in before.values())
-    unit, seconds = next(u for u in (("hours", 3600), ("minutes", 60), ("seconds", 1)) if longest >= 3 * u[1] or u[1] == 1)
-    return Scale(f"{unit} in steps, evaluations left out", unit, steps, {k: [s / seconds for s in v] for k, v in before.items()})
+    unit, seconds = next(
+        u for u in (("hours", 3600), ("minutes", 60), ("seconds", 1)) if longest >= 3 * u[1] or u[1] == 1
+    )
+    return Scale(
+        f"{unit} in steps, evaluations left out", unit, steps, {k: [s / seconds for s in v] for k, v in before.items()}
+    )
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -32,7 +32,9 @@ def tables(runs: Sequence[Run], *, size: paper.Size | None) -> list[Table]:
 def results(runs: Sequence[Run]) -> Table:
     columns = ("", "run", "steps", "accuracy before", "after", "code ratio after", "tokens a response", "wall time")
     columns += ("log-prob difference", "syncs verified")
-    return Table("Results", columns, tuple(_result(run) for run in runs), f"Before and after: evaluations; {_last_note()}.")
+    return Table(
+        "Results", columns, tuple(_result(run) for run in runs), f"Before and after: evaluations; {_last_note()}."
+    )
 
 
 def _last_note() -> str:
@@ -114,11 +116,21 @@ def fault_table(runs: Sequence[Run]) -> Table:
     names = sorted({name for found in counted for name in found})
     titles = tuple(name.replace("_", " ") for name in names)
     rows = tuple(
-        (run.key, run.name, number(mean(run.train.get("fault_rate", [])), "{:.2%}"), *(f"{found.get(n, 0):.0f}" for n in names))
+        (
+            run.key,
+            run.name,
+            number(mean(run.train.get("fault_rate", [])), "{:.2%}"),
+            *(f"{found.get(n, 0):.0f}" for n in names),
+        )
         for run, found in zip(runs, counted, strict=True)
         if run.train
     )
-    return Table("Faults, counted", ("", "run", "trajectories lost", *titles), rows, "" if names else "No other fault was logged.")
+    return Table(
+        "Faults, counted",
+        ("", "run", "trajectories lost", *titles),
+        rows,
+        "" if names else "No other fault was logged.",
+    )
 
 
 def version_table(runs: Sequence[Run]) -> Table:
