@@ -64,7 +64,14 @@ def grouped(row: Row) -> dict[str, float]:
         return {f"eval/{name}": value for name, value in numbers.items()}
     if row["kind"] == "sync":
         return {f"sync/first/{name.removeprefix('sync/')}": value for name, value in numbers.items()}
-    return {f"{_group(name)}{name}": value for name, value in numbers.items()}
+    return {_tag(name): value for name, value in numbers.items()}
+
+
+def _tag(name: str) -> str:
+    """Under its group. `reward` cannot be both a number and a folder of its parts: MLflow keeps files."""
+    if name.startswith("reward/"):
+        return f"rollout/reward_parts/{name.removeprefix('reward/')}"
+    return f"{_group(name)}{name}"
 
 
 def _group(name: str) -> str:
@@ -73,7 +80,7 @@ def _group(name: str) -> str:
         return ""
     if name in TOOLS or first in ("execution", "tool"):
         return "tools/"
-    if name in ROLLOUT or first in ("reward", "faults"):
+    if name in ROLLOUT or first == "faults":
         return "rollout/"
     return "time/" if name.endswith("_s") else "train/"
 
@@ -244,7 +251,8 @@ def open_trackers(config: Config, folder: Path, *, resume_at: int, samples: Samp
 
 
 def _without(name: str) -> str:
-    return f"logging.{name}={'false' if name == 'tensorboard' else 'null, or logging.wandb.mode=offline' if name == 'wandb' else 'null'}"
+    more = {"tensorboard": "logging.tensorboard=false", "wandb": "logging.wandb=null, or logging.wandb.mode=offline"}
+    return more.get(name, f"logging.{name}=null")
 
 
 Opened = Callable[[str | None], tuple[Tracker, str]]  # (id of an earlier process, or None) -> (tracker, its id)

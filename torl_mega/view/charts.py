@@ -8,6 +8,7 @@ writes the same columns as a table (`columns`). Lines of many points are thinned
 
 from __future__ import annotations
 
+import itertools
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -184,7 +185,7 @@ def stacked_area(
         sums.append([below + values[i] for below, i in zip(sums[-1], chosen, strict=True)])
     frame = _frame([Line(0, "", list(zip([xs[i] for i in chosen], sums[-1], strict=True)))], (), log=False, share=True)
     drawn = _grid(frame, x_axis.label)
-    for part, (below, above) in enumerate(zip(sums, sums[1:], strict=False)):
+    for part, (below, above) in enumerate(itertools.pairwise(sums)):
         there = [f"{frame.x(xs[i]):.1f},{frame.y(v):.1f}" for i, v in zip(chosen, above, strict=True)]
         back = [
             f"{frame.x(xs[i]):.1f},{frame.y(v):.1f}" for i, v in zip(reversed(chosen), reversed(below), strict=True)
@@ -292,10 +293,10 @@ def _envelope(points: Points) -> Points:
 
 
 def _dot(kind: str, frame: Frame, line: Line, point: tuple[float, float]) -> str:
-    x, y = point
-    title = f"{line.key} at {place(x)}: {short(y)}"
+    title = f"{line.key} at {place(point[0])}: {short(point[1])}"
+    x, y, size = frame.x(point[0]), frame.y(point[1]), 3.2 if len(line.marks) <= 12 else 2
     return (
-        f'<circle class="{kind} {look(line.index)}" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="{3.2 if len(line.marks) <= 12 else 2}">'
+        f'<circle class="{kind} {look(line.index)}" cx="{x:.1f}" cy="{y:.1f}" r="{size}">'
         f"<title>{escape(title)}</title></circle>"
     )
 
