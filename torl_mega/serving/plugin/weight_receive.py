@@ -51,9 +51,20 @@ def receive(
             target = torch.empty(tuple(shape), dtype=getattr(torch, dtype), device=updater.device)
             for_loader.append((name, target))
         works.append(dist.broadcast(target.view(-1).view(torch.uint8), src=0, group=group, async_op=True))
-    for work in works:
-        work.wait()
+    _wait_for_all(works)
     return for_loader
+
+
+def _wait_for_all(works: Sequence[Any]) -> None:
+    """Raises the first failure, but only when nothing is received into parameters any more: the group is destroyed next."""
+    failures = []
+    for work in works:
+        try:
+            work.wait()
+        except RuntimeError as exc:
+            failures.append(exc)
+    if failures:
+        raise failures[0]
 
 
 def _places(
