@@ -403,7 +403,8 @@ class AlgoConfig(Section):
     """A token with a ratio below it drops its whole sequence (verl: 1e-4)."""
     zero_signal: Literal["keep", "drop", "refill"] = "keep"
     """Groups whose advantages are all zero: counted in the mean, left out of it, or replaced by sampling further prompts
-    (DAPO's dynamic sampling), at most rollout.refill_rounds times. Source: core_algos.py:146, kept."""
+    (DAPO's dynamic sampling, which looks at the answers alone), at most rollout.refill_rounds times. Source:
+    core_algos.py:146, kept."""
     penalties: Literal["reward", "advantage"] = "reward"
     """Where the reward's penalties act: in the reward, where a group's std may blow them up, or on the advantage, at most
     `penalty_bound` of its size."""
@@ -417,6 +418,15 @@ class AlgoConfig(Section):
     """Mask trajectories with a turn that holds neither a complete code block nor an answer (SimpleTIR, 2509.02479)."""
     mask_truncated: bool = False
     """Leave responses that ran out of budget out of the loss (DAPO's overlong filter)."""
+
+    @model_validator(mode="after")
+    def _refill_judges_groups(self) -> Self:
+        if self.zero_signal == "refill" and self.advantage == "reinforce_pp":
+            raise ValueError(
+                "algo.zero_signal = refill replaces groups whose answers are alike, but with algo.advantage = reinforce_pp these "
+                "have advantages too; use keep or drop, or another advantage"
+            )
+        return self
 
     @property
     def geo_bounds(self) -> tuple[float, float]:

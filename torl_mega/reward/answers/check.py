@@ -23,7 +23,7 @@ from torl_mega.reward.answers.expression import at_full_precision
 from torl_mega.reward.answers.finished import is_finished
 from torl_mega.reward.answers.forms import Form, is_name, letters, read_form, renamed
 from torl_mega.reward.answers.normalize import normalize
-from torl_mega.reward.answers.scalars import CHOICE, read_scalar, same_choice, same_text, text_words
+from torl_mega.reward.answers.scalars import CHOICE, read_scalar, same_choice, same_text, text_words, without_label
 from torl_mega.reward.answers.symbolic import math_verify_grade, second_opinion
 from torl_mega.reward.answers.syntax import Unreadable, symbols
 
@@ -40,6 +40,8 @@ def check(answer: str, gold: str) -> bool:
         return False
     if same_text(a, g) or same_choice(a, g):
         return True
+    if (plain := without_label(a, g)) is not None:
+        return check(*plain)
     form, gold_form = _readable(_constants_as_in(a, g)), _readable(_constants_as_in(g, a))
     if form is None or gold_form is None:
         return _without_reading(answer, gold, gold_form)

@@ -100,6 +100,7 @@ _ONE_LETTER = re.compile(
     re.ASCII,
 )
 _MARKDOWN = re.compile(r"^(?:\*\*(.+)\*\*|(__|[*_`])([^*_`]+)\2)$")
+_QUOTED = re.compile(r"^(['\"])([^'\"]+)\1$")  # Python's repr of a text
 _SPACES = re.compile(r"\s+")
 _NUMBER_TEXT = re.compile(r"\\text\s*\{\s*([-+]?[0-9][0-9.,/]*)\s*\}", re.ASCII)
 
@@ -107,6 +108,7 @@ _NUMBER_TEXT = re.compile(r"\\text\s*\{\s*([-+]?[0-9][0-9.,/]*)\s*\}", re.ASCII)
 @lru_cache(maxsize=512)
 def normalize(text: str) -> str:
     """`text` in the one spelling that the rest of the grader reads: no `$`, no `\\left`, `\\frac`, `\\text{…}`, `*`, `\\le` …"""
+    text = _QUOTED.sub(r"\2", text.strip())
     text = from_printed(_MARKDOWN.sub(r"\1\3", _SPACES.sub(" ", text.translate(_TABLE)).strip()))
     text = _infix_to_prefix(_SYSTEM.sub(_join_lines, _single_backslashes(text)))
     for sign, pattern, replacement in _SUBSTITUTIONS:
