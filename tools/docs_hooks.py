@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+BY_FILE = re.compile(r"\[(\w+\.md)\]\((\1(?:#[\w-]+)?)\)")
 OUTSIDE = re.compile(r"(?<!!)\[([^\]\n]+)\]\(\.\./[^)\s]+\)")
 Entry = str | dict[str, Any]
 
@@ -25,8 +26,18 @@ def on_config(config: Any) -> Any:
     return config
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
+def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
+    if page.is_homepage:
+        page.meta["hide"] = ["navigation"]  # its own name alone
+    docs = Path(config["docs_dir"]) / Path(page.file.src_path).parent
+    markdown = BY_FILE.sub(lambda link: f"[{title_of(docs / link[1])}]({link[2]})", markdown)
     return OUTSIDE.sub(lambda link: link[1] if "`" in link[1] else f"`{link[1]}`", markdown)
+
+
+def title_of(page: Path) -> str:
+    """Its first heading, or its name where the page is not there (mkdocs then says so)."""
+    found = re.search(r"^# (.+)$", page.read_text(), re.M) if page.is_file() else None
+    return found[1] if found else page.name
 
 
 def present(nav: list[Entry], docs: Path) -> Iterator[Entry]:

@@ -1,4 +1,4 @@
-"""The commands of the docs that train or render, run as a reader runs them: page by page, in one folder, from the markdown itself."""
+"""The commands of the docs that train or render, run as a reader runs them: page by page, in one folder, as written."""
 
 from __future__ import annotations
 
