@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -22,6 +23,7 @@ from torl_mega.rollout.statistics import rollout_metrics
 from torl_mega.types import CollectedGroups
 
 DOCS = ROOT / "docs"
+CHROMIUM = shutil.which("chromium")
 
 
 @cache
@@ -151,6 +153,26 @@ def test_the_site_fetches_nothing_and_leaves_nothing_out(site: Path) -> None:
         assert "mermaid" not in made.read_text()  # which the theme would fetch
     styles = "".join(file.read_text() for file in site.rglob("*.css"))
     assert re.findall(r"(?:url\(|@import)\s*[\"']?(https?://[^\"')]*)", styles) == []
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
+def test_the_search_works_from_the_disk(site: Path, tmp_path: Path) -> None:
+    """Where no worker can be started and nothing be fetched."""
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path}",
+        "--virtual-time-budget=20000",
+    ]
+    page = f"file://{site}/plans/torl_7b.html?q=group_zero_signal_ratio"
+    done = subprocess.run(
+        [str(CHROMIUM), *options, "--enable-logging=stderr", "--dump-dom", page],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert re.search(r"md-search-result__meta\">\d+ matching documents", done.stdout), done.stderr[-2000:]
+    assert "watching.html" in done.stdout
+    assert "CONSOLE" not in done.stderr
 
 
 def test_the_site_shows_what_a_code_host_shows(site: Path) -> None:
