@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 HAVE_CUDA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
 
-.PHONY: quickstart install test test-slow test-gpu gpu-evidence lint format mcore-next te gpu-sources trl tiny-base clean
+.PHONY: quickstart install test test-slow test-gpu gpu-evidence lint format docs mcore-next te gpu-sources trl tiny-base clean
 
 quickstart: install
 	$(BIN)/torl train conf/quickstart$(if $(HAVE_CUDA),_gpu).yaml
@@ -55,6 +55,11 @@ lint: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# docs/ as a site in build/site; nothing is fetched, and a broken link fails
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "docs: build/site/index.html"
 
 # what the GPU image has and a CPU cannot install: wheels of plain Python, unpacked where tests look for them (dependency
 # groups of the same names; 3 MB)
