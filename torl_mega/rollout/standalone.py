@@ -23,6 +23,7 @@ from torl_mega.rollout.recorder import read_groups, step_path
 from torl_mega.run.files import write_json
 from torl_mega.run.folder import RunFolder
 from torl_mega.run.metrics import RunMetrics
+from torl_mega.serving.whose_weights import whose_weights
 from torl_mega.types import Turn
 
 
@@ -90,6 +91,9 @@ def _with_collector(config: Config, folder: RunFolder, work: Callable[[LiveColle
         tokenizer.check_lossless()
         collector = build_collector(config, folder, tokenizer, run, stack, any_version=True)
         wait_for_servers(config, run)
+        if config.serving.urls:  # which loaded what they like
+            for line in run(whose_weights(config.serving.urls, config.model.path)):
+                print(line, flush=True)
         work(collector)
 
 
