@@ -151,13 +151,18 @@ def view(
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders to compare")],
     out: Annotated[Path | None, typer.Option(help="Where the page goes; default RUN/report.html")] = None,
-    png: Annotated[Path | None, typer.Option(help="Also write the curves as a picture")] = None,
+    png: Annotated[Path | None, typer.Option(help="Also write accuracy and tool use as a picture")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Also write the tables as Markdown; - prints them")] = None,
+    x: Annotated[Literal["step", "tokens", "time"], typer.Option("--x", help="What the curves run against")] = "step",
+    smooth: Annotated[int | None, typer.Option(min=1, help="Steps a line averages; default 16 for long runs")] = None,
+    paper: Annotated[Literal["1.5b", "7b"] | None, typer.Option(help="Draw the end points of ToRL's model")] = None,
     json: Json = False,
 ) -> None:
-    """Render the curves of one or several runs as one static HTML page."""
-    from torl_mega.view import command
+    """Compare runs on one static HTML page: curves, settings that differ, benchmarks, tools, faults."""
+    from torl_mega.view import report as pages
 
-    raise typer.Exit(command.report(runs, out, png=png, as_json=json))
+    options = pages.Options(axis=x, window=smooth, size=paper)
+    raise typer.Exit(pages.report(runs, out, options=options, png=png, markdown=markdown, as_json=json))
 
 
 @sandbox_app.command("serve")

@@ -576,10 +576,40 @@ class GuardsConfig(Section):
     """The start-up probe's limit for the same prompt on server and trainer; bf16 rounds, so it is loose by default."""
 
 
+class WandbConfig(Section):
+    """A run at Weights & Biases, beside metrics.jsonl; needs the library wandb."""
+
+    project: str = "torl_mega"
+    entity: str | None = None
+    """User or team; None = the account's own."""
+    group: str | None = None
+    """Runs that belong together, such as the seeds of one arm."""
+    mode: Literal["online", "offline"] | None = None
+    """offline writes RUN/wandb/, for `wandb sync`. None = as WANDB_MODE says, or online."""
+    tags: tuple[str, ...] = ()
+
+
+class MlflowConfig(Section):
+    """A run at MLflow, beside metrics.jsonl; needs the library mlflow-skinny or mlflow."""
+
+    uri: str | None = None
+    """Tracking server (`http://host:port`) or a folder. None = as MLFLOW_TRACKING_URI says, or the folder `mlruns` in runs_dir."""
+    experiment: str = "torl_mega"
+
+
 class LoggingConfig(Section):
     trajectories: bool = True
     """Write trajectories/step_*.jsonl.zst."""
     tensorboard: bool = True
+    """Write tensorboard/."""
+    wandb: WandbConfig | None = None
+    """Also log to Weights & Biases; None = not."""
+    mlflow: MlflowConfig | None = None
+    """Also log to MLflow; None = not."""
+    samples: int = Field(default=4, ge=0)
+    """Transcripts that the trackers get with each evaluation and every `samples_every_steps` steps."""
+    samples_every_steps: PositiveInt = 10
+    """Fewer than every step, so that texts do not fill a tracker."""
 
 
 class ClusterConfig(Section):

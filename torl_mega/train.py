@@ -37,10 +37,13 @@ from torl_mega.process.stop_flag import StopFlag
 from torl_mega.rollout.ahead import SamplingAhead
 from torl_mega.rollout.build import GC_THRESHOLDS, AsyncRunner, addresses, build_collector, wait_for_servers
 from torl_mega.rollout.replay import ReplayCollector
+from torl_mega.rollout.sample_texts import sample_texts
 from torl_mega.run.files import write_json
 from torl_mega.run.folder import RunFolder, open_run
 from torl_mega.run.limits import check_guards
 from torl_mega.run.metrics import RunMetrics, summarize
+from torl_mega.run.trackers import open_trackers
+from torl_mega.run.versions import record_versions
 from torl_mega.serving.gate import TrainerGate, notes_folder
 from torl_mega.serving.probe import check_engines
 from torl_mega.serving.sync.paused import DrainedSink, PausedSink
@@ -165,12 +168,10 @@ def build_rank0(
         stack.callback(run.close)
         tokenizer = Tokenizer(config.model.path)
         tokenizer.check_lossless()
-        log = RunMetrics(
-            folder.path,
-            num_steps=config.num_steps,
-            resume_at=int(saved["steps_done"]),
-            tensorboard=config.logging.tensorboard,
-        )
+        steps_done = int(saved["steps_done"])
+        record_versions(folder.path, from_step=steps_done)
+        trackers = open_trackers(config, folder.path, resume_at=steps_done, samples=sample_texts(folder))
+        log = RunMetrics(folder.path, num_steps=config.num_steps, resume_at=steps_done, trackers=trackers)
         stack.callback(log.close)
         if config.rollout.replay is not None:
             yield Rank0(ReplayCollector(config), NoServers(), log, tokenizer, (), run)

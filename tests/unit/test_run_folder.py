@@ -72,12 +72,12 @@ def metrics(step):
 
 
 def test_resume_drops_what_will_be_repeated_and_a_torn_last_line(tmp_path, capsys):
-    log = RunMetrics(tmp_path, num_steps=9, resume_at=0, tensorboard=False)
+    log = RunMetrics(tmp_path, num_steps=9, resume_at=0)
     log.evaluation(0, {"accuracy": 0.1})
     for step in range(3):
         log.step(step, metrics(step))
     log.path.write_text(log.path.read_text() + '{"kind": "train", "st')
-    again = RunMetrics(tmp_path, num_steps=9, resume_at=2, tensorboard=False)
+    again = RunMetrics(tmp_path, num_steps=9, resume_at=2)
     assert [(r["kind"], r["step"]) for r in again.rows] == [("eval", 0), ("train", 0), ("train", 1)]
     assert read_rows(again.path) == again.rows
     assert again.evaluated_steps() == {0}
@@ -85,7 +85,7 @@ def test_resume_drops_what_will_be_repeated_and_a_torn_last_line(tmp_path, capsy
 
 
 def test_summary_is_computed_from_the_rows(tmp_path):
-    log = RunMetrics(tmp_path, num_steps=2, resume_at=0, tensorboard=True)
+    log = RunMetrics(tmp_path, num_steps=2, resume_at=0)
     log.first_sync(0, {"num_servers": 1, "verify_s": 0.1})
     log.evaluation(0, {"accuracy": 0.1, "code_ratio": 0.0})
     log.step(0, {**metrics(0), "faults/sandbox_retry": 1, "sync/num_servers": 1, "sync/verify_s": 0.1})
@@ -99,4 +99,3 @@ def test_summary_is_computed_from_the_rows(tmp_path):
     assert summary["weight_sync"] == {"num_syncs": 2, "num_verified": 2}
     assert summary["faults"] == {"sandbox_retry": 3}
     assert summary["wall_s"] == {"rollout": 4.0, "train": 2.0, "sync": 1.0, "total": 9.0}
-    assert any((tmp_path / "tensorboard").iterdir())

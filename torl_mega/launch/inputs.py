@@ -14,12 +14,14 @@ from torl_mega.import_path import load
 from torl_mega.layout import check_layout, read_hf_config
 from torl_mega.rollout.evaluate import absent_benchmarks
 from torl_mega.run.folder import RunFolder
+from torl_mega.run.trackers import check_installed
 from torl_mega.serving.fp8_format import check_fp8_serving
 
 
 def check_inputs(config: Config, num_ranks: int | None) -> None:
     """Raises TorlError for a model, layout or data file that cannot work; opens no big file. `num_ranks`: None without a
     trainer."""
+    check_installed(config.logging)
     hf_config = read_hf_config(config.model.path)
     problems = check_layout(hf_config, config.parallel, num_ranks) if num_ranks else []
     problems = problems or check_fp8_serving(hf_config, config)

@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from torl_mega.rollout.evaluate import KNOWN_SIZES, EvalReport, canonical_name
+from torl_mega.run import paper
 from torl_mega.run.files import replacing, write_json, write_text
 from torl_mega.types import CollectedGroups, Reward, Trajectory
 
-PAPER_TABLE_3 = {  # arXiv 2503.23383, accuracy in %; the averages are those of the columns (7B is printed as 62.1)
-    "ToRL-1.5B (paper)": {"aime24": 26.7, "aime25": 26.7, "math500": 77.8, "olympiadbench": 44.0, "amc23": 67.5},
-    "ToRL-7B (paper)": {"aime24": 43.3, "aime25": 30.0, "math500": 82.2, "olympiadbench": 49.9, "amc23": 75.0},
-}
+PAPER_TABLE_3 = {f"{paper.OURS[size]} (paper)": paper.row(size, paper.OURS[size]) for size in paper.TABLE_3}
 
 
 def write_report(folder: Path, name: str, report: EvalReport, collected: CollectedGroups) -> None:

@@ -20,10 +20,13 @@ from torl_mega.process.stop_flag import StopFlag
 from torl_mega.rollout.build import GC_THRESHOLDS, AsyncRunner, build_collector, wait_for_servers
 from torl_mega.rollout.collector import LiveCollector
 from torl_mega.rollout.recorder import read_groups, step_path
+from torl_mega.rollout.sample_texts import sample_texts
 from torl_mega.run.files import write_json
 from torl_mega.run.folder import RunFolder
 from torl_mega.run.metrics import RunMetrics
 from torl_mega.serving.whose_weights import whose_weights
+from torl_mega.run.trackers import open_trackers
+from torl_mega.run.versions import record_versions
 from torl_mega.types import Turn
 
 
@@ -37,7 +40,9 @@ def evaluate(config: Config, folder: RunFolder) -> None:
 
 def collect(config: Config, folder: RunFolder) -> None:
     """Collects `num_steps` steps of trajectories from `model.path`, as a run that can be replayed. Raises TorlError."""
-    log = RunMetrics(folder.path, num_steps=config.num_steps, resume_at=0, tensorboard=config.logging.tensorboard)
+    record_versions(folder.path, from_step=0)
+    trackers = open_trackers(config, folder.path, resume_at=0, samples=sample_texts(folder))
+    log = RunMetrics(folder.path, num_steps=config.num_steps, resume_at=0, trackers=trackers)
 
     def work(collector: LiveCollector) -> None:
         for step in range(config.num_steps):

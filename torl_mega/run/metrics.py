@@ -1,4 +1,4 @@
-"""A run's metrics: metrics.jsonl (one row a step, evaluation or first sync), TensorBoard, one console line a step.
+"""A run's metrics: metrics.jsonl (one row a step, evaluation or first sync), trackers, one console line a step.
 
 metrics.jsonl is the single source of what happened; `summary.json` and `torl report` are computed from it. On resume
 the rows of steps that will be repeated are dropped. Only rank 0 holds a `RunMetrics`.
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from torl_mega.run.files import write_text
+from torl_mega.run.trackers import Trackers
 
 Row = dict[str, Any]
 
@@ -19,12 +20,13 @@ Row = dict[str, Any]
 class RunMetrics:
     """Implements `RunLog` on rank 0. `resume_at`: the step that comes next."""
 
-    def __init__(self, folder: Path, *, num_steps: int, resume_at: int, tensorboard: bool) -> None:
+    def __init__(self, folder: Path, *, num_steps: int, resume_at: int, trackers: Trackers | None = None) -> None:
         self.path = folder / "metrics.jsonl"
         self._num_steps = num_steps
         self.rows = [r for r in read_rows(self.path) if _survives(r, resume_at)]
         write_text(self.path, "".join(json.dumps(r) + "\n" for r in self.rows))
-        self._board = _board(folder / "tensorboard", resume_at) if tensorboard else None
+        self._trackers = trackers or Trackers()
+        self._trackers.catch_up(self.rows, resume_at)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         self._write({"kind": "train", "step": step, **metrics})
@@ -44,18 +46,14 @@ class RunMetrics:
         return {r["step"] for r in self.rows if r["kind"] == "eval"}
 
     def close(self) -> None:
-        if self._board:
-            self._board.close()
+        last = max((r["step"] for r in self.rows if r["kind"] == "train"), default=-1)
+        self._trackers.close(complete=last + 1 >= self._num_steps)
 
     def _write(self, row: Row) -> None:
         self.rows.append(row)
         with self.path.open("a") as out:
             out.write(json.dumps(row) + "\n")
-        if self._board:
-            for name, value in row.items():
-                if isinstance(value, int | float) and name != "step":
-                    self._board.add_scalar(f"{row['kind']}/{name}", value, row["step"])
-            self._board.flush()
+        self._trackers.row(row)
 
 
 LINE = {"accuracy": "acc {:.3f}", "code_ratio": "code {:.2f}", "pass_ratio": "pass {:.2f}", "reward": "reward {:+.2f}"}
@@ -123,9 +121,3 @@ def _measures(row: Row) -> Row:
 
 def _survives(row: Row, resume_at: int) -> bool:
     return row["step"] < resume_at if row["kind"] == "train" else row["step"] <= resume_at
-
-
-def _board(folder: Path, purge_step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=purge_step)

@@ -1,6 +1,6 @@
-"""`torl view` and `torl report`: from run folders to one static page, a picture, or the verdict of an audit.
+"""`torl view`: from a run folder to one static page, or the verdict of an audit.
 
-Both return an exit code, print the paths they wrote, and raise DataError with one line for a folder that holds no run.
+Returns an exit code, prints the path it wrote, and raises DataError with one line for a folder that holds no run.
 """
 
 from __future__ import annotations
@@ -53,26 +53,6 @@ def view(
     with _writing(target):
         write_text(target, page)
     _say({"html": str(target), "step": number, "shown": len(shown), "recorded": len(rows)}, as_json, str(target))
-    return 0
-
-
-def report(runs: Sequence[Path], out: Path | None = None, *, png: Path | None = None, as_json: bool = False) -> int:
-    """Writes the curves of one or several runs as HTML (default: `RUN/report.html` of the first) and, with `png`, a
-    picture of accuracy, code ratio and pass ratio against steps."""
-    from torl_mega.view.report import read_run, report_page, write_png  # matplotlib: heavy
-
-    if not runs:
-        raise DataError("torl report needs a run folder, e.g. runs/quickstart")
-    read = [read_run(run) for run in runs]
-    target = out or runs[0] / "report.html"
-    page, written = report_page(read), {"html": str(target)}
-    with _writing(target):
-        write_text(target, page)
-    if png is not None:
-        with _writing(png):
-            write_png(png, read)
-        written["png"] = str(png)
-    _say(written, as_json, "\n".join(written.values()))
     return 0
 
 
@@ -142,7 +122,7 @@ def _writing(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as exc:
-        raise DataError(f"{target} cannot be written: {exc.strerror}; choose another --out or --png") from None
+        raise DataError(f"{target} cannot be written: {exc.strerror}; choose another --out") from None
 
 
 def _say(values: Mapping[str, object], as_json: bool, text: str) -> None:
