@@ -12,10 +12,14 @@ from torl_mega.data.problem_files import is_missing
 from torl_mega.errors import CheckpointError, ConfigError, DataError
 from torl_mega.import_path import load
 from torl_mega.layout import check_layout, read_hf_config
+from torl_mega.rollout.benchmark_table import SOURCE_NOTE
 from torl_mega.rollout.evaluate import absent_benchmarks
+from torl_mega.run.files import write_json
 from torl_mega.run.folder import RunFolder
 from torl_mega.run.trackers import check_installed
 from torl_mega.serving.fp8_format import check_fp8_serving
+
+EVALUATED = frozenset({"model"})  # the sections in which evaluations of one name may differ
 
 
 def check_inputs(config: Config, num_ranks: int | None) -> None:
@@ -73,7 +77,13 @@ def _converted(config: Config) -> Path:
             f"model.path = {checkpoint} is a Megatron checkpoint outside a run folder, so its tokenizer is unknown; "
             f"convert it with tools/convert_megatron_to_hf.py --tokenizer DIR"
         )
-    tokenizer = json.loads(owner.read_text())["config"]["model"]["path"]
+    try:
+        tokenizer = str(json.loads(owner.read_text())["config"]["model"]["path"])
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise ConfigError(
+            f"{owner} holds no run's settings ({type(exc).__name__}: {exc}), so the tokenizer of {checkpoint} is unknown; convert "
+            f"it with tools/convert_megatron_to_hf.py --tokenizer DIR"
+        ) from None
     out = RunFolder.of(config).path / f"{checkpoint.parents[1].name}_{checkpoint.name}_hf"
     if not out.exists():
         command = [sys.executable, "-m", "torl_mega.trainer.weights.export", "--checkpoint", str(checkpoint)]
@@ -82,4 +92,5 @@ def _converted(config: Config) -> Path:
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no output"])[-1]
             raise CheckpointError(f"{checkpoint} could not be converted: {last.removeprefix('error: ')}")
+    write_json(out / SOURCE_NOTE, {"model": tokenizer, "checkpoint": str(checkpoint)})
     return out
