@@ -9,7 +9,7 @@ goes through the loader. That halves a server's work in a sync and saves the mem
 
 Runs in SGLang's scheduler processes, as an AROUND hook on `WeightUpdater.receive_weights_from_distributed`
 (srt/model_executor/model_runner_components/weight_updater.py); asked for with `load_format` = "torl_in_place", which
-expects one broadcast per tensor, as bytes, and one of a single byte, which connects the group, where there are none. With
+expects the broadcasts that `trips` says, as bytes, and one of a single byte, which connects the group, where there are none. With
 "torl_shared" in its place `group_name` has a file for each of our ranks, with commas, in which the bucket lies end to end:
 /proc/PID/fd/N, memory that goes with the process that made it.
 """
@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torl_mega.serving.plugin.held_weights import Copy, spec_line, trace_loader
 
 IN_PLACE, SHARED = "torl_in_place", "torl_shared"
+SMALL = 2**17  # bytes of a tensor that does not travel alone
 
 
 def receive(
@@ -50,16 +51,33 @@ def receive(
         dist.broadcast(torch.zeros(1, dtype=torch.uint8, device=updater.device), src=0, group=group)
         return []
     places = _places(updater.get_model(), names, dtypes, shapes)
-    for_loader, works = [], []
+    targets, for_loader = [], []
     for name, dtype, shape in zip(names, dtypes, shapes, strict=True):
         target = places.get(name)
         if target is None:
             target = torch.empty(tuple(shape), dtype=getattr(torch, dtype), device=updater.device)
             for_loader.append((name, target))
-        works.append(dist.broadcast(target.view(-1).view(torch.uint8), src=0, group=group, async_op=True))
+        targets.append(target.view(-1).view(torch.uint8))
+    works, arrived = [], []
+    for trip in trips([target.numel() for target in targets]):
+        flat = targets[trip[0]]
+        if len(trip) > 1:
+            flat = torch.empty(sum(targets[n].numel() for n in trip), dtype=torch.uint8, device=updater.device)
+            arrived.append((flat, [targets[n] for n in trip]))
+        works.append(dist.broadcast(flat, src=0, group=group, async_op=True))
     for work in works:
         work.wait()
+    for flat, parts in arrived:
+        for part, piece in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
+            part.copy_(piece)
     return for_loader
+
+
+def trips(sizes: Sequence[int]) -> list[list[int]]:
+    """Which tensors of a bucket, by number, travel in one broadcast, given their bytes: each large one alone, so that it is
+    received where it belongs, and then all small ones, whose broadcasts would be nothing but latency."""
+    small = [n for n, size in enumerate(sizes) if size < SMALL]
+    return [[n] for n, size in enumerate(sizes) if size >= SMALL] + ([small] if small else [])
 
 
 def _mapped(
