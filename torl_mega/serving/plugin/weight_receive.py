@@ -88,7 +88,7 @@ def _mapped(
     sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, types, strict=True)]
     whole = torch.from_file(path, shared=True, size=sum(sizes), dtype=torch.uint8)
     parts = zip(names, whole.split(sizes), types, shapes, strict=True)
-    return [(name, part.view(dtype).view(*shape)) for name, part, dtype, shape in parts]
+    return [(name, part.view(dtype).view(tuple(shape))) for name, part, dtype, shape in parts]
 
 
 def _places(
