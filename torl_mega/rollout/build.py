@@ -131,6 +131,7 @@ def build_collector(
             progress=progress,
         ),
         expect_version=(lambda _: client.expect_version(None)) if any_version else expect,
+        progress=progress,
         counters=lambda: Counter(client.counters) + Counter(sandbox.counters) + reward.counters,
     )
 
