@@ -213,7 +213,7 @@ def test_json_is_one_object_a_line_with_these_keys(tmp_path: Path, capsys: pytes
     log, notes, status = tmp_path / "logs/rank_0.log", tmp_path / "notes", tmp_path / "status"
     notes.mkdir()
     status.mkdir()
-    watched = Watched(tmp_path / "metrics.jsonl", 30, Voice(log, console), notes)
+    watched = Watched(tmp_path / "metrics.jsonl", 30, Voice(log, console), notes=notes)
     (status / "server_0.ready").touch()
     Progress(notes).milestone("trainer", 2.0, steps_done=0, checkpoint=None)
     (tmp_path / "metrics.jsonl").write_text(

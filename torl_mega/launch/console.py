@@ -352,8 +352,10 @@ class Voice:
 class Watched:
     """One attempt as the console shows it: its start-up, its rows, and how far it is. `notes`: where it notes its progress."""
 
-    def __init__(self, metrics: Path, num_steps: int, voice: Voice, notes: Path = Path(os.devnull)) -> None:
-        self.voice, self.notes = voice, notes
+    def __init__(
+        self, metrics: Path, num_steps: int, voice: Voice, *, notes: Path = Path(os.devnull), trains: bool = True
+    ) -> None:
+        self.voice, self.notes, self.trains = voice, notes, trains
         self._rows, self._pace = Rows(metrics), Pace(num_steps)
         self._told: set[Path] = set()
         self._milestones = 0

@@ -94,11 +94,12 @@ def _bar(text: str) -> str:
 def _with_collector(config: Config, folder: RunFolder, work: Callable[[LiveCollector], object]) -> None:
     gc.set_threshold(*GC_THRESHOLDS)
     with contextlib.ExitStack() as stack:
-        run = AsyncRunner(StopFlag())
+        run = AsyncRunner(None)  # until there is something to close in order, a stop request ends this process
         stack.callback(run.close)
         tokenizer = Tokenizer(config.model.path)
         tokenizer.check_lossless()
         collector = build_collector(config, folder, tokenizer, run, stack, any_version=True)
+        run.stops_at(StopFlag())
         wait_for_servers(config, run)
         work(collector)
 
