@@ -26,7 +26,7 @@ from torl_mega.config import Config
 from torl_mega.errors import ConfigError, TorlError
 from torl_mega.launch.commands import task_command
 from torl_mega.launch.console import Header, Plain, Voice, Watched, make_console
-from torl_mega.launch.inputs import EVALUATED, check_inputs, freeze, without_trainer
+from torl_mega.launch.inputs import EVALUATED, check_inputs, check_program, freeze, without_trainer
 from torl_mega.launch.place import place_here, with_addresses
 from torl_mega.launch.task import ERROR_MARK, last_words
 from torl_mega.planner.placement import Placement
@@ -63,6 +63,7 @@ def train(config: Config, *, json: bool = False) -> int:
 
 def collect(program: str, config: Config, *, json: bool) -> int:
     """Runs `eval`, `rollout` or `try` of rollout/standalone.py beside servers and a sandbox; prints its result to stdout."""
+    check_program(program, config)
     config = without_trainer(config)
     placement = place_here(config, trains=False)
     check_inputs(config, None)

@@ -14,7 +14,7 @@ from dataclasses import replace
 from torl_mega.config import Config
 from torl_mega.config_file import config_hash, load_config
 from torl_mega.data.tokenizer import Tokenizer
-from torl_mega.errors import ConfigError, Preempted, TorlError
+from torl_mega.errors import Preempted, TorlError
 from torl_mega.process import exit_codes
 from torl_mega.process.stop_flag import StopFlag
 from torl_mega.rollout.benchmark_table import name_of_policy
@@ -30,8 +30,6 @@ from torl_mega.types import Turn
 def evaluate(config: Config, folder: RunFolder) -> None:
     """Scores `model.path` on `eval.data`; writes eval/NAME.{json,md,jsonl}, NAME as `name_of_policy` has it, and the same as
     eval/step_00000. Raises TorlError."""
-    if not config.eval.data:
-        raise ConfigError("eval.data is empty; name benchmarks, e.g. 'eval.data=[data/torl_test.parquet]'")
 
     def work(collector: LiveCollector) -> None:
         collector.name = name_of_policy(config.model.path)
