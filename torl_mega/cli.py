@@ -221,6 +221,8 @@ def main() -> None:
         os._exit(NOBODY_READS)  # without Python's flush at exit, which would complain
     except OSError as exc:
         error = _in_words(exc)
+    except UnicodeDecodeError as exc:
+        error = f"a file that was to be read is not UTF-8 text: {exc.reason} at byte {exc.start}"
     if os.environ.get("TORL_TRACEBACK"):
         traceback.print_exc()
     with contextlib.suppress(OSError):  # stderr may be what is full

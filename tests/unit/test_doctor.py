@@ -215,3 +215,15 @@ def test_nodes_are_collected_into_one_table(tmp_path: Path, capsys: pytest.Captu
     assert "full" in out
     assert "image not found" in out
     assert "n0" not in out
+
+
+def test_what_is_wrong_is_summed_up_with_each_cause_once() -> None:
+    found = [Check("a", "ok", "x"), Check("b", "fail", "no y; make it"), Check("c", "fail", "no y; make it")]
+    found.append(Check("d", "warn", "slow; wait"))
+    assert doctor.summed_up(found) == [
+        "2 of 4 checks fail:",
+        "  b, c: no y; make it",
+        "1 of 4 checks warn:",
+        "  d: slow; wait",
+    ]
+    assert doctor.summed_up(found[:1]) == ["1 checks, all well"]

@@ -110,19 +110,23 @@ class Live(Plain):
 
         super().__init__(out)
         self._rich = Console(file=out, highlight=False)
-        self._shown = False
+        self._shown = ""  # what stands there now
         self._began = time.monotonic()
 
     def tick(self, now: Now, servers: tuple[int, int], steps: tuple[int, int], eta_s: float | None) -> None:
         from rich.text import Text
 
-        width = self._rich.width - 1  # a full last column would wrap
-        text = Text(fit(live_parts(now, servers, steps, eta_s, time.monotonic() - self._began), width), "bold cyan")
+        width = (os.get_terminal_size(self.out.fileno()).columns or 80) - 1  # a full last column would wrap
+        text = Text(
+            fit(live_parts(now, servers, steps, eta_s, time.monotonic() - self._began), width), "bold cyan", end=""
+        )
         text.truncate(width, overflow="ellipsis")
+        if text.plain == self._shown:
+            return
         self._clear()
-        self._rich.print(text, end="", no_wrap=True, crop=True)
+        self._rich.print(text, end="", soft_wrap=True)
         self.out.flush()
-        self._shown = True
+        self._shown = text.plain
 
     def warn(self, text: str) -> None:
         self._clear()
@@ -143,7 +147,7 @@ class Live(Plain):
         if self._shown:
             self.out.write("\r\x1b[2K")
             self.out.flush()
-            self._shown = False
+            self._shown = ""
 
 
 class JsonLines(Plain):
@@ -299,7 +303,7 @@ class Pace:
         self.done, self._last = number + 1, time.monotonic()
 
     def eta_s(self) -> float | None:
-        if self._since is None or self.done <= self._first:
+        if self._since is None or self.done <= self._first or self.done >= self.num_steps:
             return None
         each = (self._last - self._since) / (self.done - self._first)
         return max(0.0, each * (self.num_steps - self.done) - (time.monotonic() - self._last))
@@ -348,8 +352,10 @@ class Voice:
 class Watched:
     """One attempt as the console shows it: its start-up, its rows, and how far it is. `notes`: where it notes its progress."""
 
-    def __init__(self, metrics: Path, num_steps: int, voice: Voice, notes: Path = Path(os.devnull)) -> None:
-        self.voice, self.notes = voice, notes
+    def __init__(
+        self, metrics: Path, num_steps: int, voice: Voice, *, notes: Path = Path(os.devnull), trains: bool = True
+    ) -> None:
+        self.voice, self.notes, self.trains = voice, notes, trains
         self._rows, self._pace = Rows(metrics), Pace(num_steps)
         self._told: set[Path] = set()
         self._milestones = 0

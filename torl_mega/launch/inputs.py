@@ -31,6 +31,11 @@ def check_inputs(config: Config, num_ranks: int | None) -> None:
     problems = problems or check_fp8_serving(hf_config, config)
     if problems:
         raise ConfigError("; ".join(problems))
+    replay = config.rollout.replay
+    if num_ranks and replay is not None and not RunFolder(Path(replay)).trajectories.is_dir():
+        raise DataError(
+            f"rollout.replay = {replay!r} is no run with trajectories/; give the folder of one, e.g. runs/quickstart"
+        )
     absent = absent_benchmarks(config.eval)  # may be left out, but not all of them
     wanted = [spec for spec in config.eval.data if spec not in absent] or config.eval.data
     train = config.data.specs if config.data.source is None else ()  # what a user's reader takes is for it to say
@@ -58,6 +63,12 @@ def without_trainer(config: Config) -> Config:
     if not (Path(config.model.path) / "manifest.json").is_file():
         return config
     return config.model_copy(update={"model": config.model.model_copy(update={"path": str(_converted(config))})})
+
+
+def check_program(program: str, config: Config) -> None:
+    """Raises ConfigError when a program that collects without a trainer would have nothing to do."""
+    if program == "eval" and not config.eval.data:
+        raise ConfigError("eval.data is empty; name benchmarks, e.g. 'eval.data=[data/torl_test.parquet]'")
 
 
 def freeze(config: Config, folder: RunFolder, name: str) -> Path:

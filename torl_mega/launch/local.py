@@ -26,7 +26,7 @@ from torl_mega.config import Config
 from torl_mega.errors import ConfigError, TorlError
 from torl_mega.launch.commands import task_command
 from torl_mega.launch.console import Header, Plain, Voice, Watched, make_console
-from torl_mega.launch.inputs import EVALUATED, check_inputs, freeze, without_trainer
+from torl_mega.launch.inputs import EVALUATED, check_inputs, check_program, freeze, without_trainer
 from torl_mega.launch.place import place_here, with_addresses
 from torl_mega.launch.task import ERROR_MARK, last_words
 from torl_mega.planner.placement import Placement
@@ -40,8 +40,9 @@ from torl_mega.run.folder import RunFolder, is_complete, lock_run, make_folder, 
 
 POLL_S = 0.1
 GRACE_S = 60.0  # for ranks that were told to stop: finish or drop the step, write a checkpoint
-START_GRACE_S = 8.0  # while there is nothing to keep yet
+START_GRACE_S = 6.0  # while there is nothing to keep yet
 STOP_S = 5.0  # for tasks that are ended because the run is over
+COLLECTING = ("eval", "rollout", "try")  # programs without a trainer, which keep nothing of a step that is not done
 LONGEST_TEMPDIR = 50  # an attempt's folder and a task's in it are some 25 bytes more
 
 
@@ -62,6 +63,7 @@ def train(config: Config, *, json: bool = False) -> int:
 
 def collect(program: str, config: Config, *, json: bool) -> int:
     """Runs `eval`, `rollout` or `try` of rollout/standalone.py beside servers and a sandbox; prints its result to stdout."""
+    check_program(program, config)
     config = without_trainer(config)
     placement = place_here(config, trains=False)
     check_inputs(config, None)
@@ -114,7 +116,8 @@ def _run_attempts(
     stop = StopFlag(signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     for left in reversed(range(int(text) + 1)):
         voice = Voice(folder.logs / "rank_0.log", console)
-        code = _attempt(program, placement, conf, folder, stop, Watched(folder.metrics, config.num_steps, voice))
+        watched = Watched(folder.metrics, config.num_steps, voice, trains=program not in COLLECTING)
+        code = _attempt(program, placement, conf, folder, stop, watched)
         if code != exit_codes.DONE and stop.requested:
             return exit_codes.REQUEUE, None
         if code < 128:
@@ -155,7 +158,7 @@ def _attempt(
         return _watch(ranks, sidecars, status, stop, watched)
     finally:
         (status / "end").touch()
-        _end_all([*ranks, *sidecars], stop)
+        _end_all(ranks, sidecars, stop)
         watched.voice.close(last_words(status))
 
 
@@ -193,17 +196,16 @@ def _what_stopping_means(watched: Watched, grace_s: float) -> str:
     return f"stopping, within {grace_s:g} s: {kept} (once more ends at once)"
 
 
-def _end_all(tasks: list[GuardedProcess], stop: StopFlag) -> None:
-    """Ends all side by side; another Ctrl-C takes their time for it away."""
-    hurried = stop.interrupts > 1
-    for task in tasks:
-        task.begin_stop(0.0 if hurried else STOP_S)
+def _end_all(ranks: list[GuardedProcess], sidecars: list[GuardedProcess], stop: StopFlag) -> None:
+    """Ends all side by side. A rank that still runs had its time; another Ctrl-C takes that of the side-cars away."""
+    for task in ranks:
+        task.begin_stop(0.0)
+    for task in sidecars:
+        task.begin_stop(STOP_S)
     deadline = time.monotonic() + STOP_S
-    while not hurried and time.monotonic() < deadline and any(task.poll() is None for task in tasks):
-        if stop.interrupts > 1:
-            break
+    while stop.interrupts < 2 and time.monotonic() < deadline and any(car.poll() is None for car in sidecars):
         time.sleep(POLL_S / 2)
-    for task in tasks:
+    for task in (*ranks, *sidecars):
         task.stop(0.0)
 
 

@@ -38,7 +38,7 @@ from torl_mega.config_file import load_config
 from torl_mega.errors import ConfigError, TorlError
 from torl_mega.launch.commands import PROGRAMS, command, environment
 from torl_mega.launch.cores import pin, read_topology
-from torl_mega.launch.inputs import EVALUATED, freeze, without_trainer
+from torl_mega.launch.inputs import EVALUATED, check_program, freeze, without_trainer
 from torl_mega.planner.placement import Placement, Process, read_placement
 from torl_mega.process import exit_codes
 from torl_mega.process.exit_codes import MAX_RESTARTS, as_shell_code, how_it_ended
@@ -78,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def prepare(role: str, conf: str, overrides: Sequence[str]) -> int:
     """Opens the run folder, freezes the config as `jobs/config.<pid>.yaml` there, and prints both paths."""
     config = load_config(conf, overrides)
+    check_program(role, config)
     config = config if role == "rank" else without_trainer(config)
     folder = open_run(config, free=EVALUATED if role == "eval" else frozenset())
     print(folder.path.resolve())

@@ -59,6 +59,10 @@ class AsyncRunner:
             if self._stop is not None:
                 self._stop.on_request = None
 
+    def stops_at(self, stop: StopFlag) -> None:
+        """From now on a request of `stop` ends what runs here."""
+        self._stop = stop
+
     def raise_if_stopped(self) -> None:
         """Raises `Preempted` for a request that came while nothing ran here."""
         if self._stop is not None and self._stop.requested:
@@ -131,6 +135,7 @@ def build_collector(
             progress=progress,
         ),
         expect_version=(lambda _: client.expect_version(None)) if any_version else expect,
+        progress=progress,
         counters=lambda: Counter(client.counters) + Counter(sandbox.counters) + reward.counters,
     )
 

@@ -22,6 +22,7 @@ from torl_mega.rollout.samples import make_samples
 from torl_mega.rollout.scheduler import EpisodeScheduler, lost_trajectories
 from torl_mega.rollout.statistics import rollout_metrics
 from torl_mega.run.folder import RunFolder
+from torl_mega.run.progress import Progress
 from torl_mega.types import CollectedGroups, StepBatch
 
 EVAL_STEP = "eval"
@@ -39,12 +40,13 @@ class LiveCollector:
     scheduler: EpisodeScheduler
     expect_version: Callable[[int], None]  # tells the generator which weights its answers must come from
     counters: Callable[[], Mapping[str, int]]  # the clients' fault counters, since start
+    progress: Progress = dataclasses.field(default_factory=Progress)
     name: str | None = None  # of an evaluation's results; None: the step's
 
     def collect(self, step: int) -> StepBatch:
         settings, algo = self.config.rollout, self.config.algo
         self.expect_version(step)
-        self.scheduler.progress.begins("step", step)
+        self.progress.begins("step", step)
         cursor, before = self.prompts.state(), dict(self.counters())
         refill = algo.zero_signal == "refill"
         try:
@@ -86,7 +88,7 @@ class LiveCollector:
 
     def evaluate(self, step: int) -> Mapping[str, float]:
         self.expect_version(step)
-        self.scheduler.progress.begins("evaluation", step)
+        self.progress.begins("evaluation", step)
         if not self.benchmarks:
             return {}
         each = samplings(self.config.eval, self.benchmarks)

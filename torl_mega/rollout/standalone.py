@@ -14,7 +14,7 @@ from dataclasses import replace
 from torl_mega.config import Config
 from torl_mega.config_file import config_hash, load_config
 from torl_mega.data.tokenizer import Tokenizer
-from torl_mega.errors import ConfigError, Preempted, TorlError
+from torl_mega.errors import Preempted, TorlError
 from torl_mega.process import exit_codes
 from torl_mega.process.stop_flag import StopFlag
 from torl_mega.rollout.benchmark_table import name_of_policy
@@ -34,8 +34,6 @@ from torl_mega.types import Turn
 def evaluate(config: Config, folder: RunFolder) -> None:
     """Scores `model.path` on `eval.data`; writes eval/NAME.{json,md,jsonl}, NAME as `name_of_policy` has it, and the same as
     eval/step_00000. Raises TorlError."""
-    if not config.eval.data:
-        raise ConfigError("eval.data is empty; name benchmarks, e.g. 'eval.data=[data/torl_test.parquet]'")
 
     def work(collector: LiveCollector) -> None:
         collector.name = name_of_policy(config.model.path)
@@ -100,11 +98,12 @@ def _bar(text: str) -> str:
 def _with_collector(config: Config, folder: RunFolder, work: Callable[[LiveCollector], object]) -> None:
     gc.set_threshold(*GC_THRESHOLDS)
     with contextlib.ExitStack() as stack:
-        run = AsyncRunner(StopFlag())
+        run = AsyncRunner(None)  # until there is something to close in order, a stop request ends this process
         stack.callback(run.close)
         tokenizer = Tokenizer(config.model.path)
         tokenizer.check_lossless()
         collector = build_collector(config, folder, tokenizer, run, stack, any_version=True)
+        run.stops_at(StopFlag())
         wait_for_servers(config, run)
         if config.serving.urls:  # which loaded what they like
             for line in run(whose_weights(config.serving.urls, config.model.path)):
