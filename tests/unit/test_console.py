@@ -254,6 +254,15 @@ def test_rank_0_is_heard_line_by_line_and_errors_go_to_stderr(
     assert "Gloo" in log.read_text()
 
 
+def test_an_attempt_has_begun_with_its_first_step(tmp_path: Path) -> None:
+    watched = Watched(tmp_path / "metrics.jsonl", 3, Voice(tmp_path / "log", Plain(sys.stdout)), notes=tmp_path)
+    turns = ToldTurns(Resident(), Progress(tmp_path))
+    for told, begun in ((lambda: None, False), (turns.sync, False), (turns.sample, True), (turns.save, True)):
+        told()
+        watched.look(tmp_path, num_servers=1)
+        assert watched.has_begun is begun
+
+
 @pytest.mark.parametrize(
     ("line", "noise"),
     [

@@ -58,8 +58,10 @@ class Plain:
 
     def __init__(self, out: TextIO) -> None:
         self.out = out
+        self._hides_noise = True
 
     def header(self, header: Header) -> None:
+        self._hides_noise = header.program != "try"  # whose lines are a model's
         self.say(header.text())
 
     def startup(self, what: str, after_s: float, facts: Mapping[str, Any]) -> None:
@@ -68,7 +70,7 @@ class Plain:
 
     def said(self, line: bytes) -> None:
         """A line of rank 0's."""
-        if not is_noise(line):
+        if not (self._hides_noise and is_noise(line)):
             self._write(line)
 
     def say(self, text: str) -> None:
@@ -364,8 +366,8 @@ class Watched:
 
     @property
     def has_begun(self) -> bool:
-        """Whether this attempt has sampled for anything."""
-        return bool(self._now.sampling)
+        """Whether this attempt has come to its first step; a replay samples nothing."""
+        return bool(self._now.sampling) or self._now.phase not in ("", "sync")
 
     def look(self, status: Path, *, num_servers: int) -> None:
         """Shows what is new. `status`: the notes of the tasks."""

@@ -6,8 +6,8 @@
 Each rank of a server gets a payload of its own, from the trainer's rank on its own GPU. The source says why: SGLang's rank
 t opens payload t alone (srt/managers/tp_worker.py deserialize_own_rank) and finds its device among those it sees by UUID
 (srt/utils/patch_torch.py). A handle of a neighbour's GPU would open too, but costs a CUDA context there.
-On a CPU a rank shares the memory itself with the servers beside it, and they are told where: /proc/PID/fd/N, which needs no
-name in any file system and is gone with the rank. A server without a rank beside it gets a payload with the bytes in it.
+On a CPU a rank shares the memory itself with a server of one rank beside it, which is told where: /proc/PID/fd/N, which needs no
+name in any file system and is gone with the rank. Other servers get payloads with the bytes in them.
 Contract: as `Transport`; ranks other than 0 call `follow`. No rank holds more than two buckets: the one that is handed over
 and, on rank 0, the one that fills up meanwhile.
 """
@@ -44,13 +44,15 @@ _DEVICE = 6  # among the arguments of torch's rebuild_cuda_tensor
 
 
 class Handles:
-    """By CUDA IPC handle on GPUs, in shared memory on a CPU; by value to a server that may be elsewhere."""
+    """By CUDA IPC handle on GPUs, in shared memory on a CPU; by value to CPU servers of several ranks, or elsewhere."""
 
     in_session = True
 
     def __init__(self, owners: Owners, device: torch.device) -> None:
         self._owners = dict(owners)
         self._device = device
+        # a server of several ranks answers when its first is done: the memory of a bucket would be written again too early
+        self._shares = device.type == "cpu" and bool(owners) and all(len(ranks) == 1 for ranks in owners.values())
         self._crew = Crew({rank for ranks in owners.values() for rank in ranks}, device)
         self._members: tuple[Member, ...] = ()
         self._calls: list[Call] = []
@@ -91,7 +93,7 @@ class Handles:
                 self._failure = self._failure or str(exc)
 
     def _memory(self, num_bytes: int) -> torch.Tensor:
-        if self._device.type != "cpu" or not self._owners:
+        if not self._shares:
             return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
         if self._room is None or self._room.bytes.numel() < num_bytes:
             self._room = SharedMemory(num_bytes)
