@@ -1,4 +1,4 @@
-"""`torl train|eval|rollout` on one machine: places the run here and starts the tasks that srun starts on a cluster.
+"""`torl train|pretrain|eval|rollout` on one machine: places the run here and starts the tasks that srun starts on a cluster.
 
     torl train ─► place (one node) ─┬─ task sandbox ─► torl_mega.sandbox.serve
                                     ├─ task server ──► torl_mega.serving.serve, one SGLang server each
@@ -26,7 +26,7 @@ from typing import TextIO
 from torl_mega.config import Config
 from torl_mega.errors import ConfigError, TorlError
 from torl_mega.launch.commands import task_command
-from torl_mega.launch.inputs import check_inputs, freeze, without_trainer
+from torl_mega.launch.inputs import check_inputs, check_texts, freeze, without_trainer
 from torl_mega.launch.place import place_here, with_addresses
 from torl_mega.launch.task import ERROR_MARK, last_words
 from torl_mega.planner.placement import Placement
@@ -44,13 +44,26 @@ LONGEST_TEMPDIR = 50  # an attempt's folder and a task's in it are some 25 bytes
 
 def train(config: Config) -> int:
     """Runs the whole job, or what is left of it; returns the exit code. Raises TorlError before anything is started."""
+    if config.pretrain is not None:
+        raise ConfigError("the config has a section pretrain, which is `torl pretrain`'s; leave it out to train by RL")
     placement = place_here(config, trains=True)
     check_inputs(config, placement.world_size)
+    return _trained("rank", config, placement)
+
+
+def pretrain(config: Config) -> int:
+    """As `train`, with texts: neither servers nor a sandbox are started."""
+    placement = place_here(config, trains=True)
+    check_texts(config, placement.world_size)
+    return _trained("pretrain", config, placement)
+
+
+def _trained(program: str, config: Config, placement: Placement) -> int:
     with _held(config) as folder:
         if is_complete(folder, config):
             print(f"{folder.path} is complete ({config.num_steps} steps): {folder.summary}; raise num_steps to go on")
             return exit_codes.DONE
-        return _attempts("rank", config, placement, folder, sys.stdout)
+        return _attempts(program, config, placement, folder, sys.stdout)
 
 
 def collect(program: str, config: Config, *, json: bool) -> int:
