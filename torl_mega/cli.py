@@ -62,6 +62,15 @@ def train(
     raise typer.Exit(dry.run(config) if dry_run else launcher.train(config, json=json))
 
 
+@app.command()
+def pretrain(conf: Conf, overrides: Overrides = None) -> None:
+    """Train on texts: a base model, or the cold start of one (docs/pretraining.md). Resumes as `train` does."""
+    from torl_mega.config_file import load_config
+    from torl_mega.launch import local as launcher
+
+    raise typer.Exit(launcher.pretrain(load_config(conf, overrides or [])))
+
+
 @app.command("eval")
 def evaluate(conf: Conf, overrides: Overrides = None, json: JsonLines = False) -> None:
     """Score the checkpoint at model.path on eval.data; prints a table beside the paper's."""

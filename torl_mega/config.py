@@ -552,6 +552,18 @@ class CheckpointConfig(Section):
     """Write `hf/` after the last step."""
 
 
+class PretrainConfig(Section):
+    """`torl pretrain`: texts instead of problems, the loss of a language model instead of the policy's. From the rest of the config
+    it takes model, optim, parallel, trainer, checkpoint, seed and num_steps."""
+
+    data: str
+    """A .jsonl file of texts (docs/pretraining.md), or `pkg.module:function` that yields such rows, endless or not."""
+    loss_on: Literal["completion", "all"] = "completion"
+    """Which tokens are trained: those behind the prompt that the model itself is to write, or all but the first."""
+    rows_per_step: PositiveInt = 64
+    """Rows of an optimizer step; the loss is the mean over all their trained tokens."""
+
+
 class GuardsConfig(Section):
     """Limits above which a step stops the run, and near which it warns; each is a share in [0, 1] except the mismatch. None
     = log only."""
@@ -677,12 +689,15 @@ class Config(Section):
     trainer: TrainerConfig
     eval: EvalConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
+    pretrain: PretrainConfig | None = None
     guards: GuardsConfig = GuardsConfig()
     logging: LoggingConfig = LoggingConfig()
 
     @property
     def updates_per_step(self) -> int:
-        """Optimizer steps per RL step."""
+        """Optimizer steps per RL step; of `torl pretrain` a step is one."""
+        if self.pretrain is not None:
+            return 1
         return self.rollout.prompts_per_step * self.rollout.group_size // self.trainer.mini_batch_samples
 
     @property

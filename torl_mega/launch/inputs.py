@@ -10,7 +10,7 @@ from pathlib import Path
 from torl_mega.config import Config
 from torl_mega.data.problem_files import is_missing
 from torl_mega.errors import CheckpointError, ConfigError, DataError
-from torl_mega.import_path import load
+from torl_mega.import_path import is_import_path, load
 from torl_mega.layout import check_layout, read_hf_config
 from torl_mega.rollout.benchmark_table import SOURCE_NOTE
 from torl_mega.rollout.evaluate import absent_benchmarks
@@ -45,6 +45,23 @@ def check_inputs(config: Config, num_ranks: int | None) -> None:
     for setting, path in (("reward.function", config.reward.function), ("data.source", config.data.source)):
         if path is not None:
             load(path, setting)
+
+
+def check_texts(config: Config, num_ranks: int) -> None:
+    """As `check_inputs`, for `torl pretrain`."""
+    if config.pretrain is None:
+        raise ConfigError(
+            "the config has no section pretrain; `torl pretrain` needs pretrain.data (docs/pretraining.md)"
+        )
+    problems = check_layout(read_hf_config(config.model.path), config.parallel, num_ranks)
+    if problems:
+        raise ConfigError("; ".join(problems))
+    if is_import_path(config.pretrain.data):
+        load(config.pretrain.data, "pretrain.data")
+    elif not Path(config.pretrain.data).is_file():
+        raise DataError(
+            f"pretrain.data = {config.pretrain.data!r} is not there; give a jsonl file or pkg.module:function"
+        )
 
 
 def without_trainer(config: Config) -> Config:

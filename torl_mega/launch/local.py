@@ -1,4 +1,4 @@
-"""`torl train|eval|rollout` on one machine: places the run here and starts the tasks that srun starts on a cluster.
+"""`torl train|pretrain|eval|rollout` on one machine: places the run here and starts the tasks that srun starts on a cluster.
 
     torl train ─► place (one node) ─┬─ task sandbox ─► torl_mega.sandbox.serve
                                     ├─ task server ──► torl_mega.serving.serve, one SGLang server each
@@ -26,7 +26,7 @@ from torl_mega.config import Config
 from torl_mega.errors import ConfigError, TorlError
 from torl_mega.launch.commands import task_command
 from torl_mega.launch.console import Header, Plain, Voice, Watched, make_console
-from torl_mega.launch.inputs import EVALUATED, check_inputs, check_program, freeze, without_trainer
+from torl_mega.launch.inputs import EVALUATED, check_inputs, check_program, check_texts, freeze, without_trainer
 from torl_mega.launch.place import place_here, with_addresses
 from torl_mega.launch.task import ERROR_MARK, last_words
 from torl_mega.planner.placement import Placement
@@ -48,8 +48,21 @@ LONGEST_TEMPDIR = 50  # an attempt's folder and a task's in it are some 25 bytes
 
 def train(config: Config, *, json: bool = False) -> int:
     """Runs the whole job, or what is left of it; returns the exit code. Raises TorlError before anything is started."""
+    if config.pretrain is not None:
+        raise ConfigError("the config has a section pretrain, which is `torl pretrain`'s; leave it out to train by RL")
     placement = place_here(config, trains=True)
     check_inputs(config, placement.world_size)
+    return _trained("rank", config, placement, json=json)
+
+
+def pretrain(config: Config) -> int:
+    """As `train`, with texts: neither servers nor a sandbox are started."""
+    placement = place_here(config, trains=True)
+    check_texts(config, placement.world_size)
+    return _trained("pretrain", config, placement, json=False)
+
+
+def _trained(program: str, config: Config, placement: Placement, *, json: bool) -> int:
     with _held(config) as folder:
         console = make_console(sys.stdout, as_json=json)
         if is_complete(folder, config):
@@ -58,7 +71,7 @@ def train(config: Config, *, json: bool = False) -> int:
             )
             console.end(exit_codes.DONE, None, folder.summary)
             return exit_codes.DONE
-        return _attempts("rank", config, placement, folder, console)
+        return _attempts(program, config, placement, folder, console)
 
 
 def collect(program: str, config: Config, *, json: bool) -> int:

@@ -2,7 +2,7 @@
 
     python -m torl_mega.launch.task runs_dir CONF [a.b=value …]           says where the run folder will be
     python -m torl_mega.launch.task prepare ROLE CONF [a.b=value …]       once, before anything is queued or started
-    python -m torl_mega.launch.task ROLE PLACEMENT CONF                   ROLE: rank, eval, rollout, try, server or sandbox
+    python -m torl_mega.launch.task ROLE PLACEMENT CONF                   ROLE: server, sandbox or one of PROGRAMS
 
 A task knows itself by its node and its number there (TORL_NODE and TORL_LOCAL_ID, or SLURMD_NODENAME and SLURM_LOCALID).
 It takes its cores, makes a folder for temporary files (TMPDIR), starts the process, and tells the others what happened
@@ -56,6 +56,7 @@ SIDECAR_GRACE_S = 3.0
 RANK_GRACE_S = 5.0  # for a rank that cannot go on
 LONGEST_TEMPDIR = 78  # with room for our own folder and a socket in it
 ERROR_MARK = "torl: error: "
+TRAINS = ("rank", "pretrain")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,7 +80,7 @@ def prepare(role: str, conf: str, overrides: Sequence[str]) -> int:
     """Opens the run folder, freezes the config as `jobs/config.<pid>.yaml` there, and prints both paths."""
     config = load_config(conf, overrides)
     check_program(role, config)
-    config = config if role == "rank" else without_trainer(config)
+    config = config if role in TRAINS else without_trainer(config)
     folder = open_run(config, free=EVALUATED if role == "eval" else frozenset())
     print(folder.path.resolve())
     print(freeze(config, folder, f"config.{os.getpid()}"))
@@ -102,7 +103,7 @@ def run_role(role: str, placement: Placement, conf: str, status: Path) -> int:
         env = {**os.environ, **environment(mine, placement, config), "TMPDIR": scratch}
         cmd = command(role, mine, placement, config, conf, status.parent)
         if role in PROGRAMS:
-            hang_s = config.cluster.hang_s if role == "rank" else None
+            hang_s = config.cluster.hang_s if role in TRAINS else None
             return run_rank(mine, cmd, env, status, config, hang_s=hang_s, keep=(lock,))
         return run_sidecar(mine, cmd, env, status)
 
