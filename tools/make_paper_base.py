@@ -2,7 +2,7 @@
 
     python tools/make_paper_base.py start build/paper_small/start      tokenizer and random weights, seeded
     torl pretrain conf/paper_small/base.yaml                           (with tools/ on PYTHONPATH)
-    python tools/make_paper_base.py ship runs/paper_small_base/hf conf/paper_small/model        weights in bfloat16, and a card
+    python tools/make_paper_base.py ship runs/paper_small_base/hf build/paper_small/model       weights in bfloat16, and a card
 
 `make paper-base` does all three. Contract: the same seed gives the same start everywhere; the weights after pre-training are
 the same on the same machine and number of threads.
@@ -29,8 +29,8 @@ from torl_mega.run.files import replace_folder, temporary_for
 
 VOCAB_SIZE = 512
 SEED = 7
-SIZES = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 5}
-HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2}
+SIZES: dict[str, Any] = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 5}
+HEADS: dict[str, Any] = {"num_attention_heads": 6, "num_key_value_heads": 2}
 
 CARD = """---
 license: apache-2.0
@@ -44,7 +44,7 @@ A Qwen2 of {num:,} parameters ({layers} layers, hidden size {hidden}, vocabulary
 
     make paper-base
 
-No data or weights of anybody else went into it; it stands for a base model in docs/reproduction.md and is good for nothing else.
+No data or weights of anybody else went into it; it stands for a base model and is good for nothing else.
 
 The rates of the answers (`tools/paper_traces.py`):
 

@@ -1,5 +1,5 @@
 """How the base of the paper in small answers before RL, in plain PyTorch:
-`python tools/paper_base_quality.py conf/paper_small/model`.
+`python tools/paper_base_quality.py build/paper_small/model`.
 
 Prints accuracy by family, code ratio and pass ratio over the problems that are evaluated on, sampled and greedy, with and
 without a tool. Programs run in a Python of their own, within a second.

@@ -28,7 +28,7 @@ from torl_mega.errors import DataError
 from torl_mega.rollout.audit_rules import rules_of
 from torl_mega.rollout.episode import Episode, EpisodeSettings
 from torl_mega.rollout.python_tool import Limits, PythonTool
-from torl_mega.rollout.recorder import Recorded, read_rows, step_path, to_row, write_step
+from torl_mega.rollout.recorder import Recorded, read_rows, to_row, write_step
 from torl_mega.rollout.token_audit import Rules, audit_files, audit_row
 from torl_mega.types import (
     ExecutionRequest,
@@ -45,7 +45,7 @@ from torl_mega.types import (
     Trajectory,
     Turn,
 )
-from torl_mega.view.command import report, view
+from torl_mega.view.command import view
 from torl_mega.view.spans import pieces, shade, visible
 
 ROOT = Path(__file__).parents[2]
@@ -380,61 +380,6 @@ def _row_with_call(groups: tuple[Group, ...]) -> Row:
     return json.loads(json.dumps(to_row(STEP, Recorded(0, *pairs[0], 0.0))))
 
 
-# ------------------------------------------------------------------------------------------------ report
-
-
-def _metrics(run: Path, *, gain: float, tool: bool, summary: bool = True) -> Path:
-    run.mkdir(parents=True)
-    rows: list[Row] = [{"kind": "eval", "step": 0, "accuracy": 0.01, "code_ratio": 0.0}]
-    for s in range(20):
-        share = 1 - math.exp(-gain * s)
-        row = {
-            "accuracy": 0.2 + 0.8 * share,
-            "code_ratio": 0.4 + 0.6 * share,
-            "reward": 2 * share - 1,
-            "grad_norm": 0.3,
-        }
-        row |= {"max_abs_logprob_diff": 1e-5, "response_length": 20 + 10 * share, "rollout_s": 3.0, "train_s": 1.4}
-        row |= {"sync_s": 0.1, **({"pass_ratio": 0.7 + 0.3 * share} if tool else {})}
-        rows.append({"kind": "train", "step": s, **row})
-    rows.append({"kind": "eval", "step": 20, "accuracy": 0.2 + 0.8 * share, "code_ratio": 1.0})
-    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"kind": "tr')
-    if summary:
-        (run / "summary.json").write_text(
-            json.dumps({"weight_sync": {"num_syncs": 21, "num_verified": 21}, "wall_s": {"total": 123.4}})
-        )
-    return run
-
-
-def test_report_of_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runs = [
-        _metrics(tmp_path / "c1", gain=0.2, tool=True),
-        _metrics(tmp_path / "c0", gain=0.0, tool=False, summary=False),
-    ]
-    png = tmp_path / "docs" / "curves.png"
-    assert report(runs, tmp_path / "report.html", png=png, as_json=True) == 0
-    assert json.loads(capsys.readouterr().out) == {"html": str(tmp_path / "report.html"), "png": str(png)}
-    raw = (tmp_path / "report.html").read_text()
-    page = Page(raw)
-    pictures = {a["alt"]: a["src"] or "" for tag, a in page.tags if tag == "img"}
-    assert set(pictures) == {f"{t} against RL steps" for t in (
-        "accuracy", "code ratio", "pass ratio", "reward", "response length (tokens)", "gradient norm",
-        "largest |server − trainer| log-prob", "rollout (s)", "training (s)", "weight sync (s)",
-    )}  # fmt: skip
-    svg = base64.b64decode(pictures["accuracy against RL steps"].partition(",")[2]).decode()
-    assert svg.lstrip().startswith("<?xml")
-    assert "#1f5fae" in svg
-    assert "#d1652b" in svg  # both runs have a line
-    assert not re.search(r"<script|https?://(?!www\.w3\.org|purl\.org|creativecommons|matplotlib)", svg)
-    assert "21 of 21" in raw
-    assert "123 s" in raw
-    assert png.read_bytes().startswith(b"\x89PNG")
-    again = tmp_path / "again.html"
-    report(runs, again, png=tmp_path / "again.png")
-    assert again.read_text() == raw
-    assert (tmp_path / "again.png").read_bytes() == png.read_bytes()
-
-
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.99])
 def test_a_step_that_was_cut_off_is_said_so(tmp_path: Path, groups: tuple[Group, ...], share: float) -> None:
     path = write_step(tmp_path / "trajectories", 0, groups, [0.0] * sum(len(g.trajectories) for g in groups))
@@ -447,30 +392,8 @@ def test_a_step_that_was_cut_off_is_said_so(tmp_path: Path, groups: tuple[Group,
     assert len(list(read_rows(path))) == 2 * sum(len(g.trajectories) for g in groups)
 
 
-def test_report_says_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"metrics.jsonl (holds no rows|is not there)"):
-        report([tmp_path])
-    with pytest.raises(DataError, match=r"needs a run folder"):
-        report([])
-
-
 def test_a_page_that_cannot_be_written_is_one_line(tmp_path: Path, groups: tuple[Group, ...]) -> None:
-    run = _metrics(tmp_path / "run", gain=1.0, tool=True)
+    run = tmp_path / "run"
     _write(run, groups)
-    blocked = run / "metrics.jsonl" / "page"
     with pytest.raises(DataError, match=r"page cannot be written: "):
-        view(run, out=blocked)
-    with pytest.raises(DataError, match=r"page cannot be written"):
-        report([run], blocked)
-    with pytest.raises(DataError, match=r"page cannot be written"):
-        report([run], tmp_path / "r.html", png=blocked)
-
-
-def test_report_takes_hostile_names_and_values(tmp_path: Path) -> None:
-    run = tmp_path / "<script>$x^{ & 'run'"
-    run.mkdir()
-    rows = [{"kind": "train", "step": s, "accuracy": v} for s, v in enumerate([0.1, math.nan, "<b>", None, True, 0.4])]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*rows, [1], "x"]))
-    report([run], tmp_path / "report.html", png=tmp_path / "p.png")
-    assert "script" not in {tag for tag, _ in Page((tmp_path / "report.html").read_text()).tags}
-    assert step_path(run, 1).name == "step_00001.jsonl.zst"
+        view(run, out=run / "config.json" / "page")
