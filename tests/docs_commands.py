@@ -25,7 +25,20 @@ from torl_mega.cli import app
 from torl_mega.config_file import load_config
 
 PLACEHOLDER = re.compile(r"^(RUN\d?|CONF|DIR|NAME|JOB|T)\b|…|<\w+>|\.\.\.|[=/\[]NAME\b|NNN|\.\./|name=\w*…")
-OUTSIDE_PROGRAMS = {"docker", "hf", "git", "mkdir", "cp", "source", "tail", "tensorboard", "grep", "curl", "enroot", "jq"}
+OUTSIDE_PROGRAMS = {
+    "docker",
+    "hf",
+    "git",
+    "mkdir",
+    "cp",
+    "source",
+    "tail",
+    "tensorboard",
+    "grep",
+    "curl",
+    "enroot",
+    "jq",
+}
 SECONDS = {"config", "plan"}  # subcommands that import no engine
 RUNS_HERE = re.compile(
     r"conf/quickstart(_tools)?\.yaml|examples/\w+\.yaml|runs/(look|quickstart\w*|sampled|replayed)(/|$)"
