@@ -1,6 +1,6 @@
 """A folder for a process tree's temporary files, which goes with its owner or, where that was killed, at the next one's start.
 
-In each lies a file `owner`, locked by whoever made the folder and by the children that inherit the descriptor: the kernel
+In each lies a file `.torl-owner`, locked by whoever made the folder and by the children that inherit the descriptor: the kernel
 unlocks it with the last of them, however they end. A folder whose lock is free therefore belongs to nobody.
 Contract: a folder without that file, another user's, and a link to one are never touched.
 """
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PREFIX = "torl-"
-OWNER = "owner"
+OWNER = ".torl-owner"  # a name that nobody else gives a file
 
 
 @contextlib.contextmanager
