@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from torl_mega.process.temporary import OWNER, temporary_folder
+from torl_mega.process.temporary import OWNER as LOCK
+from torl_mega.process.temporary import temporary_folder
 
 OWNER = """
 import pathlib, signal, subprocess, sys
-from torl_mega.process.temporary import OWNER, temporary_folder
+from torl_mega.process.temporary import OWNER as LOCK
+from torl_mega.process.temporary import temporary_folder
 with temporary_folder(sys.argv[1]) as (folder, lock):
     pathlib.Path(folder, "deep").mkdir()
     child = subprocess.Popen(["sleep", "600"], stdout=subprocess.DEVNULL, pass_fds=[lock] if sys.argv[2:] else [])
@@ -42,7 +44,7 @@ def test_what_killed_owners_left_goes_at_the_next_start_and_nothing_else(tmp_pat
     others = [tmp_path / "torl-results", tmp_path / "other"]
     (others[0] / "sub").mkdir(parents=True)
     (others[1]).mkdir()
-    (others[1] / OWNER).touch()
+    (others[1] / LOCK).touch()
     dead, left, orphan = owner(tmp_path)
     alive, held, its_child = owner(tmp_path)
     outlived, still, child = owner(tmp_path, "the child keeps it")
@@ -66,7 +68,7 @@ def test_what_killed_owners_left_goes_at_the_next_start_and_nothing_else(tmp_pat
 def test_another_users_is_left_alone(tmp_path: Path) -> None:
     left = tmp_path / "torl-theirs"
     left.mkdir()
-    (left / OWNER).touch()
+    (left / LOCK).touch()
     moved = subprocess.run(["chown", "12345", str(left)], capture_output=True, check=False).returncode == 0
     with temporary_folder(str(tmp_path)):
         assert left.exists() == moved  # only root can give a folder away; else it is ours, and nobody's
