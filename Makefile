@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 HAVE_CUDA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
 
-.PHONY: quickstart install test test-slow test-gpu gpu-evidence lint format mcore-next te gpu-sources trl tiny-base clean
+.PHONY: quickstart install test test-slow test-gpu gpu-evidence lint format docs mcore-next te gpu-sources trl tiny-base paper-base clean
 
 quickstart: install
 	$(BIN)/torl train conf/quickstart$(if $(HAVE_CUDA),_gpu).yaml
@@ -56,6 +56,11 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# docs/ as a site in build/site; nothing is fetched, and a broken link fails
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "docs: build/site/index.html"
+
 # what the GPU image has and a CPU cannot install: wheels of plain Python, unpacked where tests look for them (dependency
 # groups of the same names; 3 MB)
 gpu-sources: mcore-next te
@@ -76,6 +81,12 @@ build/trl/.installed: pyproject.toml
 
 tiny-base: install
 	$(BIN)/python tools/make_tiny_base.py
+
+# the base of the paper in small; about half an hour of one core
+paper-base: install
+	$(BIN)/python tools/make_paper_base.py start build/paper_small/start
+	PYTHONPATH=tools $(BIN)/torl pretrain conf/paper_small/base.yaml
+	$(BIN)/python tools/make_paper_base.py ship runs/paper_small_base/hf build/paper_small/model
 
 clean:
 	rm -rf build .pytest_cache .ruff_cache

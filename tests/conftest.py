@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,23 @@ from torl_mega.config_file import load_config
 from torl_mega.process.start import GuardedProcess, free_port
 from torl_mega.process.start import start as start_process
 from torl_mega.serving.sglang_server import wait_ready
+
+LINES_SHOWN = 40
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A test that fails shows what its servers and their supervisors said last."""
+    report = yield
+    if report.failed and isinstance(item, pytest.Function):
+        held = [v for value in item.funcargs.values() for v in (value if isinstance(value, tuple) else (value,))]
+        for server in (v for v in held if isinstance(v, LiveServer)):
+            for path in (server.log.parent / "serve.log", server.log):
+                said = path.read_text(errors="replace").splitlines() if path.is_file() else ["(no such file)"]
+                report.sections.append((f"{server.url}: {path.name}", "\n".join(said[-LINES_SHOWN:])))
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,8 @@ Makes a random Qwen2 of about the asked size, serves it with the real SGLang on 
 its weights: hashing, broadcast, loading into the fused parameters, hashing on the server, comparing. The yardstick moves
 the same tensors, one by one, between two processes of a gloo group: nothing is loaded, nothing is checked.
 Reports bytes/s of both, their ratio, and the sender's largest extra memory in units of a bucket. CPU and loopback only.
-With --pairs both ways take turns in the same processes, checks included; a bucket travels by value.
+With --pairs both ways take turns in the same processes, checks included; rank 0 alone sends the bytes, ranks beside a server share
+their memory with it.
 """
 
 from __future__ import annotations

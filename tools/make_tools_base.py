@@ -119,7 +119,7 @@ def encode(chat: ChatTools, tokenizer: Tokenizer, question: Question, turns: Any
     ids = list(chat.template.prompt(question["problem"]))
     labels = [-100] * len(ids)
     for text, made in turns:
-        written = [*tokenizer.encode_with_special(text), chat.end_id]
+        written = [*tokenizer.encode_with_special(text), chat.end_ids[0]]
         inserted = list(chat.follow([made])) if made is not None else []
         ids += written + inserted
         labels += written + [-100] * len(inserted)

@@ -6,6 +6,7 @@ it can be run wherever the model is made. Limits: the model's programs go throug
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -41,10 +42,13 @@ def attempts(
     greedy: bool,
     max_tool_calls: int = 1,
     max_new_tokens: int = 128,
+    template: str = TEMPLATE,
+    execute: Callable[[str], tuple[str, bool]] = interpret,
 ) -> list[Attempt]:
-    """One attempt per problem, rows in lock step: a row still inside its known tokens is fed those."""
+    """One attempt per problem, rows in lock step: a row still inside its known tokens is fed those. `execute` says what a
+    program prints, and whether it did not fail."""
     eos = tokenizer.eos_token_id
-    rows = [tokenizer.encode(TEMPLATE.format(problem=p.problem)) for p in batch]
+    rows = [tokenizer.encode(template.format(problem=p.problem)) for p in batch]
     starts = [len(row) for row in rows]
     masks = [[False] * n for n in starts]
     outputs: list[list[tuple[str, bool]]] = [[] for _ in rows]
@@ -66,7 +70,7 @@ def attempts(
                 )  # a token is at least one byte, so this holds the stop string
                 if tokenizer.decode(row[tail:]).endswith(STOP):
                     code = last_code_block(tokenizer.decode(row[starts[i] :]))
-                    outputs[i].append((NO_CODE, False) if code is None else interpret(code))
+                    outputs[i].append((NO_CODE, False) if code is None else execute(code))
                     inserted = tokenizer.encode(frame(outputs[i][-1][0]))
                     row += inserted
                     masks[i] += [False] * len(inserted)

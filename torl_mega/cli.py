@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import sys
+import traceback
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TextIO
 
 import typer
 
@@ -23,7 +27,10 @@ app.add_typer(sandbox_app, name="sandbox")
 
 Conf = Annotated[Path, typer.Argument(metavar="CONF", help="A YAML file, e.g. conf/quickstart.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[A.B=VALUE]...", help="Overrides; the last one wins")]
+JsonLines = Annotated[bool, typer.Option("--json", help="Print one JSON object a line as the run goes on")]
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON")]
+
+NOBODY_READS = 128 + 13  # as a shell has it for a process that SIGPIPE ended
 
 
 @app.callback()
@@ -44,23 +51,34 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only check all that needs no server and no trainer")
     ] = False,
+    json: JsonLines = False,
 ) -> None:
     """Train on this machine: starts sandbox, servers and ranks, or resumes the run of that name."""
     from torl_mega.config_file import load_config
     from torl_mega.launch import dry_run as dry
     from torl_mega.launch import local as launcher
 
-    raise typer.Exit((dry.run if dry_run else launcher.train)(load_config(conf, overrides or [])))
+    config = load_config(conf, overrides or [])
+    raise typer.Exit(dry.run(config) if dry_run else launcher.train(config, json=json))
+
+
+@app.command()
+def pretrain(conf: Conf, overrides: Overrides = None) -> None:
+    """Train on texts: a base model, or the cold start of one (docs/pretraining.md). Resumes as `train` does."""
+    from torl_mega.config_file import load_config
+    from torl_mega.launch import local as launcher
+
+    raise typer.Exit(launcher.pretrain(load_config(conf, overrides or [])))
 
 
 @app.command("eval")
-def evaluate(conf: Conf, overrides: Overrides = None, json: Json = False) -> None:
+def evaluate(conf: Conf, overrides: Overrides = None, json: JsonLines = False) -> None:
     """Score the checkpoint at model.path on eval.data; prints a table beside the paper's."""
     _collect("eval", conf, overrides, json)
 
 
 @app.command()
-def rollout(conf: Conf, overrides: Overrides = None, json: Json = False) -> None:
+def rollout(conf: Conf, overrides: Overrides = None, json: JsonLines = False) -> None:
     """Collect trajectories without training; `rollout.replay=RUN` trains on them later."""
     _collect("rollout", conf, overrides, json)
 
@@ -198,13 +216,58 @@ def _refuse_dashes(words: list[str]) -> None:
 
 
 def main() -> None:
-    """Console entry point: a TorlError is one line and exit code 1."""
+    """Console entry point and the one boundary for errors: what a user can mend is one line and exit code 1.
+
+    A `TorlError` says it; so does an OSError with the file that it is about (a full disk, a folder where a file should be).
+    TORL_TRACEBACK=1 shows where one came from. Whoever reads our output may stop reading (`| head`): that ends us silently.
+    """
     try:
-        _refuse_dashes(sys.argv[2:])
-        app()
+        sys.exit(_run())
     except TorlError as exc:
-        print(f"torl: error: {exc}", file=sys.stderr)
-        sys.exit(1)
+        error = str(exc)
+    except BrokenPipeError:
+        sys.stderr.flush()
+        os._exit(NOBODY_READS)  # without Python's flush at exit, which would complain
+    except OSError as exc:
+        error = _in_words(exc)
+    except UnicodeDecodeError as exc:
+        error = f"a file that was to be read is not UTF-8 text: {exc.reason} at byte {exc.start}"
+    if os.environ.get("TORL_TRACEBACK"):
+        traceback.print_exc()
+    with contextlib.suppress(OSError):  # stderr may be what is full
+        print(f"torl: error: {error}", file=sys.stderr, flush=True)
+    os._exit(1) if _is_stuck(sys.stdout) else sys.exit(1)
+
+
+def _run() -> int:
+    """The exit code, once all output is where it belongs."""
+    if sys.stdout is None:  # closed by whoever started us
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    _refuse_dashes(sys.argv[2:])
+    code: int | str | None = 0
+    try:
+        app()
+    except SystemExit as exc:
+        code = exc.code
+    sys.stdout.flush()
+    return code if isinstance(code, int) else 0 if code is None else 1
+
+
+def _in_words(exc: OSError) -> str:
+    """What the system refused, about which file, and what to do about it."""
+    where = f"{exc.filename}: " if exc.filename is not None else ""
+    if exc.errno == errno.ENOSPC:
+        return f"{where}no space is left on the device; free some and give the same command again"
+    return f"{where}{exc.strerror or exc}"
+
+
+def _is_stuck(stream: TextIO) -> bool:
+    """Whether what it still holds cannot be written: Python would complain at exit."""
+    try:
+        stream.flush()
+    except OSError:
+        return True
+    return False
 
 
 if __name__ == "__main__":

@@ -403,7 +403,8 @@ class AlgoConfig(Section):
     """A token with a ratio below it drops its whole sequence (verl: 1e-4)."""
     zero_signal: Literal["keep", "drop", "refill"] = "keep"
     """Groups whose advantages are all zero: counted in the mean, left out of it, or replaced by sampling further prompts
-    (DAPO's dynamic sampling), at most rollout.refill_rounds times. Source: core_algos.py:146, kept."""
+    (DAPO's dynamic sampling, which looks at the answers alone), at most rollout.refill_rounds times. Source:
+    core_algos.py:146, kept."""
     penalties: Literal["reward", "advantage"] = "reward"
     """Where the reward's penalties act: in the reward, where a group's std may blow them up, or on the advantage, at most
     `penalty_bound` of its size."""
@@ -417,6 +418,15 @@ class AlgoConfig(Section):
     """Mask trajectories with a turn that holds neither a complete code block nor an answer (SimpleTIR, 2509.02479)."""
     mask_truncated: bool = False
     """Leave responses that ran out of budget out of the loss (DAPO's overlong filter)."""
+
+    @model_validator(mode="after")
+    def _refill_judges_groups(self) -> Self:
+        if self.zero_signal == "refill" and self.advantage == "reinforce_pp":
+            raise ValueError(
+                "algo.zero_signal = refill replaces groups whose answers are alike, but with algo.advantage = reinforce_pp these "
+                "have advantages too; use keep or drop, or another advantage"
+            )
+        return self
 
     @property
     def geo_bounds(self) -> tuple[float, float]:
@@ -540,6 +550,18 @@ class CheckpointConfig(Section):
     """Write while training goes on."""
     export_hf: bool = True
     """Write `hf/` after the last step."""
+
+
+class PretrainConfig(Section):
+    """`torl pretrain`: texts instead of problems, the loss of a language model instead of the policy's. From the rest of the config
+    it takes model, optim, parallel, trainer, checkpoint, seed and num_steps."""
+
+    data: str
+    """A .jsonl file of texts (docs/pretraining.md), or `pkg.module:function` that yields such rows, endless or not."""
+    loss_on: Literal["completion", "all"] = "completion"
+    """Which tokens are trained: those behind the prompt that the model itself is to write, or all but the first."""
+    rows_per_step: PositiveInt = 64
+    """Rows of an optimizer step; the loss is the mean over all their trained tokens."""
 
 
 class GuardsConfig(Section):
@@ -667,12 +689,15 @@ class Config(Section):
     trainer: TrainerConfig
     eval: EvalConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
+    pretrain: PretrainConfig | None = None
     guards: GuardsConfig = GuardsConfig()
     logging: LoggingConfig = LoggingConfig()
 
     @property
     def updates_per_step(self) -> int:
-        """Optimizer steps per RL step."""
+        """Optimizer steps per RL step; of `torl pretrain` a step is one."""
+        if self.pretrain is not None:
+            return 1
         return self.rollout.prompts_per_step * self.rollout.group_size // self.trainer.mini_batch_samples
 
     @property

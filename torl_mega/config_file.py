@@ -25,11 +25,13 @@ Tree = dict[str, Any]
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-6 as text; this loader reads it as the number everybody means. Duplicate keys are refused."""
+    """YAML 1.1 reads 1e-6 as text; this loader reads it as the number everybody means. Duplicate keys and rings are refused."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *other`, which `super` takes apart
+                continue
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
@@ -71,6 +73,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def origins(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, str]:
     """By dotted name of what is said anywhere: the file or override that says it last. Raises ConfigError."""
+    _read(Path(path), ())  # a chain of bases that ends
     said: dict[str, str] = {}
     file: Path | None = Path(path)
     chain: list[tuple[Path, Tree]] = []
@@ -98,7 +101,7 @@ def config_hash(config: Config) -> str:
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> Tree:
-    path = path.resolve()
+    path = _resolved(path)
     if path in seen:
         raise ConfigError(f"{path}: `base:` goes round in a circle: {' -> '.join(p.name for p in (*seen, path))}")
     tree = _parse(path)
@@ -112,9 +115,17 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Tree:
     return _merge(_read(path.parent / base, (*seen, path)), tree)
 
 
+def _resolved(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError) as exc:  # Python 3.11 has a RuntimeError for a circle of links
+        raise ConfigError(f"{path}: not a config file: {exc}") from None
+
+
 def _parse(path: Path) -> Tree:
     try:
-        tree = yaml.load(path.read_text(), Loader=_Loader) or {}
+        tree = yaml.load(path.read_text("utf-8-sig"), Loader=_Loader) or {}
+        json.dumps(tree, default=str, skipkeys=True)  # a value that holds itself is a ValueError
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file; see conf/ for the ones that ship") from None
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as exc:  # 2024-99-99 is a ValueError

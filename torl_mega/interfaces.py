@@ -104,11 +104,11 @@ class ChatSession(Protocol):
 class ChatTool(Protocol):
     """What a chat model may call: in whole turns of the assistant, answered by messages of the template.
 
-    `end_id`: the token that closes a turn.
+    `end_ids`: the tokens that close a turn; the template's own comes first.
     """
 
     @property
-    def end_id(self) -> int: ...
+    def end_ids(self) -> tuple[int, ...]: ...
 
     def open(self, problem: Problem) -> ChatSession:
         """A session for one attempt at `problem`."""

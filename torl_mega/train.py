@@ -42,6 +42,7 @@ from torl_mega.run.files import write_json
 from torl_mega.run.folder import RunFolder, open_run
 from torl_mega.run.limits import check_guards
 from torl_mega.run.metrics import RunMetrics, summarize
+from torl_mega.run.progress import Progress, ToldTurns
 from torl_mega.run.trackers import open_trackers
 from torl_mega.run.versions import record_versions
 from torl_mega.serving.gate import TrainerGate, notes_folder
@@ -100,17 +101,21 @@ def train(config: Config) -> int:
             latest = parallel.share(lambda: checkpoint.latest(folder.checkpoints))
             saved: Mapping[str, Any] = trainer.load(latest) if latest else {"steps_done": 0, "rollouts": None}
             where = f"goes on from {latest}, {saved['steps_done']} of {config.num_steps} steps" if latest else "begins"
+            progress = Progress.from_environment() if parallel.rank() == 0 else Progress()
             _on_rank0(lambda: print(f"trainer ready after {_age_s():.0f} s; the run {where}", flush=True))
+            progress.milestone("trainer", _age_s(), steps_done=saved["steps_done"], checkpoint=latest and str(latest))
             device = parallel.device()
             rank0 = _on_rank0(lambda: stack.enter_context(build_rank0(config, folder, saved, stop, device=device)))
             park = config.trainer.park_weights
             turns = SharedGpus(trainer, servers, parallel.share, park_weights=park) if shared else Resident()
+            turns = ToldTurns(turns, progress)
             loop = _loop(config, folder, trainer, rank0, stop, turns)
             start = int(saved["steps_done"])
             loop.log.first_sync(start, loop.sync(start))
             check_engines(trainer, rank0, config, parallel.share, turns)
             if rank0 is not None and rank0.server_urls:
                 print(f"weights sent and verified, log-probs agree, after {_age_s():.0f} s", flush=True)
+                progress.milestone("weights", _age_s())
             complete = loop.run(start, evaluate_first=_lacks_evaluation(config, rank0, start))
             trainer.finish_saves()
             if not complete:

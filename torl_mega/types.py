@@ -23,7 +23,7 @@ import numpy as np
 class Problem:
     """One row of a data set, before it is templated for a model."""
 
-    problem_id: str  # stable over runs: "<source>/<row>"
+    problem_id: str  # stable over runs: "<source>/<row>", and "@<k>" for the k-th further file of a run
     problem: str
     answer: str  # the gold answer, as text
     source: str  # data set or benchmark the row came from, e.g. "aime24"

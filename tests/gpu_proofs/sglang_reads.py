@@ -43,7 +43,9 @@ def settled(environment: dict[str, str], model: str) -> dict[str, str]:
     os.environ.clear()
     os.environ.update(environment)
     _set_envs_and_config(ServerArgs.from_cli_args(parse(["--model-path", model, "--device", "cpu"])))
-    return {k: v for k, v in os.environ.items() if k.startswith("NCCL_")} | environ.third_party_cache_defaults()
+    environ.redirect_third_party_caches()
+    caches = environ.third_party_cache_defaults()
+    return {k: v for k, v in os.environ.items() if k.startswith("NCCL_") or k in caches}
 
 
 class Enough(Exception):

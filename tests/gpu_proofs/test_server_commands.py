@@ -145,6 +145,10 @@ def test_kernels_are_kept_where_the_container_does_not_end(asked: tuple[list[Con
     caches = {k: v for k, v in answers["environments"][len(JOBS) + n].items() if not k.startswith("NCCL_")}
     assert {"TRITON_CACHE_DIR", "FLASHINFER_WORKSPACE_BASE", "CUDA_CACHE_PATH"} <= caches.keys()
     assert all(place.startswith(folder) for place in caches.values()), caches
+    rank = {**JOBS[n], **gpu_environment(configs[0].runs_dir, JOBS[n])}
+    for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH"):
+        assert rank[name].startswith(folder)
+        assert rank[name] == caches[name]
 
 
 def planned(config: Config) -> Room:

@@ -20,6 +20,7 @@ from test_weights import gap
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
 from torl_mega.process.start import free_port
+from torl_mega.serving.plugin.weight_receive import _mapped
 from torl_mega.serving.sglang_server import wait_ready
 from torl_mega.serving.sync import handles
 from torl_mega.serving.sync.buckets import Bucket
@@ -151,6 +152,22 @@ def test_sglang_reads_the_payload() -> None:
         assert name == expected_name
         assert tensor.dtype == expected.dtype
         assert torch.equal(tensor, expected)
+
+
+def test_a_bucket_is_read_where_a_rank_has_it_and_its_memory_goes_with_it() -> None:
+    named = (("a", torch.randn(3, 5)), ("b", torch.randn(7).bfloat16()), ("c", torch.ones((), dtype=torch.uint8)))
+    bucket = Bucket(named)
+    room = handles.SharedMemory(bucket.num_bytes + 1000)
+    bucket.flatten_into(room.bytes)
+    read = dict(_mapped(room.path, bucket.names, bucket.dtypes, bucket.shapes))
+    assert all(torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype for name, tensor in named)
+    room.bytes[0] ^= 1
+    assert not torch.equal(read["a"], named[0][1])  # the same memory
+    path = room.path
+    del room
+    assert not Path(path).exists()
+    with pytest.raises(RuntimeError, match="No such file"):
+        _mapped(path, bucket.names, bucket.dtypes, bucket.shapes)
 
 
 class Handle:

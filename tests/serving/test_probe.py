@@ -15,9 +15,10 @@ from reference import Reference, random_weights
 from torl_mega.config import Config
 from torl_mega.data.tokenizer import Tokenizer
 from torl_mega.errors import ServerError
-from torl_mega.serving.probe import check_engines
+from torl_mega.serving.probe import ask, check_engines
 from torl_mega.serving.sync.weights import make_weight_sink
 from torl_mega.serving.turns import Resident
+from torl_mega.serving.whose_weights import whose_weights
 from torl_mega.types import Sample
 
 
@@ -75,3 +76,17 @@ def test_trainer_and_server_that_disagree_are_found(
     with pytest.raises(ServerError, match=rf"{live_server.url} and the trainer disagree on the probe text: token \d+"):
         check(tokenizer, live_server.url)
     check(Shifted(tokenizer))  # a replay has no servers: nothing is asked
+
+
+def test_a_server_says_whose_weights_it_holds(
+    live_server: LiveServer, tiny_config: Config, reference: Reference
+) -> None:
+    """As loaded, or as the trainer of a run left them: those are not what `torl eval` is asked to score."""
+    weights, told = reference.original(), lambda: ask(live_server.url, "/model_info")
+    sink, path = make_weight_sink(tiny_config.serving, [live_server.url]), asyncio.run(told())["model_path"]
+    sink.update(iter(weights.items()), version=0)
+    (line,) = asyncio.run(whose_weights([live_server.url], path))
+    assert line == f"{live_server.url} holds the weights of {path}, version 0"
+    sink.update(iter(weights.items()), version=3)
+    with pytest.raises(ServerError, match="holds version 3 of a training run's weights"):
+        asyncio.run(whose_weights([live_server.url], path))

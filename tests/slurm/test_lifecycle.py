@@ -24,6 +24,8 @@ from cluster import Cluster
 from recording import make_recording
 
 from torl_mega.config_file import load_config
+from torl_mega.planner.placement import read_placement
+from torl_mega.rollout.recorder import read_groups, step_path
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = "conf/clusters/quickstart.yaml"
@@ -334,26 +336,52 @@ def start_engines(slurm: Cluster, runs: Path, file: str, overrides: str, *option
     return slurm.sbatch(f"--output={runs}/%j.out", *options, file, env=settings, cwd=ROOT)
 
 
+def start_7b(slurm: Cluster, runs: Path, overrides: str = "") -> int:
+    """The real launch file on 2 nodes x 8 fake GPUs, with the sizes of tiny_7b.yaml."""
+    conf = str(Path(__file__).with_name("tiny_7b.yaml"))
+    return start_engines(slurm, runs, "launch/torl_7b.slurm", overrides, "--cpus-per-task=1", TORL_CONF=conf)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_the_real_7b_launch_file_runs_with_tiny_sizes(idle: Cluster, runs: Path) -> None:
-    """2 nodes x 8 fake GPUs, 16 ranks, one CPU server per node: only sizes and the kind of GPU are overridden."""
-    sizes = [
-        "cluster.gpu=cpu", "cluster.servers_per_node=1", "model.path=conf/quickstart", "model.dtype=float32",
-        "data.train=arithmetic:1", "data.max_prompt_tokens=128", "num_steps=2",
-        "rollout.prompts_per_step=8", "rollout.group_size=8", "rollout.max_response_tokens=128", "serving.tensor=1",
-        "trainer.mini_batch_samples=64", "trainer.micro_batch_tokens=2048", "eval.data=[]", "eval.every_steps=0",
-        "serving.max_total_tokens=65536", "serving.max_running_requests=64", f"runs_dir={runs}", "checkpoint.every_steps=0",
-    ]  # fmt: skip
-    conf = runs / "tiny_7b.yaml"
-    conf.write_text(f'base: {ROOT}/conf/torl_7b.yaml\ndata:\n  template: "Q: {{problem}}=?\\nA:"\n')
-    job = idle.sbatch(
-        f"--output={runs}/%j.out", "--cpus-per-task=1", "launch/torl_7b.slurm", cwd=ROOT,
-        env={"TORL_CONF": str(conf), "TORL_OVERRIDES": " ".join(sizes), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+def test_the_real_7b_launch_file_with_all_its_ranks(idle: Cluster, runs: Path) -> None:
+    """16 ranks, one CPU server per node: only sizes and the kind of GPU are overridden."""
+    job = start_7b(idle, runs, "cluster.ranks_per_node=8 serving.tensor=1")
     assert idle.wait(job, timeout_s=1500)["JobState"] == "COMPLETED", said(runs)
     assert "16 ranks, 2 servers" in said(runs)
     assert steps_done(runs) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_real_7b_launch_file_ends_with_the_same_weights_however_they_travel(idle: Cluster, runs: Path) -> None:
+    """Servers of TP 2, on both nodes beside the ranks by handles, and on a node of their own by broadcast: the same
+    trajectories, every sync verified, and in the end the same bytes."""
+    apart = "cluster.placement=disaggregated cluster.server_nodes=1 cluster.ranks_per_node=4"
+    ended = {}
+    for transport, overrides, servers in (("handles", "", 2), ("broadcast", apart, 1)):
+        folder = runs / transport
+        folder.mkdir()
+        job = start_7b(idle, folder, overrides)
+        assert idle.wait(job, timeout_s=800)["JobState"] == "COMPLETED", said(folder)
+        assert f"4 ranks, {servers} servers" in said(folder)
+        placement = read_placement(next(folder.glob("*/jobs/*/logs/0.0/placement.json")))
+        assert [len(server.gpus) for server in placement.of("server")] == [2] * servers
+        assert placement.owners == ("0,1;2,3" if transport == "handles" else "")
+        log = next(folder.glob("*/jobs/*/logs/0.0/n0.rank_0.log")).read_text()
+        assert f"weights travel to {servers} servers by {transport}" in log
+        sync = json.loads((folder / "tiny_7b/summary.json").read_text())["weight_sync"]
+        assert sync["num_verified"] == sync["num_syncs"] == 3
+        sampled = [
+            (t.response_ids, r.value)
+            for step in range(2)
+            for group in read_groups(step_path(folder / "tiny_7b/trajectories", step))
+            for t, r in zip(group.trajectories, group.rewards, strict=True)
+        ]
+        ended[transport] = (sampled, weights(folder))
+    assert len(ended["handles"][0]) == 32
+    assert ended["handles"] == ended["broadcast"]
+    assert len(ended["handles"][1]) > 1_000_000
 
 
 def _pid(*words: bytes) -> int:

@@ -98,7 +98,11 @@ class Says:
     """A Generator that says these turns, each closed by the template's token unless the budget cuts it."""
 
     def __init__(self, name: str, *turns: str, close: int | None = None) -> None:
-        self.codec, self.turns, self.end = tokenizer(name), list(turns), chat(name).end_id if close is None else close
+        self.codec, self.turns, self.end = (
+            tokenizer(name),
+            list(turns),
+            chat(name).end_ids[0] if close is None else close,
+        )
         self.requests: list[Any] = []
 
     async def generate(self, request: Any) -> Generation:
@@ -117,7 +121,7 @@ def attempt(
     says = Says(name, *turns, **more)
     episode = Episode(says, tools, tokenizer(name).encode, EpisodeSettings(1.0, 1.0, room, calls))
     found = asyncio.run(episode.run(prompt, 0, seed=1))
-    assert all(r.stop == () and r.stop_token_ids == (tools.end_id,) for r in says.requests)
+    assert all(r.stop == () and r.stop_token_ids == tools.end_ids for r in says.requests)
     return found
 
 
@@ -292,6 +296,19 @@ def test_a_turn_that_ends_otherwise_is_the_answer() -> None:
     found = attempt("qwen25", written("qwen25", "echo", {"text": "a"}), close=end)
     assert found.tool_calls == ()
     assert found.stop_reason is StopReason.EOS
+
+
+def test_llamas_end_of_a_message_closes_a_call_too() -> None:
+    """Llama 3.1 ends a call by `<|eom_id|>` where a result is to follow (Meta's prompt format, "Environment: ipython")."""
+    name = "llama3"
+    eom = tokenizer(name).added["<|eom_id|>"]
+    assert chat(name).end_ids == (tokenizer(name).added["<|eot_id|>"], eom)
+    found = attempt(name, "<|python_tag|>" + written(name, "echo", {"text": "a"}), "\\boxed{1}", close=eom)
+    assert [call.observation for call in found.tool_calls] == ["1: a null"]
+    assert found.turns[0].token_ids[-1] == eom
+    assert audited(name, found) is None
+    usual = attempt(name, "<|python_tag|>" + written(name, "echo", {"text": "a"}), "\\boxed{1}")
+    assert found.turns[0].observation_ids == usual.turns[0].observation_ids
 
 
 @pytest.mark.parametrize(
@@ -551,3 +568,20 @@ def test_a_system_message_that_a_plain_template_leaves_out_is_told(
 def test_text_protocols_never_hear_of_it() -> None:
     tool = make_tool(ROLLOUT, load_config("conf/base.yaml", ["data.train=arithmetic:1"]).sandbox, Box())
     assert not isinstance(tool, ChatTools)
+
+
+def test_a_thought_that_the_template_begins_is_one(tmp_path: Path) -> None:
+    """A generation prompt that ends in `<think>`, in front of every turn alike: a call in the thought is none."""
+    folder = usable(tmp_path, "qwen25")
+    path = folder / "chat_template.jinja"
+    opened = path.read_text().replace("'<|im_start|>assistant\\n'", "'<|im_start|>assistant\\n<think>\\n'")
+    said = "+ message.role + '\\n' +"
+    opened = opened.replace(said, f"{said} ('<think>\\n' if message.role == 'assistant' else '') +")
+    assert opened.count("<think>") == 2
+    path.write_text(opened)
+    box = FencedTools({"echo": tool_of_class(Echo, "echo")}, None)
+    tools = make_chat(box, Tokenizer(folder), system="s", arguments={}, family="fenced")
+    call = "\n```echo\n{}\n```\n"
+    assert tools.template.begun == "<think>"
+    assert tools.calls_of(f"perhaps {call}") == []
+    assert tools.calls_of(f"perhaps {call}</think>\n{call}") == [Written("echo", "{}\n")]

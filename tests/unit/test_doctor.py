@@ -107,16 +107,17 @@ def test_too_little_disk_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert "checkpoint.keep_last" in only(findings, "disk").detail
 
 
-def test_taken_ports_are_named() -> None:
+@pytest.mark.parametrize(("port", "whose"), [(15101, "sandbox 0"), (15200, "server 0"), (15201, "ranks of server 0")])
+def test_taken_ports_are_named(port: int, whose: str) -> None:
     plan, _ = place(config("cluster.gpu=cpu"), nodes=1, gpus=1, gpu="cpu", hosts=("n0",), base_port=15100)
     assert plan is not None
     assert only(preflight.placement_checks(plan, "n0"), "ports").level == "ok"
     with socket.socket() as listener:
-        listener.bind(("", 15101))
+        listener.bind(("", port))
         listener.listen()
         found = only(preflight.placement_checks(plan, "n0"), "ports")
     assert found.level == "fail"
-    assert "15101 (sandbox 0)" in found.detail
+    assert f"{port} ({whose})" in found.detail
 
 
 def test_unknown_hosts_are_named() -> None:
@@ -214,3 +215,15 @@ def test_nodes_are_collected_into_one_table(tmp_path: Path, capsys: pytest.Captu
     assert "full" in out
     assert "image not found" in out
     assert "n0" not in out
+
+
+def test_what_is_wrong_is_summed_up_with_each_cause_once() -> None:
+    found = [Check("a", "ok", "x"), Check("b", "fail", "no y; make it"), Check("c", "fail", "no y; make it")]
+    found.append(Check("d", "warn", "slow; wait"))
+    assert doctor.summed_up(found) == [
+        "2 of 4 checks fail:",
+        "  b, c: no y; make it",
+        "1 of 4 checks warn:",
+        "  d: slow; wait",
+    ]
+    assert doctor.summed_up(found[:1]) == ["1 checks, all well"]

@@ -125,6 +125,21 @@ def test_accuracy_repeats_and_pass_at_k(tmp_path: Path) -> None:
     assert {"accuracy", "code_ratio", "pass_ratio"} <= set(metrics)
 
 
+def test_two_files_with_the_same_ids_are_scored_apart(tmp_path: Path) -> None:
+    """The policy solves what the first file holds, nothing of the second; the rows have the same numbers and source."""
+    files = []
+    for name, texts in (("a", ("one", "two")), ("b", ("three", "four"))):
+        (tmp_path / name).mkdir()
+        files.append(tmp_path / name / "test.jsonl")
+        files[-1].write_text("".join(json.dumps(row("math", text)) + "\n" for text in texts))
+    config, data = settings(tmp_path, [row("unused", "x")])
+    config = config.model_copy(update={"data": tuple(map(str, files))})
+    benchmarks = load_benchmarks(config, data, plain_prompts(data.template, encode))
+    report = report_on(benchmarks, Policy(lambda problem, sample: problem in ("one", "two")))
+    [math] = report.benchmarks
+    assert (math.num_problems, math.accuracy.value) == (4, 0.5)
+
+
 def test_pass_at_k_is_the_average_over_all_choices_of_k_attempts() -> None:
     for n in range(1, 7):
         for c in range(n + 1):

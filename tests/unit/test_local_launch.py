@@ -202,6 +202,14 @@ def test_collecting_alone_never_writes_into_a_training_run(tmp_path: Path, progr
         local.collect(program, config, json=False)
 
 
+def test_what_would_have_nothing_to_do_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"eval.data is empty"):
+        local.collect("eval", quick(f"runs_dir={tmp_path}", "eval.data=[]"), json=False)
+    with pytest.raises(DataError, match=r"rollout.replay = 'gone' is no run"):
+        local.train(quick(f"runs_dir={tmp_path}", "rollout.replay=gone"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_frozen_config_is_the_config(tmp_path: Path) -> None:
     config = quick(f"runs_dir={tmp_path}", "optim.lr=1e-6")
     assert load_config(freeze(config, open_run(config), "local")) == config

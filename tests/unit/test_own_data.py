@@ -144,6 +144,37 @@ def test_several_files_by_weight_and_again_from_the_cursor(tmp_path: Path) -> No
         source([mix[0], {**mix[1], "weight": 2}, mix[2]]).restore(first.state())
 
 
+def test_problems_of_files_with_the_same_names_are_different_problems(tmp_path: Path) -> None:
+    """Files of Hugging Face are all called train-00000-of-00001; a mastered problem retires none of another file."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    rows = [{"problem": text, "answer": "1", "source": "math"} for text in ("one", "two", "three", "four")]
+    mix = [
+        {"path": file(tmp_path / name, "train.jsonl", part), "weight": 1}
+        for name, part in (("a", rows[:2]), ("b", rows[2:]))
+    ]
+    prompts = source(mix)
+    drawn = {prompt.problem.problem: prompt.problem.problem_id for prompt in prompts.next(4)}
+    assert len(set(drawn.values())) == 4
+    prompts.retire([drawn["one"]])
+    assert set(texts(prompts.next(8))) == {"two", "three", "four"}
+
+
+@pytest.mark.parametrize(
+    ("path", "source_name"),
+    [
+        ("aime/train-00000-of-00002.parquet", "aime"), ("aime/data/test-00001-of-00002.parquet", "aime"),
+        ("data/test.parquet", "here"), ("amc.jsonl", "amc"), ("x/trains.jsonl", "trains"),
+    ],
+)  # fmt: skip
+def test_a_file_without_a_name_of_its_own_is_called_after_its_folder(
+    path: str, source_name: str, tmp_path: Path
+) -> None:
+    from torl_mega.data.readers import _default_source
+
+    assert _default_source(tmp_path / "here" / path) == source_name
+
+
 def test_settings_that_cannot_be_meant_are_refused() -> None:
     for settings, problem in (
         ({"train": []}, "nothing to train on"),

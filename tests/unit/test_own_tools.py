@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import json
 import sys
+import threading
+import time
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from test_rollout import PROMPT, SETTINGS, Box, Script, encode
 
@@ -18,7 +23,7 @@ from torl_mega.config_file import load_config
 from torl_mega.errors import ConfigError, DataError, ToolFault
 from torl_mega.rollout.episode import Episode
 from torl_mega.rollout.fences import FencedTools, last_block
-from torl_mega.rollout.own_tool import OwnToolSession, load_tool, tool_of_class
+from torl_mega.rollout.own_tool import THREADS, OwnToolSession, load_tool, tool_of_class
 from torl_mega.rollout.python_tool import PythonTool
 from torl_mega.rollout.recorder import trajectory_from_json
 from torl_mega.rollout.search import Index
@@ -200,6 +205,89 @@ def test_wrong_calls_are_answered() -> None:
     assert "no JSON object" in texts[2]
     assert texts[3] == "\nno such query\n```\n"
     assert texts[4] == "\n(no call found; the tools are python, count, search)\n```\n"
+
+
+class Rows:
+    """Gives what JSON does not know."""
+
+    def __call__(self, kind: str):  # type: ignore[no-untyped-def]
+        return {"int": np.int64(3), "bool": np.bool_(True), "array": np.arange(3), "exact": Fraction(1, 3), "set": {5}}[
+            kind
+        ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"), [("int", "3"), ("bool", "true"), ("array", "[0, 1, 2]"), ("exact", '"1/3"'), ("set", "[5]")]
+)
+def test_results_that_json_does_not_know_are_shown(kind: str, text: str) -> None:
+    session = OwnToolSession(tool_of_class(Rows, "rows"), PROMPT.problem)
+    assert asyncio.run(session.call({"kind": kind})).text == text
+
+
+def timed(call: Any) -> Any:
+    """A decorator as users write them: not async itself."""
+
+    @functools.wraps(call)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
+
+    return wrapped
+
+
+class Decorated:
+    """Doubles."""
+
+    @timed
+    async def __call__(self, x: int) -> int:
+        await asyncio.sleep(0)
+        return 2 * x
+
+
+def test_an_async_call_under_an_ordinary_decorator_is_awaited() -> None:
+    session = OwnToolSession(tool_of_class(Decorated, "decorated"), PROMPT.problem)
+    assert asyncio.run(session.call({"x": 21})).text == "42"
+
+
+class Waits:
+    """Takes the time that a thread takes."""
+
+    timeout_s = 0.5
+    released = threading.Event()
+
+    def __call__(self, for_ever: bool = False) -> str:
+        if for_ever:
+            self.released.wait()
+        time.sleep(0.1)
+        return "here"
+
+
+def test_waiting_for_a_thread_is_none_of_the_calls_time() -> None:
+    tool = tool_of_class(Waits, "waits")
+
+    async def many(count: int) -> list[Any]:
+        sessions = [OwnToolSession(tool, PROMPT.problem) for _ in range(count)]
+        return await asyncio.gather(*(session.call({}) for session in sessions), return_exceptions=True)
+
+    found = asyncio.run(many(10 * THREADS))  # the last ones wait twice their limit
+    assert [getattr(answer, "text", answer) for answer in found] == ["here"] * 10 * THREADS
+
+
+def test_calls_that_never_return_do_not_hang_the_others() -> None:
+    tool = tool_of_class(Waits, "waits")
+
+    async def run() -> tuple[list[Any], Any]:
+        sessions = [OwnToolSession(tool, PROMPT.problem) for _ in range(THREADS)]
+        stuck = await asyncio.gather(*(s.call({"for_ever": True}) for s in sessions), return_exceptions=True)
+        try:
+            return stuck, await OwnToolSession(tool, PROMPT.problem).call({})
+        except ToolFault as exc:
+            return stuck, exc
+        finally:
+            Waits.released.set()
+
+    stuck, further = asyncio.run(run())
+    assert all("no answer within 0.5 s" in str(fault) for fault in stuck)
+    assert f"all {THREADS} threads are taken" in str(further)
 
 
 @pytest.mark.parametrize("query", ["slow", "broken"])

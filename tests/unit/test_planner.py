@@ -19,12 +19,12 @@ from torl_mega.errors import ConfigError
 from torl_mega.launch.commands import environment
 from torl_mega.launch.plan import run
 from torl_mega.layout import ModelShape, describe_model
-from torl_mega.planner.analyse import Analysis, Hardware, analyse
+from torl_mega.planner.analyse import Analysis, Hardware, analyse, placed
 from torl_mega.planner.hardware import GPUS, Assumptions, name_of
 from torl_mega.planner.known_models import KNOWN, hf_config
 from torl_mega.planner.memory import micro_batches_in_flight, trainer_memory
 from torl_mega.planner.placement import place, read_placement, weight_transport
-from torl_mega.planner.search import search
+from torl_mega.planner.search import PLACES, _candidates, _changed, search
 
 ASSUME = Assumptions()
 CLUSTERS = [*sorted(Path("conf/clusters").glob("*.yaml")), Path("conf/quickstart_gpu.yaml")]
@@ -345,6 +345,28 @@ def test_the_search_is_right_and_takes_seconds(conf: Path) -> None:
         again = analyse(load_config(conf, candidate.overrides), Hardware(cluster.nodes, 8, "h100"), ASSUME)
         assert again.fits
         assert again.time == candidate.analysis.time
+
+
+@pytest.mark.slow
+def test_the_search_on_a_thousand_nodes_takes_seconds_too() -> None:
+    large = [
+        "rollout.max_response_tokens=15000",
+        "trainer.micro_batch_tokens=16384",
+    ]  # two sizes of a micro-batch to try
+    config = load_config("conf/torl_32b.yaml", large)
+    started = time.process_time()
+    assert search(config, Hardware(1024, 8, "h200"), ASSUME)
+    assert time.process_time() - started < 20
+
+
+def test_a_placement_depends_on_no_other_setting_of_the_search() -> None:
+    config, hardware = load_config("conf/torl_7b.yaml"), Hardware(4, 8, "h100")
+    made: dict[tuple[object, ...], object] = {}
+    for n, overrides in enumerate(_candidates(config, hardware)):
+        if n % 7 == 0:
+            where = placed(_changed(config, overrides), hardware)
+            assert made.setdefault(tuple(overrides[name] for name in PLACES), where) == where
+    assert len(made) == 16
 
 
 def test_the_nearest_layout_that_fits_is_offered(capsys: pytest.CaptureFixture[str]) -> None:

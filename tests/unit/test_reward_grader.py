@@ -84,13 +84,14 @@ async def hang(grader: Grader, pid: int, pair: tuple[str, str]) -> tuple[int, as
 
 def test_a_hang_costs_its_own_limit_and_others_do_not_wait() -> None:
     async def work(grader: Grader, pid: int) -> None:
-        worker, hanging = await hang(grader, pid, ("7", "7"))
+        pair = ("1000007", "1000007")  # the longest: it is taken up first when all arrive together
+        worker, hanging = await hang(grader, pid, pair)
         ordinary = await asyncio.gather(*(grader.check(str(i), str(i + i % 2)) for i in range(100, 160)))
         assert ordinary.count(Verdict.RIGHT) == ordinary.count(Verdict.WRONG) == 30
         assert not hanging.done()  # it was set aside: the only worker's place is free
         assert await hanging is Verdict.TIMEOUT
         await until(lambda: worker not in children(pid))
-        assert await grader.check("7", "7") is Verdict.RIGHT  # a timeout is not remembered
+        assert await grader.check(*pair) is Verdict.RIGHT  # a timeout is not remembered
 
     asyncio.run(with_grader(work, workers=1, timeout_s=4.0))
 

@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
@@ -97,6 +98,13 @@ def test_what_fails_is_a_fault_and_never_a_reward(own: None, caplog: pytest.LogC
     assert "'3 points' is no finite number" in said
     assert "'overlong' cannot be the name of a part" in said
     assert "it returned no part" in said
+
+
+def test_numpys_truth_is_one(own: None) -> None:
+    from torl_mega.reward.own import outcome
+
+    assert outcome({"a": np.float32(0.5), "correct": np.isclose(1.0, 1.0)}) == {"parts": {"a": 0.5}, "correct": True}
+    assert "no bool" in outcome({"a": 1.0, "correct": np.int64(1)})["error"]
 
 
 @pytest.mark.parametrize(

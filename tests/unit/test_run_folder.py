@@ -7,6 +7,7 @@ import pytest
 
 from torl_mega.config_file import load_config
 from torl_mega.errors import ConfigError
+from torl_mega.launch.inputs import EVALUATED
 from torl_mega.run.folder import is_complete, lock_run, open_run
 from torl_mega.run.metrics import RunMetrics, read_rows, summarize
 
@@ -20,14 +21,41 @@ def test_the_same_recipe_is_resumed_with_free_settings_changed(tmp_path):
     open_run(config(tmp_path, "num_steps=99", "parallel.tensor=2", "eval.every_steps=5", "serving.bucket_mb=1"))
 
 
+def with_a_step(folder):
+    folder.metrics.write_text('{"kind": "sync", "step": 0}\n{"kind": "train", "step": 0}\n')
+    return folder
+
+
+@pytest.mark.parametrize("left", ["", '{"kind": "sync", "step": 0}\n'])
+def test_a_start_that_failed_before_anything_was_made_does_not_hold_its_name(tmp_path, left):
+    folder = open_run(config(tmp_path))
+    folder.metrics.write_text(left)
+    for text in ("{", json.dumps({"config": {"gone": 1}})):
+        (folder.path / "config.json").write_text(text)
+        open_run(config(tmp_path, "optim.lr=0.1"))
+    assert json.loads((folder.path / "config.json").read_text())["config"]["optim"]["lr"] == 0.1
+    for made in (folder.checkpoints, folder.evaluations, folder.trajectories, folder.hf):
+        made.mkdir()
+        with pytest.raises(ConfigError, match=r"optim.lr: 0.1 there"):
+            open_run(config(tmp_path))
+        made.rmdir()
+
+
+def test_evaluations_of_one_name_may_differ_in_their_model(tmp_path):
+    open_run(config(tmp_path)).evaluations.mkdir()
+    open_run(config(tmp_path, "model.path=other"), free=EVALUATED)
+    with pytest.raises(ConfigError, match=r"seed: 1 there, 2 here"):
+        open_run(config(tmp_path, "model.path=other", "seed=2"), free=EVALUATED)
+
+
 def test_another_recipe_is_refused_by_name(tmp_path):
-    open_run(config(tmp_path))
+    with_a_step(open_run(config(tmp_path)))
     with pytest.raises(ConfigError, match=r"optim.lr: 0.0003 there, 0.1 here.*name="):
         open_run(config(tmp_path, "optim.lr=0.1"))
 
 
 def test_a_run_of_an_earlier_version_goes_on_with_new_settings_at_their_default(tmp_path):
-    folder = open_run(config(tmp_path))
+    folder = with_a_step(open_run(config(tmp_path)))
     written = json.loads((folder.path / "config.json").read_text())
     del written["config"]["rollout"]["oversample"]
     (folder.path / "config.json").write_text(json.dumps(written))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torl_mega.config_file import load_config
 from torl_mega.data.prompts import PromptSource
 from torl_mega.rollout.collector import LiveCollector
-from torl_mega.rollout.filters import resample_on_correct, roughness
+from torl_mega.rollout.filters import has_signal, resample_on_correct, roughness
 from torl_mega.rollout.recorder import read_groups, step_path
 from torl_mega.rollout.samples import make_samples
 from torl_mega.run.folder import RunFolder
@@ -114,6 +114,31 @@ def test_a_small_penalty_in_an_all_correct_group_becomes_no_large_advantage() ->
     plain = np.sqrt(3) / 2  # of +1, +1, -1, -1 with the unbiased std
     assert first == pytest.approx(plain - 0.05, rel=1e-4)
     assert second == pytest.approx(plain * 0.75, rel=1e-4)
+
+
+def own_parts(*rewards: dict[str, float]) -> Group:
+    """Attempts scored by a user's function, whose parts have other names."""
+    made = [attempt(i, True) for i in range(len(rewards))]
+    scored = [Reward(sum(parts.values()), True, GraderStatus.OK, "2", parts) for parts in rewards]
+    return group_of(*((t, r) for (t, _), r in zip(made, scored, strict=True)))
+
+
+def test_penalties_are_told_from_the_parts_of_a_users_function() -> None:
+    alike = own_parts(*[{"right": 1.0, "tool_cost": 0.0}] * 7, {"right": 1.0, "tool_cost": -0.05})
+    assert [s.advantage for s in make_samples([alike], algo(penalties="advantage"))] == [0.0] * 8
+    styled = own_parts({"answer": -1.0, "style": 0.5}, {"answer": 1.0, "style": 0.0})
+    advantages = [s.advantage for s in make_samples([styled], algo(penalties="advantage"))]
+    assert advantages == pytest.approx([-(0.5**0.5), 0.5**0.5], rel=1e-4)  # of -0.5 and 1 with the unbiased std
+
+
+@pytest.mark.parametrize("penalties", ["reward", "advantage"])
+def test_penalties_alone_are_no_signal_to_keep_a_group_for(penalties: str) -> None:
+    """DAPO, 2503.14476 eq. 11: neither none nor all of the answers are right."""
+    wrong = group_of(attempt(0, False), attempt(1, False, penalty=-0.5))
+    mixed = group_of(attempt(0, False), attempt(1, True))
+    assert not has_signal(wrong, algo(penalties=penalties))
+    assert has_signal(mixed, algo(penalties=penalties))
+    assert not has_signal(own_parts({"mine": 0.3, "overlong": 0.0}, {"mine": 0.3, "overlong": -0.2}), algo())
 
 
 # ------------------------------------------------------------------------------------------------ prompts of a step

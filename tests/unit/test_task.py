@@ -171,6 +171,8 @@ def test_a_signal_to_the_task_is_noted_for_everybody(task) -> None:
     )
     rank.process.terminate()
     rank.see("status/stop")
+    rank.note("failed")
+    rank.wait()
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,9 @@ TODAY = datetime.date(2024, 7, 26)
 THOUGHTS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<thinking>", "</thinking>"))
 """Marks of thoughts that templates look for."""
 
+ALSO_CLOSE = ("<|eom_id|>",)
+"""Llama 3.1's end of a message after which the result of a call is to follow, not the user."""
+
 
 class ChatTemplate:
     """`tools`: schemas as OpenAI's API has them. `result_role`: of the messages that hold results. `arguments`: more for the
@@ -76,7 +79,11 @@ class ChatTemplate:
         self._pattern = re.compile("|".join(map(re.escape, self._marks)) or r"(?!)")
         self.closing = self._prove()
         """What closes an assistant's turn, a special token."""
-        self.end_id = tokenizer.added[self.closing]
+        self.closings = (self.closing, *(mark for mark in ALSO_CLOSE if mark in self._marks))
+        self.end_ids = tuple(tokenizer.added[mark] for mark in self.closings)
+        """Of what may close a turn; the template's own comes first."""
+        self.begun = self._begun_thought()
+        """A thought that the template itself begins an assistant's turn with; empty for most."""
 
     def prompt(self, problem: str, system: str | None = None) -> tuple[int, ...]:
         """Ids of a conversation that begins with `problem`, up to where the assistant's turn begins. `system`: a system message
@@ -97,6 +104,10 @@ class ChatTemplate:
             self._between(names), range(len(texts)), texts, lambda shown: self._after_turn(names, shown)
         )
         return self._encode(parts)[1:]
+
+    def _begun_thought(self) -> str:
+        begin = self._frame[-1].rstrip()
+        return next((opened for opened, _ in THOUGHTS if begin.endswith(opened)), "")
 
     def written_calls(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str | None:
         """The text of an assistant's turn with these calls, as the template writes it; None where it cannot, or leaves them out."""

@@ -6,6 +6,7 @@ are no longer the same.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -89,7 +90,10 @@ class StreamCursor:
 
 
 class MixedCursor:
-    """Draws from several cursors so that after n problems each has given `n * weight / sum of weights`, to less than one."""
+    """Draws from several cursors so that after n problems each has given `n * weight / sum of weights`, to less than one.
+
+    Ids are unique in a file only: those of the k-th cursor, from 0, end in `@k` but for the first's.
+    """
 
     def __init__(self, parts: Sequence[Cursor], weights: Sequence[float]) -> None:
         self._parts, self._weights = parts, [weight / sum(weights) for weight in weights]
@@ -102,7 +106,8 @@ class MixedCursor:
         behind = [weight * drawn - own for weight, own in zip(self._weights, self._drawn, strict=True)]
         part = behind.index(max(behind))
         self._drawn[part] += 1
-        return self._parts[part].advance()
+        problem = self._parts[part].advance()
+        return dataclasses.replace(problem, problem_id=f"{problem.problem_id}@{part}") if part else problem
 
     def state(self) -> dict[str, Any]:
         return {"drawn": list(self._drawn), "weights": self._weights, "parts": [part.state() for part in self._parts]}

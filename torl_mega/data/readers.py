@@ -193,8 +193,11 @@ def _known_layout(row: Row, *, path: Path, number: int) -> Problem:
 
 
 def _default_source(path: Path) -> str:
-    """`aime24/test.jsonl` and `aime24.jsonl` are both aime24."""
-    return path.resolve().parent.name if path.stem in ("test", "train", "validation", "data") else path.stem
+    """`aime24/test.jsonl`, `aime24/data/train-00000-of-00001.parquet` and `aime24.jsonl` are all aime24."""
+    if not re.fullmatch(r"(test|train|validation|data)(-\d+-of-\d+)?", path.stem):
+        return path.stem
+    folders = path.resolve().parents
+    return folders[1].name if folders[0].name == "data" and folders[1].name else folders[0].name
 
 
 def _verl_problem(row: Row, *, where: str, default_source: str, number: int) -> Problem:

@@ -21,11 +21,12 @@ from torl_mega.planner.placement import Placement, Process, takes_turns, weight_
 
 PROGRAMS = {
     "rank": ["torl_mega.train"],
+    "pretrain": ["torl_mega.pretrain"],
     "eval": ["torl_mega.rollout.standalone", "eval"],
     "rollout": ["torl_mega.rollout.standalone", "rollout"],
     "try": ["torl_mega.rollout.standalone", "try"],
 }
-"""What may stand in the place of a placement's ranks: the trainer, or a program that collects without one."""
+"""What may stand in the place of a placement's ranks: the trainer, one of texts, or a program that collects without one."""
 
 
 def task_command(role: str, placement: Path, conf: Path) -> list[str]:

@@ -88,6 +88,23 @@ def print_checks(nodes: dict[str, list[Check]], *, everything: bool) -> None:
     for node, check in rows:
         table.add_row(node, check.name, check.level.upper() if check.level != "ok" else "ok", check.detail)
     console.print(table)
+    for line in summed_up([check for _, check in rows]):
+        console.print(line, soft_wrap=True, markup=False)
+
+
+def summed_up(checks: Sequence[Check]) -> list[str]:
+    """How many are not well, and each cause with its remedy once, under the checks that it fails."""
+    lines = []
+    for level, verb in (("fail", "fail"), ("warn", "warn")):
+        causes: dict[str, list[str]] = {}
+        for check in checks:
+            if check.level == level:
+                causes.setdefault(check.detail, []).append(check.name)
+        number = sum(map(len, causes.values()))
+        if number:
+            lines.append(f"{number} of {len(checks)} checks {verb}:")
+            lines += [f"  {', '.join(dict.fromkeys(names))}: {detail}" for detail, names in causes.items()]
+    return lines or [f"{len(checks)} checks, all well"]
 
 
 def main() -> None:

@@ -27,9 +27,11 @@ _NCCL = {
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
 }
 _CACHES = {
-    # SGLang puts triton, inductor, flashinfer, DeepGEMM and tilelang below it (srt/environ.py:1373, 2309 of 0.5.23)
+    # SGLang puts flashinfer, DeepGEMM and tilelang below it (srt/environ.py:1373, 2309 of 0.5.23)
     "SGLANG_CACHE_DIR": "{cache}/sglang",
     "SGLANG_JIT_CACHE_DIR": "{cache}/sglang/jit",  # which has a default of its own (kernels/jit/utils/compile/cache.py:318)
     "TVM_FFI_CACHE_DIR": "{cache}/tvm-ffi",
+    "TRITON_CACHE_DIR": "{cache}/triton",  # of ranks too: by themselves below the home folder, and inductor below /tmp
+    "TORCHINDUCTOR_CACHE_DIR": "{cache}/inductor",
     "CUDA_CACHE_PATH": "{cache}/cuda",
 }

@@ -20,6 +20,7 @@ from torl_mega.launch.checks import Check, guarded, judged
 from torl_mega.planner.placement import Placement, Process
 from torl_mega.process.address import interface_of, is_loopback, own_address
 from torl_mega.process.start import port_in_use
+from torl_mega.serving.sglang_server import ranks_port
 
 
 def this_node() -> str:
@@ -92,6 +93,8 @@ def _address(placement: Placement, node: str) -> Iterator[Check]:
 
 def _ports(placement: Placement, node: str) -> Iterator[Check]:
     mine = {f"{p.role} {p.index}": p.port for p in placement.processes if p.host == node and p.port is not None}
+    servers = [p for p in placement.of("server") if p.host == node]
+    mine |= {f"ranks of server {p.index}": ranks_port(p.port) for p in servers if p.port is not None}
     if node == placement.hosts[0]:
         mine["ranks"] = placement.master_port
     taken = [f"{port} ({name})" for name, port in mine.items() if port_in_use("", port)]

@@ -2,7 +2,7 @@
 
     python -m torl_mega.launch.task runs_dir CONF [a.b=value …]           says where the run folder will be
     python -m torl_mega.launch.task prepare ROLE CONF [a.b=value …]       once, before anything is queued or started
-    python -m torl_mega.launch.task ROLE PLACEMENT CONF                   ROLE: rank, eval, rollout, try, server or sandbox
+    python -m torl_mega.launch.task ROLE PLACEMENT CONF                   ROLE: server, sandbox or one of PROGRAMS
 
 A task knows itself by its node and its number there (TORL_NODE and TORL_LOCAL_ID, or SLURMD_NODENAME and SLURM_LOCALID).
 It takes its cores, makes a folder for temporary files (TMPDIR), starts the process, and tells the others what happened
@@ -29,7 +29,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,12 +38,13 @@ from torl_mega.config_file import load_config
 from torl_mega.errors import ConfigError, TorlError
 from torl_mega.launch.commands import PROGRAMS, command, environment
 from torl_mega.launch.cores import pin, read_topology
-from torl_mega.launch.inputs import freeze, without_trainer
+from torl_mega.launch.inputs import EVALUATED, check_program, freeze, without_trainer
 from torl_mega.planner.placement import Placement, Process, read_placement
 from torl_mega.process import exit_codes
 from torl_mega.process.exit_codes import MAX_RESTARTS, as_shell_code, how_it_ended
 from torl_mega.process.start import GuardedProcess, short_tempdir, start, tail
 from torl_mega.process.stop_flag import StopFlag
+from torl_mega.process.temporary import temporary_folder
 from torl_mega.run.folder import RunFolder, lock_run, open_run
 
 POLL_S = 0.5
@@ -56,6 +56,7 @@ SIDECAR_GRACE_S = 3.0
 RANK_GRACE_S = 5.0  # for a rank that cannot go on
 LONGEST_TEMPDIR = 78  # with room for our own folder and a socket in it
 ERROR_MARK = "torl: error: "
+TRAINS = ("rank", "pretrain")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,8 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def prepare(role: str, conf: str, overrides: Sequence[str]) -> int:
     """Opens the run folder, freezes the config as `jobs/config.<pid>.yaml` there, and prints both paths."""
     config = load_config(conf, overrides)
-    config = config if role == "rank" else without_trainer(config)
-    folder = open_run(config)
+    check_program(role, config)
+    config = config if role in TRAINS else without_trainer(config)
+    folder = open_run(config, free=EVALUATED if role == "eval" else frozenset())
     print(folder.path.resolve())
     print(freeze(config, folder, f"config.{os.getpid()}"))
     return exit_codes.DONE
@@ -96,13 +98,13 @@ def run_role(role: str, placement: Placement, conf: str, status: Path) -> int:
         return exit_codes.DONE
     _take_cores(mine, placement)
     config = load_config(conf)
-    base = short_tempdir(LONGEST_TEMPDIR)
-    with tempfile.TemporaryDirectory(prefix="torl-", dir=base, ignore_cleanup_errors=True) as scratch:
+    with temporary_folder(short_tempdir(LONGEST_TEMPDIR)) as (scratch, lock):
         os.chmod(scratch, 0o711)  # a sandbox in it runs snippets as other users
         env = {**os.environ, **environment(mine, placement, config), "TMPDIR": scratch}
         cmd = command(role, mine, placement, config, conf, status.parent)
         if role in PROGRAMS:
-            return run_rank(mine, cmd, env, status, config, hang_s=config.cluster.hang_s if role == "rank" else None)
+            hang_s = config.cluster.hang_s if role in TRAINS else None
+            return run_rank(mine, cmd, env, status, config, hang_s=hang_s, keep=(lock,))
         return run_sidecar(mine, cmd, env, status)
 
 
@@ -120,12 +122,14 @@ def this_task() -> tuple[str, int]:
 
 
 def run_rank(
-    mine: Process, cmd: list[str], env: dict[str, str], status: Path, config: Config, *, hang_s: float | None
-) -> int:
+    mine: Process, cmd: list[str], env: dict[str, str], status: Path, config: Config, *,
+    hang_s: float | None, keep: Sequence[int] = (),
+) -> int:  # fmt: skip
+    """`keep`: descriptors that the rank inherits, and so keeps open where this task is killed."""
     folder = RunFolder.of(config)
     lock = lock_run(folder) if mine.index == 0 and "TORL_NODE" not in os.environ else None  # else the launcher holds it
     # no reaper as for side-cars: it would cut a rank's saving short on SIGTERM, and Slurm ends the tree of a lost task
-    child = subprocess.Popen(cmd, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
+    child = subprocess.Popen(cmd, env=env, stdin=subprocess.DEVNULL, start_new_session=True, pass_fds=keep)
     stop = StopFlag()
     stop.on_request = (status / "stop").touch
     life = _SignOfLife(folder, hang_s) if mine.index == 0 and hang_s is not None else None

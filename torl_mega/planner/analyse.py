@@ -60,14 +60,30 @@ class Analysis:
         return self.hardware.nodes * self.hardware.gpus
 
 
-def analyse(config: Config, hardware: Hardware, assume: Assumptions, mean_response: int | None = None) -> Analysis:
-    """Everything `torl plan` says. Raises ConfigError only for an unknown GPU; everything else is a problem in the result."""
-    gpu = gpu_row(hardware.gpu)
-    problems: list[str] = []
-    placement, complaints = place(
+Placed = tuple[Placement | None, list[str]]
+
+
+def placed(config: Config, hardware: Hardware) -> Placed:
+    """The placement on this hardware, or every reason why there is none."""
+    return place(
         config, nodes=hardware.nodes, gpus=hardware.gpus, gpu=hardware.gpu, hosts=hardware.hosts,
         cores=hardware.cores, base_port=hardware.base_port,
     )  # fmt: skip
+
+
+def analyse(
+    config: Config,
+    hardware: Hardware,
+    assume: Assumptions,
+    mean_response: int | None = None,
+    *,
+    where: Placed | None = None,
+) -> Analysis:
+    """Everything `torl plan` says. Raises ConfigError only for an unknown GPU; everything else is a problem in the result.
+    `where` is what `placed` says of this config, for a caller that knows it already."""
+    gpu = gpu_row(hardware.gpu)
+    problems: list[str] = []
+    placement, complaints = where or placed(config, hardware)
     problems += complaints
     try:
         hf = hf_config(config.model.path)

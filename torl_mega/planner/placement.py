@@ -270,8 +270,8 @@ def _serving_problems(shape: _Shape, gpu: str) -> Iterator[str]:
 
 
 def _not_started(config: Config) -> set[str]:
-    """Roles that this run needs no process for: it replays a recording, or is given services that run already."""
-    if config.rollout.replay is not None:
+    """Roles that this run needs no process for: it samples nothing, or is given services that run already."""
+    if config.rollout.replay is not None or config.pretrain is not None:
         return {"server", "sandbox"}
     return {role for role, given in (("server", config.serving.urls), ("sandbox", config.sandbox.address)) if given}
 

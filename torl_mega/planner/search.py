@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torl_mega.config import Config
-from torl_mega.planner.analyse import Analysis, Hardware, analyse
+from torl_mega.planner.analyse import Analysis, Hardware, Placed, analyse, placed
 from torl_mega.planner.hardware import Assumptions
 
 Overrides = dict[str, object]
+PLACES = ("cluster.placement", "cluster.server_nodes", "cluster.server_gpus_per_node", "serving.tensor")
+"""What a placement depends on, of the settings that are tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +41,13 @@ def search(
     """The `keep` fastest layouts that fit, fastest first; of equal ones the nearest to the config first. With `nearest`:
     those that change the fewest settings, and among them the fastest."""
     found = []
+    places: dict[tuple[object, ...], Placed] = {}  # of thousands of nodes: made once, not for every layout
     for overrides in _candidates(config, hardware):
         changed = _changed(config, overrides)
-        analysis = analyse(changed, hardware, assume, mean_response)
+        key = tuple(overrides[name] for name in PLACES)
+        if key not in places:
+            places[key] = placed(changed, hardware)
+        analysis = analyse(changed, hardware, assume, mean_response, where=places[key])
         if analysis.fits:
             texts = [f"{key}={_text(value)}" for key, value in overrides.items() if _get(config, key) != value]
             found.append(Candidate(tuple(texts), analysis))

@@ -10,6 +10,7 @@ trajectory. Limits: no straggler effects, evaluation and checkpoints not include
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torl_mega.config import Config
@@ -120,15 +121,20 @@ def _concurrency(setup: Setup, server: ServerMemory, work: Workload) -> int:
     return max(1, min(limits))
 
 
-def _decode_step_s(setup: Setup, active: float, context: float) -> float:
-    """One token for each of `active` sequences with `context` tokens behind them."""
+def _decode_step_s(setup: Setup) -> Callable[[float, float], float]:
+    """Of (active, context): one token for each of `active` sequences with `context` tokens behind them."""
     shape, gpu, assume = setup.shape, setup.gpu, setup.assume
     tp, width = setup.config.serving.tensor, dtype_bytes(setup.config)
-    kv = active * context * shape.kv_bytes_per_token(width) / min(tp, shape.num_kv_groups)
-    read = (server_weight_bytes(shape, setup.config) / tp + kv) / (gpu.hbm * assume.decode_bandwidth)
-    compute = shape.forward_flops(active, context) / (tp * gpu.bf16 * assume.prefill_mfu)
+    per_token = shape.kv_bytes_per_token(width) / min(tp, shape.num_kv_groups)
+    weights, bandwidth = server_weight_bytes(shape, setup.config) / tp, gpu.hbm * assume.decode_bandwidth
+    flops = tp * gpu.bf16 * assume.prefill_mfu
     reduce = 0.0 if tp == 1 else 2 * shape.num_layers * 15e-6  # two all-reduces per layer, latency-bound
-    return assume.decode_overhead_s + max(read, compute) + reduce
+
+    def seconds(active: float, context: float) -> float:
+        read = (weights + active * context * per_token) / bandwidth
+        return assume.decode_overhead_s + max(read, shape.forward_flops(active, context) / flops) + reduce
+
+    return seconds
 
 
 def _rollout_s(setup: Setup, work: Workload, concurrency: int) -> float:
@@ -136,14 +142,15 @@ def _rollout_s(setup: Setup, work: Workload, concurrency: int) -> float:
     config, assume, servers = setup.config, setup.assume, setup.num_servers
     limit, mean = work.max_response, work.response_tokens
     power = max(0.0, limit / mean - 1)
+    decode_step_s = _decode_step_s(setup)
     tail = 0.0
     for i in range(_POINTS):
         position = (i + 0.5) / _POINTS
         active = concurrency * (1 - position) ** power
         context = work.prompt_tokens + position * limit
-        tail += _decode_step_s(setup, max(active, 1.0), context) * limit / _POINTS
+        tail += decode_step_s(max(active, 1.0), context) * limit / _POINTS
     waiting = max(0.0, work.samples / max(1, servers) - concurrency)
-    full = _decode_step_s(setup, concurrency, work.mean_tokens)
+    full = decode_step_s(concurrency, work.mean_tokens)
     prefill = setup.shape.forward_flops(work.samples / servers * work.prompt_tokens, work.prompt_tokens)
     # a group's prompt is computed once and found in the prefix cache by its other samples
     prefill /= config.serving.tensor * setup.gpu.bf16 * assume.prefill_mfu * config.rollout.group_size

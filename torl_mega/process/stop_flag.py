@@ -14,6 +14,7 @@ class StopFlag:
 
     def __init__(self, *numbers: signal.Signals) -> None:
         self.requested = False
+        self.interrupts = 0  # how often somebody pressed Ctrl-C
         self.signal_name = ""  # of the last one
         self.on_request: Callable[[], object] | None = None
         for number in numbers or (signal.SIGTERM, signal.SIGUSR1):
@@ -21,5 +22,6 @@ class StopFlag:
 
     def _handle(self, number: int, _frame: object) -> None:
         self.requested, self.signal_name = True, signal.Signals(number).name
+        self.interrupts += number == signal.SIGINT
         if self.on_request is not None:
             self.on_request()

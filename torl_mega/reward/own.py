@@ -51,7 +51,9 @@ def judge_by(function: Callable[[Trajectory, Any], Any]) -> Callable[[str], Outc
 def outcome(found: Any) -> Outcome:
     """What the function returned, checked."""
     parts: Mapping[Any, Any] = found if isinstance(found, Mapping) else {"function": found}
-    correct = parts.get("correct")
+    correct: Any = parts.get("correct")
+    if type(correct).__name__ in ("bool_", "bool") and hasattr(correct, "item"):
+        correct = correct.item()  # numpy's
     parts = {name: value for name, value in parts.items() if name != "correct"}
     if correct is not None and not isinstance(correct, bool):
         return {"error": f"correct = {correct!r} is no bool"}

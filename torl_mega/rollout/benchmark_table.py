@@ -6,6 +6,7 @@ Accuracies stand beside those of the paper's Table 3; a number with a star has a
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,30 @@ from torl_mega.types import CollectedGroups, Reward, Trajectory
 PAPER_TABLE_3 = {f"{paper.OURS[size]} (paper)": paper.row(size, paper.OURS[size]) for size in paper.TABLE_3}
 
 
-def write_report(folder: Path, name: str, report: EvalReport, collected: CollectedGroups) -> None:
-    """Writes `folder/<name>.{jsonl,json,md}`, each atomically."""
+SOURCE_NOTE = "torl_source.json"  # in an HF folder that was converted from a checkpoint: which one
+
+
+def policy_of(model: str, step: int) -> dict[str, Any]:
+    """What was evaluated: the model, the checkpoint it was converted from, and the training steps since."""
+    try:
+        source = json.loads((Path(model) / SOURCE_NOTE).read_text())
+    except FileNotFoundError:
+        source = {"model": model, "checkpoint": None}
+    return {**source, "served": model, "step": step}
+
+
+def name_of_policy(model: str) -> str:
+    """A name for the results of a model that is not being trained, e.g. `quickstart_hf` for runs/quickstart/hf."""
+    path = Path(model).resolve()
+    return f"{path.parent.name}_{path.name}" if path.name == "hf" else path.name
+
+
+def write_report(
+    folder: Path, name: str, report: EvalReport, collected: CollectedGroups, policy: Mapping[str, Any]
+) -> None:
+    """Writes `folder/<name>.{jsonl,json,md}`, each atomically. `policy`: `policy_of` what was evaluated."""
     _write_transcripts(folder / f"{name}.jsonl", collected)
-    write_json(folder / f"{name}.json", report.to_json())
+    write_json(folder / f"{name}.json", {"policy": dict(policy), **report.to_json()})
     write_text(folder / f"{name}.md", to_markdown(report, name=name))
 
 

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Coroutine
 from typing import Any, TypeVar
 
 import uvloop
@@ -27,6 +27,7 @@ from torl_mega.rollout.evaluate import load_benchmarks
 from torl_mega.rollout.scheduler import EpisodeScheduler
 from torl_mega.rollout.tools import tool_and_prompts
 from torl_mega.run.folder import RunFolder
+from torl_mega.run.progress import Progress
 from torl_mega.serving.client import SGLangClient
 from torl_mega.serving.sglang_server import wait_ready
 
@@ -58,10 +59,21 @@ class AsyncRunner:
             if self._stop is not None:
                 self._stop.on_request = None
 
+    def stops_at(self, stop: StopFlag) -> None:
+        """From now on a request of `stop` ends what runs here."""
+        self._stop = stop
+
     def raise_if_stopped(self) -> None:
         """Raises `Preempted` for a request that came while nothing ran here."""
         if self._stop is not None and self._stop.requested:
             raise Preempted
+
+    def unless_stopped(self, work: Coroutine[Any, Any, T]) -> T:
+        """Runs `work`, which is not begun once a stop was requested. Raises `Preempted`."""
+        if self._stop is not None and self._stop.requested:
+            work.close()
+            raise Preempted
+        return self(work)
 
     def close(self) -> None:
         self._runner.close()
@@ -94,6 +106,12 @@ def build_collector(
             golds = run(read_golds(problems, reward.is_readable))
             judge_golds(spec, golds, most=config.data.max_unreadable_golds)
 
+    def servers() -> tuple[int, int]:
+        return client.num_up, len(addresses("TORL_SERVERS"))
+
+    progress = Progress.from_environment()
+    progress.servers = servers
+
     def expect(version: int) -> None:
         client.expect_version(version, oldest=max(0, version - config.rollout.max_staleness))
 
@@ -110,9 +128,14 @@ def build_collector(
             EpisodeSettings(rollout.temperature, rollout.top_p, rollout.max_response_tokens, rollout.max_tool_calls),
         ),
         scheduler=EpisodeScheduler(
-            reward, run, max_concurrency=rollout.max_concurrency, deadline_s=rollout.trajectory_deadline_s
+            reward,
+            run.unless_stopped,
+            max_concurrency=rollout.max_concurrency,
+            deadline_s=rollout.trajectory_deadline_s,
+            progress=progress,
         ),
         expect_version=(lambda _: client.expect_version(None)) if any_version else expect,
+        progress=progress,
         counters=lambda: Counter(client.counters) + Counter(sandbox.counters) + reward.counters,
     )
 

@@ -50,15 +50,16 @@ class ChatTools:
     read: Reader
 
     @property
-    def end_id(self) -> int:
-        return self.template.end_id
+    def end_ids(self) -> tuple[int, ...]:
+        return self.template.end_ids
 
     def open(self, problem: Problem) -> ChatSession:
         return _Session(self, OpenTools(self.box, problem))
 
     def calls_of(self, turn: str) -> list[Written]:
         """The first MOST_CALLS calls in the text of a turn, with or without its closing token."""
-        return self.read(turn.removesuffix(self.template.closing))[:MOST_CALLS]
+        closing = next((mark for mark in self.template.closings if turn.endswith(mark)), "")
+        return self.read(self.template.begun + turn.removesuffix(closing))[:MOST_CALLS]
 
     def follow(self, calls: Sequence[ToolCall]) -> tuple[int, ...]:
         """Ids of the messages that hold the results, up to the assistant's next turn. Raises ToolFault."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from torl_mega.config import Config
 from torl_mega.data.prompts import PromptSource
-from torl_mega.rollout.benchmark_table import write_report
+from torl_mega.rollout.benchmark_table import policy_of, write_report
 from torl_mega.rollout.episode import Episode, sampling_seed
 from torl_mega.rollout.evaluate import Benchmark, Sampling, absent_benchmarks, samplings, score
 from torl_mega.rollout.filters import has_signal, pass_rate, resample_on_correct
@@ -22,6 +22,7 @@ from torl_mega.rollout.samples import make_samples
 from torl_mega.rollout.scheduler import EpisodeScheduler, lost_trajectories
 from torl_mega.rollout.statistics import rollout_metrics
 from torl_mega.run.folder import RunFolder
+from torl_mega.run.progress import Progress
 from torl_mega.types import CollectedGroups, StepBatch
 
 EVAL_STEP = "eval"
@@ -39,10 +40,13 @@ class LiveCollector:
     scheduler: EpisodeScheduler
     expect_version: Callable[[int], None]  # tells the generator which weights its answers must come from
     counters: Callable[[], Mapping[str, int]]  # the clients' fault counters, since start
+    progress: Progress = dataclasses.field(default_factory=Progress)
+    name: str | None = None  # of an evaluation's results; None: the step's
 
     def collect(self, step: int) -> StepBatch:
         settings, algo = self.config.rollout, self.config.algo
         self.expect_version(step)
+        self.progress.begins("step", step)
         cursor, before = self.prompts.state(), dict(self.counters())
         refill = algo.zero_signal == "refill"
         try:
@@ -84,6 +88,7 @@ class LiveCollector:
 
     def evaluate(self, step: int) -> Mapping[str, float]:
         self.expect_version(step)
+        self.progress.begins("evaluation", step)
         if not self.benchmarks:
             return {}
         each = samplings(self.config.eval, self.benchmarks)
@@ -96,7 +101,8 @@ class LiveCollector:
             max_tool_calls=self.config.rollout.max_tool_calls,
             absent=absent_benchmarks(self.config.eval),
         )
-        write_report(self.folder.evaluations, f"step_{step:05d}", report, collected)
+        policy = policy_of(self.config.model.path, step)
+        write_report(self.folder.evaluations, self.name or f"step_{step:05d}", report, collected, policy)
         return report.metrics()
 
     def _attempt_benchmarks(self, each: Sequence[Sampling], sampling: Sampling) -> CollectedGroups:

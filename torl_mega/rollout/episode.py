@@ -70,7 +70,7 @@ class Episode:
                     stop=self.tool.stop if not isinstance(self.tool, ChatTool) and calls_left > 0 else (),
                     seed=sampling_seed(seed, prompt.problem.problem_id, sample_index, len(turns)),
                     route_key=prompt.problem.problem_id,
-                    stop_token_ids=() if chat is None else (chat.end_id,),
+                    stop_token_ids=() if chat is None else chat.end_ids,
                 )
             )
             turn = Turn(generation.token_ids, generation.logprobs, generation.policy_versions, generation.text)
@@ -78,7 +78,7 @@ class Episode:
             room = s.max_response_tokens - len(response)
             if generation.finish is FinishReason.STOP_STRING:
                 turn = await self._with_observation(session, turn, turns, room=room)
-            elif chat is not None and calls_left > 0 and turn.token_ids[-1:] == (chat.end_id,):
+            elif chat is not None and calls_left > 0 and {*turn.token_ids[-1:]} & {*chat.end_ids}:
                 turn = await self._with_results(chat, session, turn, calls_left, room=room)
             response.extend(turn.observation_ids)
             turns.append(turn)

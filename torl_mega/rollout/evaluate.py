@@ -18,7 +18,7 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -135,8 +135,11 @@ def load_benchmarks(config: EvalConfig, data: DataConfig, encode: EncodeProblem)
         log.warning("%s; %s", left_out, WHERE_FROM)
     by_source: dict[str, list[Problem]] = {}
     cut: set[str] = set()
-    for spec in present:
+    ids: set[str] = set()
+    for number, spec in enumerate(present):
         problems = load_problems(spec, max_problems=config.max_problems, columns=data.columns)
+        problems = [_not_among(ids, problem, number) for problem in problems]
+        ids.update(problem.problem_id for problem in problems)
         for problem in problems:
             by_source.setdefault(canonical_name(problem.source), []).append(problem)
             if len(problems) == config.max_problems:
@@ -150,6 +153,12 @@ def load_benchmarks(config: EvalConfig, data: DataConfig, encode: EncodeProblem)
         _benchmark(name, problems, config, data, encode, cut_to=config.max_problems if name in cut else None)
         for name, problems in by_source.items()
     ]
+
+
+def _not_among(ids: Set[str], problem: Problem, number: int) -> Problem:
+    """The problem under an id that no earlier file has; in its own file its id is unique."""
+    taken = problem.problem_id in ids
+    return replace(problem, problem_id=f"{problem.problem_id}@{number}") if taken else problem
 
 
 def canonical_name(source: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torl_mega.config import AlgoConfig
+from torl_mega.config import SHAPING, AlgoConfig
 from torl_mega.rollout.python_tool import STOP, last_code_block
 from torl_mega.types import ExecutionStatus, Group, Reward, StopReason, Trajectory, Turn
 
@@ -14,8 +14,9 @@ def is_trained(trajectory: Trajectory, config: AlgoConfig) -> bool:
 
 
 def has_signal(group: Group, config: AlgoConfig) -> bool:
-    """Whether its rewards differ, so that their advantages are not all zero."""
-    return len({own_reward(reward, config) for reward in group.rewards}) > 1
+    """Whether its answers differ in what they earn (DAPO filters by accuracy, 2503.14476 eq. 11): penalties are no signal, also
+    where they act in the reward."""
+    return len({answers_reward(reward) for reward in group.rewards}) > 1
 
 
 def pass_rate(group: Group) -> float:
@@ -24,7 +25,13 @@ def pass_rate(group: Group) -> float:
 
 def own_reward(reward: Reward, config: AlgoConfig) -> float:
     """What the advantage is computed from: everything, or the answer's part alone where penalties act on advantages."""
-    return reward.value if config.penalties == "reward" else reward.parts.get("answer", reward.value)
+    return reward.value if config.penalties == "reward" else answers_reward(reward)
+
+
+def answers_reward(reward: Reward) -> float:
+    """Without the penalties: `reward.correct`, `reward.wrong`, or what the user's function gave."""
+    own = [value for name, value in reward.parts.items() if name not in SHAPING]
+    return sum(own) if own else reward.value
 
 
 def resample_on_correct(group: Group, size: int) -> Group:

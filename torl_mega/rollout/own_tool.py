@@ -8,7 +8,8 @@
             ...
 
 One instance serves one trajectory: made at its first call, with the `Problem` when the constructor takes an argument, and
-closed with it (`close`, if there is one, sync or async). A `__call__` that is not async runs in a thread.
+closed with it (`close`, if there is one, sync or async). A `__call__` that is not async runs in a thread, of which THREADS run
+at once; `timeout_s` counts from when one is free.
 
 What is returned is shown to the policy as text, or as JSON when it is no text. `ToolError` says that the policy called wrongly:
 its message is shown. Whatever else is raised, or takes longer than `timeout_s`, is a fault: the attempt starts over and is
@@ -22,7 +23,9 @@ import inspect
 import json
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
@@ -30,6 +33,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from torl_mega.errors import ConfigError, ToolFault
 from torl_mega.import_path import load
 from torl_mega.types import ExecutionStatus, Problem
+
+THREADS = 32
+"""Calls that are not async and run at once, of all trajectories."""
 
 
 class ToolError(Exception):
@@ -134,13 +140,13 @@ class OwnToolSession:
         start = time.monotonic()
         try:
             arguments = self.parse(written) if isinstance(written, str) else self.check(written)
-            found = await asyncio.wait_for(self._run(arguments), self._tool.timeout_s)
-            status, said = (
-                ExecutionStatus.OK,
-                found if isinstance(found, str) else json.dumps(found, ensure_ascii=False),
-            )
+            found = await self._run(arguments)
+            said = found if isinstance(found, str) else json.dumps(found, ensure_ascii=False, default=_as_json)
+            status = ExecutionStatus.OK
         except ToolError as exc:
             status, said = ExecutionStatus.ERROR, str(exc)
+        except ToolFault:
+            raise
         except TimeoutError as exc:
             raise ToolFault(f"{self._tool.name}: no answer within {self._tool.timeout_s:g} s") from exc
         except Exception as exc:  # the boundary to a user's tool
@@ -195,11 +201,56 @@ class OwnToolSession:
             takes_problem = bool(inspect.signature(self._tool.make).parameters)
             self._instance = self._tool.make(self._problem) if takes_problem else self._tool.make()
         if inspect.iscoroutinefunction(type(self._instance).__call__):
-            return await self._instance(**arguments)
-        return await asyncio.to_thread(self._in_thread, arguments)
+            return await asyncio.wait_for(self._instance(**arguments), self._tool.timeout_s)
+        found = await self._begun(arguments)
+        async with asyncio.timeout(self._tool.timeout_s):
+            said = await found
+            return await said if inspect.isawaitable(said) else said  # an `async def` under a decorator that is none
 
-    def _in_thread(self, arguments: dict[str, Any]) -> Any:
+    async def _begun(self, arguments: dict[str, Any]) -> asyncio.Future[Any]:
+        """What a thread has begun to compute. Raises ToolFault when none gets free: all run calls that are over their time."""
+        threads = _threads()
+        begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        found = asyncio.wrap_future(threads.pool.submit(self._in_thread, arguments, begun))
+        try:
+            while not begun.done() and not found.done():
+                num_ended = threads.num_ended
+                await asyncio.wait({begun, found}, timeout=self._tool.timeout_s, return_when=asyncio.FIRST_COMPLETED)
+                if not begun.done() and threads.num_ended == num_ended:
+                    raise ToolFault(f"{self._tool.name}: all {THREADS} threads are taken by calls that do not return")
+        except BaseException:
+            found.cancel()
+            raise
+        return found
+
+    def _in_thread(self, arguments: dict[str, Any], begun: asyncio.Future[None]) -> Any:
+        begun.get_loop().call_soon_threadsafe(_resolve, begun)
         try:
             return self._instance(**arguments)
         except StopIteration as exc:  # which a future cannot hold
             raise RuntimeError("StopIteration") from exc
+        finally:
+            _threads().num_ended += 1
+
+
+@dataclass(slots=True)
+class _Threads:
+    pool: ThreadPoolExecutor
+    num_ended: int = 0
+
+
+@cache
+def _threads() -> _Threads:
+    return _Threads(ThreadPoolExecutor(THREADS, thread_name_prefix="tool"))
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _as_json(value: Any) -> Any:
+    """What JSON does not know: arrays and numbers of numpy or torch as lists and numbers, sets as lists, the rest as text."""
+    if callable(getattr(value, "tolist", None)):
+        return value.tolist()
+    return list(value) if isinstance(value, set | frozenset) else str(value)

@@ -20,6 +20,7 @@ from typing import Any
 from torl_mega.errors import GenerationError, StaleServers, ToolFault
 from torl_mega.interfaces import RewardFn
 from torl_mega.rollout.episode import Episode
+from torl_mega.run.progress import Progress
 from torl_mega.types import CollectedGroups, GraderStatus, Group, Prompt, Reward, Trajectory
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ class EpisodeScheduler:
     run: Callable[[Coroutine[Any, Any, CollectedGroups]], CollectedGroups]
     max_concurrency: int  # trajectories
     deadline_s: float  # of one attempt at a trajectory, scoring included
+    progress: Progress = field(default_factory=Progress)
     _faults: Counter[str] = field(default_factory=Counter)
 
     def collect(
@@ -58,6 +60,7 @@ class EpisodeScheduler:
             async with slots:
                 scored = await self._attempt(episode, prompts[number], index, seed)
             open_in_group[number] -= 1
+            tell(sum(scored[0].loss_mask) if scored else 0)
             if open_in_group.count(0) == keep < len(prompts):
                 for late in (task for group in groups for task in group if not task.done()):
                     if late is not asyncio.current_task():
@@ -65,8 +68,9 @@ class EpisodeScheduler:
             return scored
 
         try:
-            async with asyncio.TaskGroup() as tasks:
-                groups = [[tasks.create_task(one(n, i)) for i in range(group_size)] for n in range(len(prompts))]
+            with self.progress.sampling(len(prompts) * group_size) as tell:
+                async with asyncio.TaskGroup() as tasks:
+                    groups = [[tasks.create_task(one(n, i)) for i in range(group_size)] for n in range(len(prompts))]
         except BaseExceptionGroup as failed:
             stale = failed.subgroup(StaleServers)
             if stale is None:

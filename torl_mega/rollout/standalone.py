@@ -14,27 +14,36 @@ from dataclasses import replace
 from torl_mega.config import Config
 from torl_mega.config_file import config_hash, load_config
 from torl_mega.data.tokenizer import Tokenizer
-from torl_mega.errors import ConfigError, Preempted, TorlError
+from torl_mega.errors import Preempted, TorlError
 from torl_mega.process import exit_codes
 from torl_mega.process.stop_flag import StopFlag
+from torl_mega.rollout.benchmark_table import name_of_policy
 from torl_mega.rollout.build import GC_THRESHOLDS, AsyncRunner, build_collector, wait_for_servers
 from torl_mega.rollout.collector import LiveCollector
 from torl_mega.rollout.recorder import read_groups, step_path
 from torl_mega.rollout.sample_texts import sample_texts
-from torl_mega.run.files import write_json
+from torl_mega.run.files import replacing, write_json
 from torl_mega.run.folder import RunFolder
 from torl_mega.run.metrics import RunMetrics
 from torl_mega.run.trackers import open_trackers
 from torl_mega.run.versions import record_versions
+from torl_mega.serving.whose_weights import whose_weights
 from torl_mega.types import Turn
 
 
 def evaluate(config: Config, folder: RunFolder) -> None:
-    """Scores `model.path` on `eval.data`; writes eval/step_00000.{json,md,jsonl}. Raises TorlError."""
-    if not config.eval.data:
-        raise ConfigError("eval.data is empty; name benchmarks, e.g. 'eval.data=[data/torl_test.parquet]'")
+    """Scores `model.path` on `eval.data`; writes eval/NAME.{json,md,jsonl}, NAME as `name_of_policy` has it, and the same as
+    eval/step_00000. Raises TorlError."""
 
-    _with_collector(config, folder, lambda collector: collector.evaluate(0))
+    def work(collector: LiveCollector) -> None:
+        collector.name = name_of_policy(config.model.path)
+        collector.evaluate(0)
+        for suffix in ("jsonl", "json", "md"):  # the latest, where scripts look for it
+            at = folder.evaluations / f"step_00000.{suffix}"
+            with replacing(at) as latest:
+                latest.write((folder.evaluations / f"{collector.name}.{suffix}").read_bytes())
+
+    _with_collector(config, folder, work)
 
 
 def collect(config: Config, folder: RunFolder) -> None:
@@ -89,12 +98,16 @@ def _bar(text: str) -> str:
 def _with_collector(config: Config, folder: RunFolder, work: Callable[[LiveCollector], object]) -> None:
     gc.set_threshold(*GC_THRESHOLDS)
     with contextlib.ExitStack() as stack:
-        run = AsyncRunner(StopFlag())
+        run = AsyncRunner(None)  # until there is something to close in order, a stop request ends this process
         stack.callback(run.close)
         tokenizer = Tokenizer(config.model.path)
         tokenizer.check_lossless()
         collector = build_collector(config, folder, tokenizer, run, stack, any_version=True)
+        run.stops_at(StopFlag())
         wait_for_servers(config, run)
+        if config.serving.urls:  # which loaded what they like
+            for line in run(whose_weights(config.serving.urls, config.model.path)):
+                print(line, flush=True)
         work(collector)
 
 

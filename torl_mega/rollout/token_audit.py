@@ -41,7 +41,7 @@ class ChatFormat(Protocol):
     """How a chat model's turns look; `torl_mega.rollout.chat.ChatTools` is one."""
 
     @property
-    def end_id(self) -> int: ...
+    def end_ids(self) -> tuple[int, ...]: ...
 
     def calls_of(self, turn: str) -> Sequence[object]: ...
 
@@ -60,7 +60,7 @@ class Rules:
     @property
     def ends(self) -> frozenset[int]:
         """The tokens that end an answer."""
-        return self.codec.eos_ids if self.chat is None else self.codec.eos_ids | {self.chat.end_id}
+        return self.codec.eos_ids if self.chat is None else self.codec.eos_ids.union(self.chat.end_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,8 +220,9 @@ def _observation(turn: Turn, step: int, rules: Rules) -> Fault | None:
 
 def _results(turn: Turn, chat: ChatFormat) -> Fault | None:
     """Every call that the turn's text holds is answered, and the ids are the template's messages with these answers."""
-    if turn.token_ids[-1:] != (chat.end_id,):
-        return "token_ids", f"a tool was called, but the turn is not closed by token {chat.end_id}"
+    if not {*turn.token_ids[-1:]} & {*chat.end_ids}:
+        closing = " or ".join(map(str, chat.end_ids))
+        return "token_ids", f"a tool was called, but the turn is not closed by token {closing}"
     written = len(chat.calls_of(turn.text))
     if written != len(turn.tool_calls):
         return "tool_call", f"{len(turn.tool_calls)} calls for {written} in the text"

@@ -93,7 +93,7 @@ def tool_and_prompts(
         system = None if data.system is None else with_tools(data.system, tool)
         tokenizer.check_plain(system or "", "data.system")
         template = ChatTemplate(tokenizer, system=system, arguments=data.chat_arguments)
-        if template.end_id not in tokenizer.eos_ids:
+        if template.end_ids[0] not in tokenizer.eos_ids:
             raise DataError(
                 f"{tokenizer.path}: the chat template closes a turn with {template.closing}, which is no EOS of the model, so that "
                 f"servers would sample on; set rollout.protocol=chat, or eos_token_id in generation_config.json"

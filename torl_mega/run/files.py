@@ -10,6 +10,7 @@ Raises OSError when the disk refuses; the caller knows what the file is for and 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -21,6 +22,8 @@ from typing import Any, BinaryIO
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A binary file to write to, which takes `path`'s place when the block ends without an error. Makes missing folders."""
+    if path.exists() and not path.is_file():  # a device would be replaced by a file
+        raise OSError(errno.EINVAL, "not a regular file, nor a place for one", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_for(path)
     try:

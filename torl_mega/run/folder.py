@@ -80,13 +80,14 @@ def make_folder(config: Config) -> RunFolder:
     return folder
 
 
-def open_run(config: Config) -> RunFolder:
-    """The run's folder with this config in it. Raises ConfigError when it holds a run with another recipe."""
+def open_run(config: Config, *, free: frozenset[str] = frozenset()) -> RunFolder:
+    """The run's folder with this config in it. Raises ConfigError when it holds a run with another recipe; a start that failed
+    before anything was made holds none. `free`: further sections that may differ."""
     folder = make_folder(config)
     written = folder.path / "config.json"
     mine = config.model_dump(mode="json")
-    if written.exists():
-        different = _differences(_recipe(_read_config(written)), _recipe(mine))
+    if written.exists() and not _is_empty(folder):
+        different = _differences(_recipe(_read_config(written), free), _recipe(mine, free))
         if different:
             raise ConfigError(
                 f"{folder.path} holds a run with another recipe ({'; '.join(different[:3])}); "
@@ -107,13 +108,28 @@ def is_complete(folder: RunFolder, config: Config) -> bool:
 
 def lock_run(folder: RunFolder) -> int:
     """An fd that holds the run until this process ends. Raises ConfigError when another process has it."""
-    fd = os.open(folder.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fd = os.open(folder.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as exc:
+        raise ConfigError(
+            f"runs_dir: cannot write to {folder.path}: {exc.strerror}; choose another runs_dir=…"
+        ) from None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(fd)
         raise ConfigError(f"{folder.path} is in use by another process; wait for it or choose another name=…") from None
     return fd
+
+
+def _is_empty(folder: RunFolder) -> bool:
+    """Whether nothing was made: no step, evaluation or checkpoint."""
+    made = (folder.trajectories, folder.evaluations, folder.checkpoints, folder.hf, folder.summary)
+    try:
+        rows = folder.metrics.read_bytes().splitlines()
+    except FileNotFoundError:
+        rows = []
+    return not any(path.exists() for path in made) and all(row.startswith(b'{"kind": "sync"') for row in rows)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -127,8 +143,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         ) from None
 
 
-def _recipe(tree: dict[str, Any]) -> dict[str, Any]:
-    flat = _flatten({k: v for k, v in tree.items() if k not in FREE})
+def _recipe(tree: dict[str, Any], free: frozenset[str]) -> dict[str, Any]:
+    flat = _flatten({k: v for k, v in tree.items() if k not in FREE | free})
     return {k: v for k, v in flat.items() if k not in FREE_PARTS}
 
 

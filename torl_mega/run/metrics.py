@@ -59,12 +59,19 @@ class RunMetrics:
 LINE = {"accuracy": "acc {:.3f}", "code_ratio": "code {:.2f}", "pass_ratio": "pass {:.2f}", "reward": "reward {:+.2f}"}
 LINE |= {"response_length": "len {:.0f}", "grad_norm": "|g| {:.2f}", "max_abs_logprob_diff": "dlogp {:.0e}"}
 LINE |= {"rollout_s": "rollout {:.1f}s", "train_s": "train {:.1f}s", "sync_s": "sync {:.1f}s"}
+TEXT_LINE = {
+    "loss": "loss {:.4f}",
+    "grad_norm": "|g| {:.2f}",
+    "lr": "lr {:.1e}",
+    "num_tokens": "tokens {:.0f}",
+    "step_s": "{:.2f}s",
+}
 EVAL_LINE = {"accuracy": "accuracy {:.3f}", "code_ratio": "code ratio {:.3f}", "pass_ratio": "pass ratio {:.3f}"}
 
 
 def console_line(step: int, num_steps: int, metrics: Mapping[str, float]) -> str:
     """What a step prints; `step` counts from 0."""
-    return f"step {step + 1:>4}/{num_steps}  {_shown(metrics, LINE)}"
+    return f"step {step + 1:>4}/{num_steps}  {_shown(metrics, LINE if 'accuracy' in metrics else TEXT_LINE)}"
 
 
 def _shown(metrics: Mapping[str, float], line: Mapping[str, str]) -> str:

@@ -61,6 +61,11 @@ class SGLangClient:
         self._newest: int | None = None
         self._aborts: set[asyncio.Task[None]] = set()
 
+    @property
+    def num_up(self) -> int:
+        """Servers that may be used now."""
+        return len(self._fleet.up())
+
     async def start(self) -> Self:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),

@@ -78,7 +78,7 @@ async def check_tokenizer(url: str, tokenizer: TextCodec, probe_text: str) -> No
     """Raises ServerError saying which side differs unless server and `tokenizer` encode alike and both decode back to
     `probe_text`."""
     here = list(tokenizer.encode(probe_text))
-    answer = await _post(url, "/tokenize", {"prompt": probe_text, "add_special_tokens": False})
+    answer = await ask(url, "/tokenize", {"prompt": probe_text, "add_special_tokens": False})
     there = [int(token) for token in answer["tokens"]]
     if there != here:
         at = next((i for i, (a, b) in enumerate(zip(here, there, strict=False)) if a != b), min(len(here), len(there)))
@@ -86,7 +86,7 @@ async def check_tokenizer(url: str, tokenizer: TextCodec, probe_text: str) -> No
             f"{url} and the trainer encode the probe text differently from token {at} on: {there[at : at + 4]} there, "
             f"{here[at : at + 4]} here; both must read the tokenizer of the same folder"
         )
-    answer = await _post(url, "/detokenize", {"tokens": here, "skip_special_tokens": False})
+    answer = await ask(url, "/detokenize", {"tokens": here, "skip_special_tokens": False})
     for side, text in ((f"{url} decodes", answer["text"]), ("the trainer's tokenizer decodes", tokenizer.decode(here))):
         if text != probe_text:
             at = next((i for i, (a, b) in enumerate(zip(text, probe_text, strict=False)) if a != b), len(text))
@@ -104,18 +104,19 @@ async def prompt_logprobs(url: str, token_ids: Sequence[int]) -> np.ndarray:
         "return_logprob": True,
         "logprob_start_len": 0,
     }
-    answer = await _post(url, "/generate", body)
+    answer = await ask(url, "/generate", body)
     triples = answer["meta_info"]["input_token_logprobs"]
     if [triple[1] for triple in triples] != list(token_ids):
         raise ServerError(f"{url} gave log-probs of {len(triples)} other tokens than the {len(token_ids)} of the probe")
     return np.array([0.0, *(triple[0] for triple in triples[1:])], np.float32)
 
 
-async def _post(url: str, path: str, body: dict[str, Any]) -> Any:
+async def ask(url: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    """A server's answer to POST, or to GET without a body. Raises ServerError."""
     timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
     try:
         async with aiohttp.ClientSession(timeout=timeout, headers=authorization()) as session:
-            async with session.post(url + path, json=body) as answer:
+            async with session.request("GET" if body is None else "POST", url + path, json=body) as answer:
                 if answer.status != 200:
                     raise ServerError(f"{url}{path} answered HTTP {answer.status}: {(await answer.text())[:300]}")
                 return await answer.json()

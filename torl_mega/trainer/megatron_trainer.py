@@ -162,13 +162,21 @@ class MegatronTrainer:
                 loss = loss + 0.0 * logprobs.sum()
             return loss, metrics
 
+        metrics = self.gradients(samples, loss_of)
+        if on_policy:
+            metrics["max_abs_logprob_diff"] = metrics.pop("abs_logprob_diff_max")
+        return metrics
+
+    def gradients(
+        self, samples: Sequence[Sample], loss_of: Callable[[MicroBatch, torch.Tensor, torch.Tensor], Any]
+    ) -> dict[str, float]:
+        """The gradients of `loss_of`, summed over micro-batches and ranks, in the place of earlier ones; its metrics, summed,
+        and those of the packing. `loss_of`: (micro-batch, log-probs [n], entropies [n]) -> (loss, metrics), always the same."""
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         plan, micros = self.pack(samples)
         metrics = self._reduce_metrics(self.run_schedule(micros, loss_of, forward_only=False))
-        if on_policy:
-            metrics["max_abs_logprob_diff"] = metrics.pop("abs_logprob_diff_max")
         return {**metrics, **_packing_metrics(samples, plan, micros)}
 
     def optim_step(self) -> Mapping[str, float]:

@@ -15,13 +15,15 @@ MAX_ANSWER_CHARS are wrong unread. Order does not matter in a bare list of value
 
 from __future__ import annotations
 
+import contextlib
 import re
 
 from torl_mega.reward.answers.compare import same
+from torl_mega.reward.answers.expression import at_full_precision
 from torl_mega.reward.answers.finished import is_finished
 from torl_mega.reward.answers.forms import Form, is_name, letters, read_form, renamed
 from torl_mega.reward.answers.normalize import normalize
-from torl_mega.reward.answers.scalars import CHOICE, read_scalar, same_choice, same_text, text_words
+from torl_mega.reward.answers.scalars import CHOICE, read_scalar, same_choice, same_text, text_words, without_label
 from torl_mega.reward.answers.symbolic import math_verify_grade, second_opinion
 from torl_mega.reward.answers.syntax import Unreadable, symbols
 
@@ -38,17 +40,18 @@ def check(answer: str, gold: str) -> bool:
         return False
     if same_text(a, g) or same_choice(a, g):
         return True
+    if (plain := without_label(a, g)) is not None:
+        return check(*plain)
     form, gold_form = _readable(_constants_as_in(a, g)), _readable(_constants_as_in(g, a))
     if form is None or gold_form is None:
         return _without_reading(answer, gold, gold_form)
-    try:
+    with contextlib.suppress(Unreadable), at_full_precision():
         if same(form, gold_form):
             return True
         # gold `100,200` may be a list after all when the prediction is one
         listed = form.kind == "list" and gold_form.kind != "list" and "," in g
         return listed and same(form, read_form(g.replace(",", ", ")))
-    except Unreadable:
-        return False
+    return False
 
 
 def _constants_as_in(text: str, other: str) -> str:
@@ -72,7 +75,7 @@ def _without_reading(answer: str, gold: str, gold_form: Form | None) -> bool:
 
 def grade(answer: str, gold: str, problem: str = "") -> bool:
     """What the reward asks: right, and really an answer to `problem`."""
-    return len(answer) <= MAX_ANSWER_CHARS and is_finished(answer, gold, problem) and check(answer, gold)
+    return check(answer, gold) and is_finished(answer, gold, problem)
 
 
 CHECKERS = {"own": grade, "math_verify": math_verify_grade}  # for `reward.checker`

@@ -14,6 +14,7 @@ bits are not evaluated.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 from dataclasses import dataclass
@@ -51,9 +52,15 @@ class Point:
     real: bool = False  # whether a step that leaves the real numbers is not defined
 
 
+def at_full_precision() -> contextlib.AbstractContextManager[Any]:
+    """mpmath at the digits that values are computed with. Changing them costs as much as a small expression: a caller with
+    many may enter this once around all."""
+    return contextlib.nullcontext() if mp.dps == _DIGITS else mp.workdps(_DIGITS)
+
+
 def evaluate(node: Node, point: int | Point) -> Value:
     """The value with each symbol at its number for `point` in range(NUM_POINTS). Raises Unreadable where undefined."""
-    with mp.workdps(_DIGITS):
+    with at_full_precision():
         try:
             value = _eval(node, Point(point) if isinstance(point, int) else point)
         except (ZeroDivisionError, ValueError, OverflowError, TypeError, NoConvergence):
@@ -112,7 +119,7 @@ def close(a: Value, b: Value) -> bool:
     """Equal, to 45 digits where one of them is not exact."""
     if isinstance(a, Fraction) and isinstance(b, Fraction):
         return a == b
-    with mp.workdps(_DIGITS):
+    with at_full_precision():
         x, y = _float(a), _float(b)
         return abs(x - y) <= _CLOSE * max(abs(x), abs(y))
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from fractions import Fraction
 
-from torl_mega.reward.answers.expression import evaluate
+from torl_mega.reward.answers.expression import at_full_precision, evaluate
 from torl_mega.reward.answers.forms import Form, assigned, is_equation, is_name, last_exact, read_form
 from torl_mega.reward.answers.normalize import normalize
-from torl_mega.reward.answers.scalars import letters_as_unit, read_scalar, same_scalar, same_text
+from torl_mega.reward.answers.scalars import letters_as_unit, read_scalar, same_scalar, same_text, without_label
 from torl_mega.reward.answers.syntax import Node, Unreadable, parse, symbols
 
 _DRAWING = re.compile(r"\[asy\].*?\[/asy\]", re.DOTALL)
@@ -28,7 +29,8 @@ def is_finished(answer: str, gold: str, problem: str = "") -> bool:
     a, g = normalize(answer), normalize(gold)
     if same_text(a, g):
         return True
-    try:
+    a, g = without_label(a, g) or (a, g)
+    with contextlib.suppress(Unreadable), at_full_precision():
         form, gold_form = read_form(a), read_form(g)
         golds = _scalars(gold_form, given=True)
         rational = [text for text in golds if _is_number(text)]
@@ -36,8 +38,7 @@ def is_finished(answer: str, gold: str, problem: str = "") -> bool:
             return False
         value = _value(form, given=False)
         return value.kind != "scalar" or not _is_restated(value.text, golds, problem)
-    except Unreadable:
-        return True  # text, or what is not read: nothing to work out
+    return True  # text, or what is not read: nothing to work out
 
 
 def _scalars(form: Form, *, given: bool) -> list[str]:

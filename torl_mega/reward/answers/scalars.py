@@ -151,6 +151,15 @@ def same_choice(a: str, g: str) -> bool:
     return False
 
 
+def without_label(a: str, g: str) -> tuple[str, str] | None:
+    """Both without the letter before one of them, for `37` and `(B) 37`; None where neither or each has one."""
+    found = [CHOICE.match(text) for text in (a, g)]
+    if (found[0] is None) == (found[1] is None):
+        return None
+    rest = [text if match is None else text[match.end() :] for text, match in zip((a, g), found, strict=True)]
+    return None if not all(rest) or any(_TAKEN_BACK.search(text) for text in rest) else (rest[0], rest[1])
+
+
 _DECIMAL_COMMA = re.compile(r"(?:[A-Za-z]\w*\s*=\s*)?[-+]?[0-9]+,[0-9]+(?![0-9]*[,;])", re.ASCII)
 
 

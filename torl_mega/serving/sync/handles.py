@@ -6,7 +6,8 @@
 Each rank of a server gets a payload of its own, from the trainer's rank on its own GPU. The source says why: SGLang's rank
 t opens payload t alone (srt/managers/tp_worker.py deserialize_own_rank) and finds its device among those it sees by UUID
 (srt/utils/patch_torch.py). A handle of a neighbour's GPU would open too, but costs a CUDA context there.
-On a CPU the same payload holds the bytes themselves, so the servers may be anywhere.
+On a CPU a rank shares the memory itself with a server of one rank beside it, which is told where: /proc/PID/fd/N, which needs no
+name in any file system and is gone with the rank. Other servers get payloads with the bytes in them.
 Contract: as `Transport`; ranks other than 0 call `follow`. No rank holds more than two buckets: the one that is handed over
 and, on rank 0, the one that fills up meanwhile.
 """
@@ -17,7 +18,9 @@ import base64
 import contextlib
 import functools
 import io
+import os
 import pickle
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +30,7 @@ import torch
 from torch.multiprocessing.reductions import reduce_tensor
 
 from torl_mega.errors import WeightSyncError
+from torl_mega.serving.plugin.weight_receive import SHARED
 from torl_mega.serving.sync.buckets import Bucket
 from torl_mega.serving.sync.control import Call, Deadline
 from torl_mega.serving.sync.crew import Crew
@@ -40,17 +44,20 @@ _DEVICE = 6  # among the arguments of torch's rebuild_cuda_tensor
 
 
 class Handles:
-    """`update_weights_from_tensor`: by CUDA IPC handle on GPUs, by value on a CPU."""
+    """By CUDA IPC handle on GPUs, in shared memory on a CPU; by value to CPU servers of several ranks, or elsewhere."""
 
     in_session = True
 
     def __init__(self, owners: Owners, device: torch.device) -> None:
         self._owners = dict(owners)
         self._device = device
+        # a server of several ranks answers when its first is done: the memory of a bucket would be written again too early
+        self._shares = device.type == "cpu" and bool(owners) and all(len(ranks) == 1 for ranks in owners.values())
         self._crew = Crew({rank for ranks in owners.values() for rank in ranks}, device)
         self._members: tuple[Member, ...] = ()
         self._calls: list[Call] = []
         self._in_flight: torch.Tensor | None = None  # a handle is valid only as long as its memory
+        self._room: SharedMemory | None = None  # on a CPU, for the buckets of one sync
         self._failure = ""  # of this rank, told at the next boundary
         self._reached = 0  # boundaries that this rank's stream has come to
         self._agreed = 0  # those that all ranks have passed together; -1 when there are no more
@@ -72,7 +79,7 @@ class Handles:
 
     def send(self, bucket: Bucket, deadline: Deadline) -> None:
         self._agree(deadline)
-        flat = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=self._device)
+        flat = self._memory(bucket.num_bytes)
         if self._crew.rank == 0:
             bucket.flatten_into(flat)
         self._crew.broadcast(flat, deadline)
@@ -81,12 +88,22 @@ class Handles:
         make = make if flat.is_cuda else functools.cache(make)
         for member in self._members:
             try:
-                self._hand_over(member, make, deadline)
+                self._hand_over(member, bucket, make, deadline)
             except WeightSyncError as exc:  # raised on every rank at the next boundary
                 self._failure = self._failure or str(exc)
 
-    def _hand_over(self, member: Member, make: Callable[[], bytes], deadline: Deadline) -> None:
+    def _memory(self, num_bytes: int) -> torch.Tensor:
+        if not self._shares:
+            return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+        if self._room is None or self._room.bytes.numel() < num_bytes:
+            self._room = SharedMemory(num_bytes)
+        return self._room.bytes[:num_bytes]
+
+    def _hand_over(self, member: Member, bucket: Bucket, make: Callable[[], bytes], deadline: Deadline) -> None:
         owners, me = self._owners.get(member.url, (0,) * member.num_ranks), self._crew.rank
+        room = self._room if member.url in self._owners else None
+        if room is not None:
+            make = room.path.encode
         if len(owners) != member.num_ranks:
             raise WeightSyncError(
                 f"{member.url} has {member.num_ranks} ranks, the placement says {len(owners)}; plan again"
@@ -100,14 +117,13 @@ class Handles:
             elif owners[0] == me:
                 payloads.append(self._crew.take(owner, deadline))
         if owners[0] == me:
-            texts = [orjson.Fragment(b'"' + part + b'"') for part in payloads]
-            body: dict[str, Any] = {"serialized_named_tensors": texts, "load_format": "flattened_bucket"}
+            path, body = _in_place(bucket, payloads) if room is not None else _by_payload(payloads)
             body |= {"flush_cache": False, "torch_empty_cache": False}
-            self._calls.append(Call(member.url, "/update_weights_from_tensor", body, deadline))
+            self._calls.append(Call(member.url, path, body, deadline))
 
     def finish(self, deadline: Deadline) -> None:
         self._agree(deadline)
-        self._agreed = -1
+        self._agreed, self._room = -1, None
 
     def _agree(self, deadline: Deadline, note: Any = None) -> Any:
         """The next boundary: the bucket before has been loaded by every server, or every rank raises why not."""
@@ -121,7 +137,7 @@ class Handles:
         try:
             return self._crew.agree(self._failure, deadline, note)
         except WeightSyncError:
-            self._agreed = -1
+            self._agreed, self._room = -1, None
             raise
 
     def follow(self, buckets: Iterator[Bucket], limit_s: float) -> None:
@@ -150,6 +166,31 @@ class Handles:
         self._calls, self._in_flight = [], None
         if self._device.type == "cuda":
             torch.cuda.ipc_collect()  # memory that servers have let go of since
+
+
+class SharedMemory:
+    """Memory that another process of this user maps by the name of our descriptor of it, and that nothing has to clean up."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._file = os.memfd_create("torl_weights")
+        weakref.finalize(self, os.close, self._file)
+        os.ftruncate(self._file, num_bytes)
+        self.path = f"/proc/{os.getpid()}/fd/{self._file}"
+        self.bytes = torch.from_file(self.path, shared=True, size=num_bytes, dtype=torch.uint8)
+
+
+def _in_place(bucket: Bucket, paths: Sequence[bytes]) -> tuple[str, dict[str, Any]]:
+    """A request that says where the bucket lies for each rank of a server."""
+    body: dict[str, Any] = {"names": bucket.names, "dtypes": bucket.dtypes, "shapes": bucket.shapes}
+    return "/update_weights_from_distributed", body | {
+        "group_name": b",".join(paths).decode(),
+        "load_format": SHARED,
+    }
+
+
+def _by_payload(payloads: Sequence[bytes]) -> tuple[str, dict[str, Any]]:
+    texts = [orjson.Fragment(b'"' + part + b'"') for part in payloads]
+    return "/update_weights_from_tensor", {"serialized_named_tensors": texts, "load_format": "flattened_bucket"}
 
 
 def payload(bucket: Bucket, flat: torch.Tensor) -> bytes:

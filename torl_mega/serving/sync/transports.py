@@ -1,6 +1,6 @@
 """Ways to move a bucket of weights to the servers, behind one Protocol.
 
-    broadcast  torch.distributed group of rank 0 and every server rank (gloo on CPUs, NCCL on GPUs), tensor by tensor
+    broadcast  torch.distributed group of rank 0 and every server rank (gloo on CPUs, NCCL on GPUs), small tensors together
     handles    colocated servers: handles.py
     disk       safetensors in a folder that both sides see, loaded at the end
 
@@ -31,7 +31,7 @@ from torch._C._distributed_c10d import TCPStore
 
 from torl_mega.errors import WeightSyncError
 from torl_mega.process.address import own_address
-from torl_mega.serving.plugin.weight_receive import IN_PLACE
+from torl_mega.serving.plugin.weight_receive import IN_PLACE, trips
 from torl_mega.serving.sync.buckets import Bucket
 from torl_mega.serving.sync.control import Call, Deadline, call_all, run_bounded
 from torl_mega.serving.sync.crew import make_group, wait_for
@@ -145,7 +145,9 @@ class Broadcast(_Alone):
         # a server takes up this call after it has loaded the bucket before, so the call may go out early
         self._calls += [Call(m.url, "/update_weights_from_distributed", body, deadline) for m in self._members]
         self._wait_until_sent(deadline)
-        self._in_flight = [tensor.to(self._device).view(-1).view(torch.uint8) for _, tensor in bucket.named]
+        flat = [tensor.to(self._device).view(-1).view(torch.uint8) for _, tensor in bucket.named]
+        together = trips([tensor.numel() for tensor in flat])
+        self._in_flight = [torch.cat([flat[n] for n in trip]) if len(trip) > 1 else flat[trip[0]] for trip in together]
         self._works = [dist.broadcast(flat, src=0, group=self._group, async_op=True) for flat in self._in_flight]
 
     def _wait_until_sent(self, deadline: Deadline) -> None:
