@@ -58,7 +58,7 @@ format: install
 
 # docs/ as a site in build/site; nothing is fetched, and a broken link fails
 docs: install
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "docs: build/site/index.html"
 
 # what the GPU image has and a CPU cannot install: wheels of plain Python, unpacked where tests look for them (dependency

@@ -86,8 +86,8 @@ def kind_of(schema: Schema, defs: Schema) -> str:
     if kind == "object":
         return f"`{{{', '.join(schema['properties'])}}}`" if "properties" in schema else "mapping"
     bounds = " and ".join(f"{sign} {schema[word]:g}" for word, sign in BOUNDS.items() if word in schema)
-    words = {"string": "text", "boolean": "true or false"}
-    return words.get(str(kind), str(kind)) + (f" {bounds}" if bounds else "")
+    named = {"string": "text", "boolean": "true or false"}.get(str(kind), str(kind))
+    return f"{named} {bounds}" if bounds else named
 
 
 def _shown(value: Any) -> str:
