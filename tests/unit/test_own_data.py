@@ -91,6 +91,8 @@ def test_a_column_of_messages_gives_its_last_user_text(tmp_path: Path) -> None:
         ({"prompt": "1+1", "label": 2}, "1+1", "2"),
         ({"prompt": [{"role": "user", "content": DAPO}], "reward_model": {"ground_truth": "2"}}, "What is 1+1?", "2"),
         ({"question": "1+1", "answer": "It is two.\n#### 2"}, "1+1", "2"),
+        ({"question": "1+1", "answer": "It is two.\n####2"}, "1+1", "2"),
+        ({"question": "1+1", "answer": "#### 1,446"}, "1+1", "1,446"),
     ],
 )
 def test_known_layouts_of_other_trainers(tmp_path: Path, row: dict[str, Any], problem: str, answer: str) -> None:

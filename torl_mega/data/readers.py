@@ -20,6 +20,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Iterator, Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -280,8 +281,8 @@ def _gold(text: str | None) -> str | None:
         text = str(listed[1]) if re.search(r"[\x00-\x1f]", inside) else inside
     if "\\boxed" in text:
         text = last_boxed(text) or ""
-    elif "#### " in text:
-        text = text.rpartition("#### ")[2]
+    elif marked := re.search(r"####\s*([^\n#]+)\s*$", text):
+        text = marked[1]
     return text.strip() or None
 
 
@@ -291,7 +292,7 @@ def _as_text(value: Any) -> str | None:
         value = value[0]
     if isinstance(value, bool) or value is None or value != value:
         return None
-    if isinstance(value, float) and value.is_integer():
+    if isinstance(value, (float, Decimal)) and value % 1 == 0:
         value = int(value)
-    text = str(value).strip() if isinstance(value, (str, int, float)) else ""
+    text = str(value).strip() if isinstance(value, (str, int, float, Decimal)) else ""
     return text or None
