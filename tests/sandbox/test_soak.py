@@ -99,13 +99,15 @@ def test_soak(tier: str) -> None:
         print(
             f"{tier} {number}: {times}, {window.rss_mb:.0f} MB, {window.num_fds} fds, {window.num_processes} processes"
         )
+    third = len(windows) // 3
     first, last = windows[0], windows[-1]
     assert boxes == []
-    assert {w.num_processes for w in windows} == {first.num_processes}
-    assert last.num_fds <= first.num_fds + 2
+    # slots' inits come with their first use, and a child forked ahead is there or not: no growth is what counts
+    begin, end = windows[:third], windows[-third:]
+    assert max(w.num_processes for w in end) <= max(w.num_processes for w in begin)
+    assert max(w.num_fds for w in end) <= max(w.num_fds for w in begin) + 2
     assert last.rss_mb <= first.rss_mb + 10
-    early, late = (statistics.median(w.snippet_cpu_s for w in part) for part in (windows[:3], windows[-3:]))
+    early, late = (statistics.median(w.snippet_cpu_s for w in part) for part in (begin, end))
     assert late <= 1.5 * early + 0.005
-    third = len(windows) // 3
     early, late = windows[third].own_cpu_s - first.own_cpu_s, last.own_cpu_s - windows[-1 - third].own_cpu_s
     assert late <= 1.5 * early + 0.5
