@@ -2,9 +2,11 @@
 
     python tools/ablate.py [--seeds 1 2 3] [--arms default refill …] [--runs-dir runs/ablation] [--png FILE] [a.b=value …]
     python tools/ablate.py --list            the arms and their overrides
-    python tools/ablate.py --table-only      of the runs that are there, without starting any
+    python tools/ablate.py --table-only      of what is known, without starting any
 
-Resumable: a run that is complete is read, one that was stopped goes on. Per arm: the first step from which the mean training
+Resumable: a run that is complete is read, one that was stopped goes on. What a run came to is kept in `--results`
+(docs/ablation.jsonl), a line for each arm and seed with its overrides and versions, so that its folder may go and another
+machine may go on; a line whose overrides are not those asked for is run again. Per arm: the first step from which the mean training
 accuracy of three steps reaches 0.85 (runs that never do count as `num_steps`, and are told), and the evaluation after the
 last step, each as mean and 95 % interval over seeds (Student's t; with one seed there is none).
 """
@@ -25,6 +27,7 @@ from typing import Any
 
 from torl_mega.config_file import load_config
 from torl_mega.run.metrics import read_rows
+from torl_mega.run.versions import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET, WINDOW = 0.85, 3
@@ -70,8 +73,43 @@ ARMS: dict[str, list[str]] = {
 class Outcome:
     accuracies: tuple[float, ...]  # of each step's training attempts
     final: float
-    steps_to_target: int
-    reached: bool
+
+    @property
+    def first_at_target(self) -> int | None:
+        """The first step from which `WINDOW` steps have a mean of `TARGET`, counted from 1."""
+        means = [statistics.fmean(self.accuracies[i : i + WINDOW]) for i in range(len(self.accuracies) - WINDOW + 1)]
+        return next((i + 1 for i, mean in enumerate(means) if mean >= TARGET), None)
+
+    @property
+    def steps_to_target(self) -> int:
+        return self.first_at_target or len(self.accuracies)
+
+    @property
+    def reached(self) -> bool:
+        return self.first_at_target is not None
+
+
+class Results:
+    """What is known of (arm, seed), as lines of a file; the last line on one counts."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self._known = {(row["arm"], row["seed"]): row for row in map(json.loads, lines)}
+
+    def get(self, arm: str, seed: int, overrides: Sequence[str] | None = None) -> Outcome | None:
+        """What a run came to; with `overrides`, only one of exactly those."""
+        row = self._known.get((arm, seed))
+        if row is None or (overrides is not None and row["overrides"] != list(overrides)):
+            return None
+        return Outcome(tuple(row["accuracies"]), row["final"])
+
+    def add(self, arm: str, seed: int, overrides: Sequence[str], outcome: Outcome, versions: Mapping[str, Any]) -> None:
+        accuracies = [round(a, 4) for a in outcome.accuracies]
+        row = {"arm": arm, "seed": seed, "overrides": list(overrides), "final": outcome.final, "accuracies": accuracies}
+        self._known[arm, seed] = row | {"versions": dict(versions)}
+        known = sorted(self._known.values(), key=lambda row: (list(ARMS).index(row["arm"]), row["seed"]))
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in known))
 
 
 def arms() -> dict[str, list[str]]:
@@ -107,10 +145,7 @@ def read(folder: Path) -> Outcome | None:
         return None
     summary = json.loads((folder / "summary.json").read_text())
     accuracies = tuple(row["accuracy"] for row in read_rows(folder / "metrics.jsonl") if row["kind"] == "train")
-    means = [statistics.fmean(accuracies[i : i + WINDOW]) for i in range(len(accuracies) - WINDOW + 1)]
-    first = next((i for i, mean in enumerate(means) if mean >= TARGET), None)
-    steps = len(accuracies) if first is None else first + 1
-    return Outcome(accuracies, summary["eval"]["after"]["accuracy"], steps, first is not None)
+    return Outcome(accuracies, summary["eval"]["after"]["accuracy"])
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -171,6 +206,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs/ablation"))
+    parser.add_argument("--results", type=Path, default=ROOT / "docs/ablation.jsonl", help="where outcomes are kept")
     parser.add_argument("--png", type=Path, help="where to draw the curves")
     parser.add_argument("--list", action="store_true", help="print the arms and their overrides")
     parser.add_argument("--table-only", action="store_true", help="start nothing")
@@ -180,11 +216,18 @@ def main() -> None:
     if args.list:
         print("\n".join(f"{arm}: {' '.join(overrides)}" for arm, overrides in chosen.items()))
         return
-    runs_dir = args.runs_dir.resolve()
+    results = Results(args.results)
     if not args.table_only:
         for seed, (arm, overrides) in itertools.product(args.seeds, chosen.items()):
-            run(runs_dir, arm, seed, [*overrides, *args.overrides])
-    found = {arm: [o for s in args.seeds if (o := read(runs_dir / run_name(arm, s)))] for arm in chosen}
+            overrides = [*overrides, *args.overrides]
+            if results.get(arm, seed, overrides) is None:
+                folder = args.runs_dir.resolve() / run_name(arm, seed)
+                run(folder.parent, arm, seed, overrides)
+                outcome = read(folder)
+                assert outcome is not None
+                results = Results(args.results)  # another seed may have ended meanwhile
+                results.add(arm, seed, overrides, outcome, versions())
+    found = {arm: [o for s in args.seeds if (o := results.get(arm, s))] for arm in chosen}
     found = {arm: outcomes for arm, outcomes in found.items() if outcomes}
     print(table(found))
     if args.png and found:

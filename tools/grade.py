@@ -3,9 +3,12 @@
     python tools/grade.py runs/NAME                                       every recorded trajectory of a run
     python tools/grade.py runs/NAME/trajectories/step_00003.jsonl.zst     of one step
     python tools/grade.py pairs.jsonl                                     {"gold", "answer"}; "problem" and "expected" if known
+    python tools/grade.py pairs.jsonl --also theirs:is_equal              a further grader, pkg.module:function
 
-Prints one JSON object a line for each answer on which `own`, `math_verify` and the recorded verdict (or the label) are not
-all the same, and last one with the counts: answers, right by each, timeouts, and for labelled files precision and recall.
+Prints one JSON object a line for each answer on which `own`, `math_verify`, `--also`'s function (answer, gold) -> bool and
+the recorded verdict (or the label) are not all the same, and last one with the counts: answers, right by each, timeouts,
+and for labelled files precision and recall. The function is called in this process, without a time limit; what it raises
+counts as `fault`.
 Answers without a final box are left out. Exit code 0 also where there are disagreements.
 """
 
@@ -21,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from torl_mega.data.readers import parse_line
-from torl_mega.errors import DataError, TorlError
+from torl_mega.errors import ConfigError, DataError, TorlError
+from torl_mega.import_path import is_import_path, load
 from torl_mega.reward.grader import Grader, Verdict
 from torl_mega.rollout.recorder import read_rows
 
@@ -68,11 +72,28 @@ async def verdicts(rows: list[dict[str, Any]], checker: str, args: argparse.Name
         await grader.close()
 
 
+def theirs(rows: list[dict[str, Any]], source: str) -> tuple[list[Verdict], float]:
+    """What `pkg.module:function` says of each (answer, gold), and the seconds it took."""
+    if not is_import_path(source):
+        raise ConfigError(f"--also {source}: no import path; expected pkg.module:function")
+    grade = load(source, "--also")
+    found = []
+    start = time.perf_counter()
+    for row in rows:
+        try:
+            found.append(Verdict.RIGHT if grade(row["answer"], row["gold"]) else Verdict.WRONG)
+        except Exception as exc:
+            print(f"{source}({row['answer']!r}, {row['gold']!r}) raised {exc!r}", file=sys.stderr)
+            found.append(Verdict.FAULT)
+    return found, time.perf_counter() - start
+
+
 def summary(rows: list[dict[str, Any]], found: list[Verdict], wall_s: float) -> dict[str, Any]:
     right = [v is Verdict.RIGHT for v in found]
     counts: dict[str, Any] = {
         "right": sum(right),
         "timeout": found.count(Verdict.TIMEOUT),
+        "fault": found.count(Verdict.FAULT),
         "answers_per_s": round(len(rows) / wall_s, 1) if wall_s else None,
     }
     labels = [r.get("expected") for r in rows]
@@ -89,18 +110,21 @@ def main() -> None:
     parser.add_argument("file", type=Path, help="a run folder, a step_*.jsonl.zst, or a .jsonl of {gold, answer}")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--timeout-s", type=float, default=5.0)
+    parser.add_argument("--also", metavar="pkg.module:function", help="a further grader, (answer, gold) -> bool")
     args = parser.parse_args()
     try:
         rows = list(listed(args.file) if args.file.suffix == ".jsonl" else recorded(args.file))
         results = {checker: asyncio.run(verdicts(rows, checker, args)) for checker in CHECKERS}
+        if args.also:
+            results[args.also] = theirs(rows, args.also)
     except (TorlError, OSError) as exc:
         sys.exit(f"error: {exc}")
     for number, row in enumerate(rows):
-        said = {checker: str(results[checker][0][number]) for checker in CHECKERS}
+        said = {checker: str(results[checker][0][number]) for checker in results}
         known = [] if "expected" not in row else ["right" if row["expected"] else "wrong"]
         if len({*said.values(), *known}) > 1:
             print(json.dumps({**said, **row}, ensure_ascii=False))
-    counts = {checker: summary(rows, *results[checker]) for checker in CHECKERS}
+    counts = {checker: summary(rows, *found) for checker, found in results.items()}
     print(json.dumps({"answers": len(rows), **counts}))
 
 

@@ -64,3 +64,19 @@ def test_table_and_plot_of_finished_runs(tmp_path: Path) -> None:
     assert lines[3] == "| refill | 2 | 10.0 ± 0.0 (2 never) | 0.500 ± 0.000 | -0.420 |"
     ablate.plot(found, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 5000
+
+
+def test_what_is_known_is_kept_apart_from_the_runs(tmp_path: Path) -> None:
+    file = tmp_path / "ablation.jsonl"
+    results = ablate.Results(file)
+    assert results.get("default", 1) is None
+    slow, fast = (ablate.Outcome(tuple(a), 0.9) for a in ([0.1, 0.9, 0.8, 0.9, 0.9], [0.9] * 5))
+    results.add("refill", 1, ["a.b=1"], slow, {"torch": "2"})
+    results.add("default", 1, [], fast, {})
+    again = ablate.Results(file)
+    assert (again.get("refill", 1), again.get("default", 1)) == (slow, fast)
+    assert (again.get("refill", 1, ["a.b=1"]), again.get("refill", 1, ["a.b=2"])) == (slow, None)
+    assert (slow.steps_to_target, slow.reached, fast.steps_to_target) == (2, True, 1)
+    again.add("refill", 1, ["a.b=2"], fast, {})
+    assert ablate.Results(file).get("refill", 1) == fast
+    assert len(file.read_text().splitlines()) == 2

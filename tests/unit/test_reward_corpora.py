@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import subprocess
 import sys
@@ -155,6 +156,17 @@ def test_the_tool_lists_on_what_the_checkers_disagree(tmp_path: Path) -> None:
     assert counts["answers"] == 2
     assert counts["own"]["precision"] == 1.0
     assert counts["math_verify"]["wrongly_right"] == 1
+    (tmp_path / "theirs.py").write_text(
+        "def as_text(answer, gold):\n    return answer == gold or 1 / ('!' not in gold) == 0"
+    )
+    also = [*command, "--also", "theirs:as_text"]
+    path = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(also, capture_output=True, text=True, check=True, env=path)
+    counts = json.loads(done.stdout.splitlines()[-1])
+    assert (counts["theirs:as_text"]["recall"], counts["theirs:as_text"]["fault"]) == (0.0, 1)
+    refused = subprocess.run(also, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert "error: --also = theirs:as_text" in refused.stderr
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"gold": "5"}\n')
     refused = subprocess.run([sys.executable, ROOT / "tools/grade.py", broken], capture_output=True, text=True)

@@ -282,7 +282,7 @@ def _gold(text: str | None) -> str | None:
     if "\\boxed" in text:
         text = last_boxed(text) or ""
     elif marked := re.search(r"####\s*([^\n#]+)\s*$", text):
-        text = marked[1]
+        text = str(marked[1])
     return text.strip() or None
 
 
