@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
-
-from torl_mega.config import ParallelConfig
-from torl_mega.trainer.weights.convert import hf_to_megatron, run
 
 
 def main() -> int:
@@ -23,6 +21,10 @@ def main() -> int:
     parser.add_argument("--pp", type=int, default=1, help="pipeline stages to write with")
     parser.add_argument("--vpp", type=int, default=1, help="model chunks per stage")
     args = parser.parse_args()
+    warnings.filterwarnings("ignore")  # Megatron names what it would use on a GPU while it is imported
+    from torl_mega.config import ParallelConfig
+    from torl_mega.trainer.weights.convert import hf_to_megatron, run
+
     parallel = ParallelConfig(tensor=args.tp, pipeline=args.pp, virtual_pipeline=args.vpp)
     return run(parallel, lambda: hf_to_megatron(args.hf, args.out, parallel))
 

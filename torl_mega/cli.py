@@ -88,7 +88,9 @@ def attempt(
     model: Annotated[Path, typer.Argument(help="A run, one of its checkpoints, or an HF folder")],
     problem: Annotated[str, typer.Argument(help="What is asked")],
     overrides: Overrides = None,
-    conf: Annotated[Path | None, typer.Option(help="Settings for an HF folder (default: conf/base.yaml)")] = None,
+    conf: Annotated[
+        Path | None, typer.Option(help="Settings for an HF folder (default: the project's conf/base.yaml)")
+    ] = None,
 ) -> None:
     """Answer one problem with the tools of a run, turn by turn."""
     from torl_mega.launch.attempt import attempt

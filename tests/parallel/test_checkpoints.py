@@ -260,10 +260,15 @@ def test_conversion_keeps_every_bit(work: Path) -> None:
 
 
 def test_conversion_refuses_in_one_line(work: Path) -> None:
-    done = tool("convert_hf_to_megatron.py", "--hf", str(work / "nowhere"), "--out", str(work / "x"))
-    assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("error: model.path =")
-    assert not (work / "x").exists()
+    for args, text in (
+        (("--hf", str(work / "nowhere")), "error: model.path ="),
+        (("--hf", str(work / "qwen2_tied"), "--tp", "3"), "error: parallel.tensor = 3 does not divide"),
+    ):
+        done = tool("convert_hf_to_megatron.py", *args, "--out", str(work / "x"))
+        assert (done.returncode, done.stdout) == (1, "")
+        assert len(done.stderr.splitlines()) == 1
+        assert done.stderr.startswith(text)
+        assert not (work / "x").exists()
 
 
 def test_case_3_no_converter_replaces_its_source_or_what_it_did_not_write(work: Path) -> None:

@@ -100,3 +100,11 @@ def test_a_function_that_is_none_or_fails_is_named(tokenizer: Tokenizer) -> None
         texts(tokenizer, f"{__name__}:raises", skip=0, count=1)
     with pytest.raises(ConfigError, match=r"pretrain\.data = test_texts:absent"):
         texts(tokenizer, f"{__name__}:absent", skip=0, count=1)
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path)
+    for file in model.glob("*token*"):
+        file.unlink()
+    with pytest.raises(DataError, match=r"holds no tokenizer \(none of merges.txt, tokenizer.json, vocab.json\); copy"):
+        Tokenizer(model)

@@ -25,6 +25,13 @@ class Tokenizer:
             self._hf = AutoTokenizer.from_pretrained(str(path))
         except Exception as exc:  # the boundary to transformers: its errors have no common base
             raise DataError(f"{path}: no tokenizer could be read from it: {' '.join(str(exc).split())[:300]}") from exc
+        files = sorted({name for name in self._hf.vocab_files_names.values() if name})
+        if files and not any(
+            (Path(path) / name).exists() for name in (*files, "tokenizer.model", "tekken.json")
+        ):  # transformers makes an empty one then
+            raise DataError(
+                f"{path} holds no tokenizer (none of {', '.join(files)}); copy the base model's files into it"
+            )
         eos = self._hf.eos_token_id
         if eos is None:
             raise DataError(f"{path}: the tokenizer has no EOS token; set `eos_token` in tokenizer_config.json")

@@ -13,7 +13,7 @@ from torl_mega.errors import ConfigError
 from torl_mega.launch.local import collect
 from torl_mega.run.folder import RunFolder
 
-BASE = "conf/base.yaml"
+BASE = Path(__file__).resolve().parents[2] / "conf" / "base.yaml"  # also from another folder than the project's
 
 
 def attempt(model: Path, problem: str, conf: Path | None, overrides: Sequence[str]) -> int:

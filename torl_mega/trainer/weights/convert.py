@@ -11,9 +11,9 @@ bit-identical. Limits: weights only; a training checkpoint converts to HF, HF gi
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -154,10 +154,7 @@ def run(parallel: ParallelConfig, work: Callable[[], None]) -> int:
     """
     warnings.filterwarnings("ignore")  # torch and Megatron deprecate things at each other
     if "RANK" not in os.environ and parallel.world_size > 1:
-        ranks = f"--nproc_per_node={parallel.world_size}"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", ranks]
-        quiet = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
-        return subprocess.run([*command, *sys.argv], env=quiet).returncode
+        return _run_ranks(parallel.world_size)
     try:
         init_distributed(parallel, _TRAINER)
         work()
@@ -167,4 +164,24 @@ def run(parallel: ParallelConfig, work: Callable[[], None]) -> int:
         return 1
     finally:
         destroy()
+    return 0
+
+
+def _run_ranks(world_size: int) -> int:
+    """This program once for each rank, on this machine; the exit code. A rank says itself what is wrong, in one line."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import get_args_parser, run
+
+    os.environ |= {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        run(get_args_parser().parse_args(["--standalone", f"--nproc_per_node={world_size}", *sys.argv]))
+    except ChildFailedError as exc:
+        codes = {rank: failure.exitcode for rank, failure in exc.failures.items()}
+        if 1 not in codes.values():
+            print(
+                f"error: ranks ended with exit codes {codes}; a negative one is a signal, -9 often memory",
+                file=sys.stderr,
+            )
+        return 1
     return 0
