@@ -47,6 +47,11 @@ def step_path(folder: Path, step: int) -> Path:
     return folder / f"step_{step:05d}.jsonl.zst"
 
 
+def trainer_path(path: Path) -> Path:
+    """Beside a step's file: what the trainer computed for its sampled tokens, in their order."""
+    return path.with_name(path.name.removesuffix(".jsonl.zst") + ".trainer.npz")
+
+
 def write_step(folder: Path, step: int, groups: Sequence[Group], advantages: Sequence[float]) -> Path:
     """Writes all groups of a step. `advantages`: one per trajectory, in group order."""
     path = step_path(folder, step)
@@ -60,17 +65,27 @@ def write_step(folder: Path, step: int, groups: Sequence[Group], advantages: Seq
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The JSON rows of one step. Raises DataError naming file and line."""
+    for row in scan_rows(path):
+        if isinstance(row, DataError):
+            raise row
+        yield row
+
+
+def scan_rows(path: Path) -> Iterator[dict[str, Any] | DataError]:
+    """The JSON rows of one step, and in the place of a line that is none an error naming file and line. A file that is cut off
+    or no zstd file gives what can be read of it, then the error."""
     try:
         with path.open("rb") as raw:
-            for number, line in enumerate(io.TextIOWrapper(io.BufferedReader(_Whole(raw)), encoding="utf-8"), 1):
+            for number, line in enumerate(io.BufferedReader(_Whole(raw)), 1):
                 try:
-                    yield json.loads(line)
+                    row = json.loads(line)
+                    yield row if isinstance(row, dict) else DataError(f"{path}:{number}: not a JSON object")
                 except (ValueError, RecursionError) as exc:
-                    raise DataError(f"{path}:{number}: not a JSON line: {exc}") from None
+                    yield DataError(f"{path}:{number}: not a JSON line: {exc}")
     except EOFError:
-        raise DataError(f"{path}: ends early: it was cut off, or is still being written") from None
-    except (OSError, zstandard.ZstdError, UnicodeDecodeError) as exc:
-        raise DataError(f"{path}: not readable as trajectories: {exc}") from None
+        yield DataError(f"{path}: ends early: it was cut off, or is still being written")
+    except (OSError, zstandard.ZstdError) as exc:
+        yield DataError(f"{path}: not readable as trajectories: {exc}")
 
 
 class _Whole(io.RawIOBase):
@@ -117,14 +132,15 @@ def parse_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> Iterator[Record
     for line, row in enumerate(rows, 1):
         try:
             trajectory, reward = trajectory_from_json(row)
-            group = int(row["group"]) if "group" in row else _guess_group(before, trajectory)
+            group = int(row["group"]) if "group" in row else guess_group(before, trajectory)
             before = Recorded(group, trajectory, reward, float(row["advantage"]))
         except (KeyError, TypeError, ValueError, AttributeError) as exc:
             raise DataError(f"{path}:{line}: not a trajectory: {type(exc).__name__} {exc}") from None
         yield before
 
 
-def _guess_group(before: Recorded | None, trajectory: Trajectory) -> int:
+def guess_group(before: Recorded | None, trajectory: Trajectory) -> int:
+    """The number of a row's group where it was not recorded, after the row `before`."""
     if before is None:
         return 0
     same = before.trajectory.prompt == trajectory.prompt
