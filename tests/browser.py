@@ -22,7 +22,7 @@ import aiohttp
 import pytest
 
 BINARY = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-WAIT_S = 60.0
+WAIT_S = 20.0
 KEYS = {
     "ArrowRight": 39,
     "ArrowLeft": 37,
@@ -125,25 +125,27 @@ if (v || performance.now() - t > 2000) r(v); else setTimeout(f, 20); }}; f(); }}
         self.wait(f"torl.rendered > {before}")
 
     def click(self, selector: str) -> None:
-        """A press of the mouse in the middle of an element, which must be what lies on top there."""
-        find = f"document.querySelector({json.dumps(selector)})"
-        assert self.eval(f"!!{find}"), f"{selector} is not there"
-        self.eval(f"{find}.scrollIntoView({{block: 'center'}})")
-        x, y = self.eval(
-            f"(() => {{ const r = {find}.getClientRects()[0]; return [r.x + r.width / 2, r.y + r.height / 2]; }})()"
-        )
+        """A press of the mouse in the middle of an element."""
+        x, y = self._middle(selector)
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def tap(self, selector: str) -> None:
         """The same by touch."""
-        find = f"document.querySelector({json.dumps(selector)})"
-        self.eval(f"{find}.scrollIntoView({{block: 'center'}})")
-        x, y = self.eval(
-            f"(() => {{ const r = {find}.getClientRects()[0]; return [r.x + r.width / 2, r.y + r.height / 2]; }})()"
-        )
+        x, y = self._middle(selector)
         self.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
         self.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+
+    def _middle(self, selector: str) -> tuple[float, float]:
+        """Of the widest line of an element, scrolled to where it can be seen."""
+        find = f"document.querySelector({json.dumps(selector)})"
+        assert self.eval(f"!!{find}"), f"{selector} is not there"
+        x, y = self.eval(
+            f"(() => {{ const n = {find}; n.scrollIntoView({{block: 'center'}}); "
+            "const r = [...n.getClientRects()].sort((a, b) => b.width - a.width)[0]; "
+            "return [r.x + r.width / 2, r.y + r.height / 2]; })()"
+        )
+        return x, y
 
     def press(self, key: str) -> None:
         text = {"Enter": "\r"}.get(key, key if len(key) == 1 else "")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import zstandard
 
 from torl_mega.errors import DataError
@@ -27,6 +28,7 @@ from torl_mega.types import (
     Reward,
     StopReason,
     ToolCall,
+    TrainSample,
     Trajectory,
     Turn,
 )
@@ -55,12 +57,30 @@ def trainer_path(path: Path) -> Path:
 def write_step(folder: Path, step: int, groups: Sequence[Group], advantages: Sequence[float]) -> Path:
     """Writes all groups of a step. `advantages`: one per trajectory, in group order."""
     path = step_path(folder, step)
+    trainer_path(path).unlink(missing_ok=True)  # of what was recorded here before
     scored = [(n, t, r) for n, g in enumerate(groups) for t, r in zip(g.trajectories, g.rewards, strict=True)]
     with replacing(path) as raw, zstandard.ZstdCompressor(level=3).stream_writer(raw, closefd=False) as out:
         for (group, trajectory, reward), advantage in zip(scored, advantages, strict=True):
             row = to_row(step, Recorded(group, trajectory, reward, advantage))
             out.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
     return path
+
+
+def write_scores(folder: Path, step: int, samples: Sequence[TrainSample]) -> None:
+    """The trainer's log-probs and entropies of a step's sampled tokens, in the order of its file, NaN for those that are not
+    trained on. Writes nothing where the trainer did not compute them."""
+    logprobs, entropies = [], []
+    for item in samples:
+        if item.old_logprobs is None or item.entropy is None:
+            return
+        sampled = item.sample.policy_versions >= 0
+        trained = item.sample.loss_mask[sampled]
+        logprobs.append(np.where(trained, item.old_logprobs[sampled], np.nan))
+        entropies.append(np.where(trained, item.entropy[sampled], np.nan))
+    if logprobs:
+        with replacing(trainer_path(step_path(folder, step))) as out:
+            flat = np.concatenate(logprobs).astype(np.float32), np.concatenate(entropies).astype(np.float16)
+            np.savez(out, logprobs=flat[0], entropy=flat[1])
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -169,6 +189,7 @@ def to_row(step: int, recorded: Recorded) -> dict[str, Any]:
             "parts": dict(reward.parts),
         },
         "advantage": recorded.advantage,
+        **({"times": [round(t, 4) for t in trajectory.times]} if trajectory.times else {}),
         "prompt_ids": list(trajectory.prompt.token_ids),
         "turns": [_turn_to_json(t) for t in trajectory.turns],
     }
@@ -204,7 +225,8 @@ def trajectory_from_json(row: Mapping[str, Any]) -> tuple[Trajectory, Reward]:
     prompt = Prompt(problem, tuple(row["prompt_ids"]))
     r = row["reward"]
     reward = Reward(r["value"], r["correct"], GraderStatus(r["status"]), r["extracted"], r["parts"])
-    return Trajectory(prompt, row["sample_index"], turns, StopReason(row["stop_reason"])), reward
+    ended, times = StopReason(row["stop_reason"]), tuple(row.get("times", ()))
+    return Trajectory(prompt, row["sample_index"], turns, ended, times), reward
 
 
 def _turn_from_json(row: Mapping[str, Any]) -> Turn:

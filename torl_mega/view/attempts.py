@@ -10,6 +10,7 @@ None, never a guess: an evaluation has texts and no tokens, an older run no time
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,11 @@ class Trained:
     logprobs: Sequence[float]
     entropy: Sequence[float]
 
+    @property
+    def filtered(self) -> bool:
+        """It was sampled, and not trained on."""
+        return any(math.isnan(x) for x in self.logprobs)
+
 
 def of_recorded(item: Recorded, pieces: Pieces | None, trained: Trained | None) -> Attempt:
     """An attempt of a training step. Without `pieces` (no tokenizer) a turn is one text."""
@@ -68,11 +74,14 @@ def of_recorded(item: Recorded, pieces: Pieces | None, trained: Trained | None) 
         "newest": max(versions, default=None),
         "end": ENDS.index(trajectory.stop_reason.value),
         "grade": GRADES.index(reward.status.value),
+        "spans": [round(t * 1e3) for t in trajectory.times] or None,
     }
+    filtered = trained is not None and trained.filtered
+    scores = None if filtered else trained
     turns, done = [], 0
     for turn in trajectory.turns:
         span = slice(done, done + len(turn.token_ids))
-        turns.append(_turn(turn, pieces, trained, span))
+        turns.append(_turn(turn, pieces, scores, span))
         done = span.stop
     return Attempt(
         item.group,
@@ -81,7 +90,11 @@ def of_recorded(item: Recorded, pieces: Pieces | None, trained: Trained | None) 
         len(prompt.token_ids),
         reward.extracted,
         facts,
-        {"turns": turns, "parts": [[visible(name), value] for name, value in reward.parts.items()]},
+        {
+            "turns": turns,
+            "parts": [[visible(name), value] for name, value in reward.parts.items()],
+            "filtered": filtered,
+        },
         sampled + inserted,
     )
 
@@ -104,11 +117,21 @@ def of_transcript(row: Mapping[str, Any], group: int) -> Attempt:
         "newest": None,
         "end": ENDS.index(row["stop_reason"]),
         "grade": GRADES.index(row["grader"]),
+        "spans": None,
     }
     problem = Problem(str(row["problem_id"]), str(row["problem"]), str(row["gold"]), str(row["source"]))
     answer = None if row["extracted"] is None else str(row["extracted"])
     turns = _cut(response, calls)
-    return Attempt(group, problem, visible(problem.problem), None, answer, facts, {"turns": turns, "parts": []}, length)
+    return Attempt(
+        group,
+        problem,
+        visible(problem.problem),
+        None,
+        answer,
+        facts,
+        {"turns": turns, "parts": [], "filtered": False},
+        length,
+    )
 
 
 def _statuses(found: Sequence[str]) -> int:

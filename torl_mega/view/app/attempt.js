@@ -40,6 +40,7 @@
       parts ? torl.el("span.dim", {}, `(${parts})`) : null,
       fact("advantage", facts.advantage === null ? null : torl.signed(facts.advantage)),
       fact("tokens", facts.inserted === null ? facts.sampled : `${facts.sampled} sampled + ${facts.inserted} inserted`),
+      facts.filtered ? torl.el("span.chip.quiet", {}, "left out of training") : null,
       facts.void ? torl.el("span.chip.bad", {}, "void turn") : null,
       torl.el("span.dim", {}, facts.ending),
       attempt.turns.flatMap((turn) => turn.calls).map(callChip),
@@ -86,6 +87,7 @@
     }
     if (box.dataset.asked !== String(asked)) return; // another one was asked for meanwhile
     const facts = torl.factsOf(index, row);
+    facts.filtered = attempt.filtered;
     attempt = { ...attempt, facts, serial: asked };
     const text = torl.el("div.text");
     const legend = torl.el("div");

@@ -33,7 +33,7 @@ torl.el = function (tag, attributes, ...children) {
 };
 
 torl.fill = function (node, children) {
-  for (const child of [children].flat(3)) {
+  for (const child of [children].flat(Infinity)) {
     if (child === null || child === undefined || child === false) continue;
     node.append(child instanceof Node ? child : document.createTextNode(String(child)));
   }
@@ -92,7 +92,10 @@ torl.go = (changes, keep) => {
 };
 
 /** Changes the address without a new entry in the history and without drawing anything again. */
-torl.note = (changes) => history.replaceState(null, "", torl.link(changes));
+torl.note = (changes) => {
+  history.replaceState(null, "", torl.link(changes));
+  torl.noted?.();
+};
 
 /** Says something to those who do not see the page. */
 torl.say = function (text) {

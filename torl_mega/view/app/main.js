@@ -230,6 +230,7 @@
   // ---------------------------------------------------------------------------------------------- drawing
 
   const FILTERS = ["answer", "signal", "reward", "advantage", "tool", "calls", "void", "length", "version", "end", "q"];
+  const OPENED = ["group", "sample", "run", "step", "eval", "mode", "token"];
   const pick = (state, keys) => keys.map((key) => state[key] ?? "").join("\u0000");
 
   const render = async () => {
@@ -284,7 +285,7 @@
   };
 
   const drawDetail = async (state) => {
-    const asked = pick(state, ["group", "sample", "run", "step", "eval"]);
+    const asked = pick(state, OPENED);
     if (state.group === undefined || prepared.indices.length !== 1) {
       drawn.detail = null;
       torl.set(panes.detail, torl.el("p.nothing", {}, "Choose a problem on the left."));
@@ -366,6 +367,9 @@
     }
     build();
     addEventListener("hashchange", render);
+    torl.noted = () => {
+      if (drawn.detail) drawn.detail = pick(torl.address(), OPENED);
+    };
     await render();
     if (torl.manifest.follow && location.protocol.startsWith("http")) setTimeout(follow, POLL_MS);
   };

@@ -34,9 +34,10 @@
     return met && Number(row) < met.index.num ? { ...met, row: Number(row) } : null;
   };
 
+  /** What is open at first: its newest step, which has tokens, rather than an evaluation. */
   const first = (met) => {
     if (!met.length) return null;
-    const { index, group } = met.at(-1);
+    const { index, group } = met.filter((m) => m.index.set.kind === "step").at(-1) || met.at(-1);
     return { index, group, row: index.rows[index.first[group]] };
   };
 

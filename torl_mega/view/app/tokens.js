@@ -42,8 +42,8 @@
     mask: {
       name: "mask",
       has: () => true,
-      shade: (p) => (p.kind === "sampled" ? "trained" : ""),
-      legend: [["trained", "sampled: trained on"], ["inserted", "inserted: never"]],
+      shade: (p, facts) => (p.kind === "sampled" && !facts.filtered && facts.advantage !== null ? "trained" : ""),
+      legend: [["trained", "trained on"], ["inserted", "inserted: never"]],
     },
     version: {
       name: "weights",
@@ -109,7 +109,7 @@
       ["probability", probability === null ? "–" : probability < 0.001 ? probability.toExponential(1) : torl.number(probability, 3)],
       ["server − trainer", piece.gap === null ? "not recorded" : torl.signed(piece.gap, 4)],
       ["entropy", piece.entropy === null ? "not recorded" : `${torl.number(piece.entropy, 3)} nats`],
-      ["trained on", piece.kind === "sampled" ? (facts.advantage === null ? "no: an evaluation" : "yes") : "no, it was inserted"],
+      ["trained on", piece.kind !== "sampled" ? "no, it was inserted" : facts.advantage === null ? "no, an evaluation" : facts.filtered ? "no, the attempt was left out" : "yes"],
       ["advantage", piece.kind === "sampled" ? torl.signed(facts.advantage, 3) : "–"],
       ["weights", piece.versions ? [...new Set(piece.versions)].join(", ") : "–"],
       ["turn", piece.turn + 1],
