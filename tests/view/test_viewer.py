@@ -57,7 +57,8 @@ def test_filters_count_and_leave_no_empty_frames(browser: Browser, page: Path, r
 
     def counts() -> dict[str, int]:
         found = browser.eval(
-            "Object.fromEntries([...document.querySelectorAll('.facet')].map((b) => [b.dataset.facet, b.querySelector('.num').textContent]))"
+            "Object.fromEntries([...document.querySelectorAll('.facet')]"
+            ".map((b) => [b.dataset.facet, b.querySelector('.num').textContent]))"
         )
         return {name: int(number) for name, number in found.items()}
 
@@ -245,9 +246,8 @@ def test_one_problem_in_other_steps_and_in_another_run(browser: Browser, page: P
     assert browser.texts(".side:first-child .when") == ["step 0", "step 1", "step 2", "evaluation after 0 steps"]
     before = browser.text(".side:last-child .tokens")
     browser.click(".side:first-child .meeting:nth-child(2) .strip a:nth-child(3)")
-    browser.wait(
-        "location.hash.includes('left=run%2Fstep_00001%2F34') && document.querySelectorAll('.side .tokens').length == 2"
-    )
+    browser.wait("document.querySelector('.side:first-child > .dim')?.textContent === 'step 1, sample 2'")
+    browser.wait("document.querySelectorAll('.side .tokens').length == 2")
     assert "step 1, sample 2" in browser.texts(".side:first-child > .dim")
     assert browser.text(".side:last-child .tokens") == before
     browser.open(page, "#problem=nothing")
@@ -334,22 +334,16 @@ def test_hostile_text_stays_text(browser: Browser, tmp_path: Path, out: str) -> 
     path = tmp_path / out if out.endswith("html") else tmp_path / out / "index.html"
     browser.open(path, "#step=1")
     elements = set()
-    for sample in range(len(HOSTILE)):
+    for sample in range(len(HOSTILE)) if out == "view" else (0, 6, 9):
         for mode in ("read", "logprob"):
             browser.go(f"#step=1&group=0&sample={sample}&mode={mode}")
             browser.wait("document.querySelector('.tokens, .reading')")
             elements |= set(
                 browser.eval("[...new Set([...document.querySelectorAll('#app *')].map((n) => n.localName))]")
             )
-            assert (
-                browser.eval(
-                    "document.querySelectorAll('#app [src], #app [style*=url], #app [onerror], #app iframe').length"
-                )
-                == 0
-            )
-            assert browser.eval(
-                "[...document.querySelectorAll('#app [href]')].every((a) => a.getAttribute('href').startsWith('#'))"
-            )
+            assert not browser.texts("#app [src], #app [style*=url], #app [onerror], #app iframe")
+            links = browser.eval("[...document.querySelectorAll('#app [href]')].map((a) => a.getAttribute('href'))")
+            assert all(link.startswith("#") for link in links)
             assert browser.eval("document.documentElement.scrollWidth <= innerWidth"), sample
     browser.go(f"#problem={HOSTILE[4]}".replace("%", "%25").replace("<", "%3C").replace(">", "%3E").replace('"', "%22"))
     assert browser.eval("window.hit") is None

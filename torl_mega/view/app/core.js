@@ -32,10 +32,14 @@ torl.el = function (tag, attributes, ...children) {
   return node;
 };
 
+/** A long text in parts: a browser takes ages over a single one without a place to break. */
+torl.parts = (text) => (text.length < 2000 ? [text] : text.match(/[\s\S]{1,1000}/gu));
+
 torl.fill = function (node, children) {
   for (const child of [children].flat(Infinity)) {
     if (child === null || child === undefined || child === false) continue;
-    node.append(child instanceof Node ? child : document.createTextNode(String(child)));
+    if (child instanceof Node) node.append(child);
+    else for (const part of torl.parts(String(child))) node.append(document.createTextNode(part));
   }
   return node;
 };

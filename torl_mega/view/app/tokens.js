@@ -97,7 +97,10 @@
     return pieces;
   };
 
-  const className = (piece, mode, facts) => `t ${piece.kind} ${MODES[mode].shade(piece, facts)}`;
+  const RIGHT_TO_LEFT = /[\u0590-\u08ff\ufb1d-\ufefc\u{10800}-\u{10fff}\u{1e800}-\u{1efff}]/u; // would reorder its neighbours
+
+  const className = (piece, mode, facts) =>
+    `t ${piece.kind} ${MODES[mode].shade(piece, facts)}${RIGHT_TO_LEFT.test(piece.text) ? " rtl" : ""}`;
 
   const rows = (piece, facts) => {
     const probability = piece.sum === null ? null : Math.exp(piece.sum);
