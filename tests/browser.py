@@ -121,8 +121,10 @@ if (v || performance.now() - t > 2000) r(v); else setTimeout(f, 20); }}; f(); }}
     def go(self, hash_: str) -> None:
         """Another address of the same page; waits until it is drawn."""
         before = self.eval("torl.rendered")
-        self.eval(f"location.hash = {json.dumps(hash_)}")
-        self.wait(f"torl.rendered > {before}")
+        if self.eval(
+            f"(() => {{ const h = location.hash; location.hash = {json.dumps(hash_)}; return h !== location.hash; }})()"
+        ):
+            self.wait(f"torl.rendered > {before}")
 
     def click(self, selector: str) -> None:
         """A press of the mouse in the middle of an element."""

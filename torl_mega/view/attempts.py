@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from torl_mega.rollout.filters import has_void_turn
 from torl_mega.rollout.recorder import Recorded
 from torl_mega.types import ExecutionStatus, GraderStatus, Problem, StopReason, ToolCall, Turn
@@ -44,8 +46,8 @@ class Attempt:
 class Trained:
     """What the trainer computed for an attempt's sampled tokens, in order: old log-probs and entropies."""
 
-    logprobs: Sequence[float]
-    entropy: Sequence[float]
+    logprobs: np.ndarray
+    entropy: np.ndarray
 
     @property
     def filtered(self) -> bool:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import base64
 import gzip
-import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+import orjson
 
 from torl_mega.errors import DataError
 from torl_mega.view.attempts import ENDS, GRADES, SHORT, STATUSES, Attempt
@@ -29,7 +30,7 @@ FAULTS_NAMED = 50
 
 def script(name: str, value: Any) -> str:
     """The file that hands `value` to the page under `name`."""
-    packed = gzip.compress(json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(), 6, mtime=0)
+    packed = gzip.compress(orjson.dumps(value), 6, mtime=0)  # what is no finite number becomes null
     return f'torl.put("{name}","{base64.b64encode(packed).decode()}");\n'
 
 

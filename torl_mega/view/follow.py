@@ -82,10 +82,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _file(self) -> Path | None:
         """The file that was asked for, None unless it is one of the page's below the folder."""
         asked = unquote(urlsplit(self.path).path).lstrip("/") or "index.html"
-        if "\0" in asked:
+        try:
+            path = (self.server.folder / asked).resolve()
+            inside = path.is_relative_to(self.server.folder) and path.suffix in KINDS and path.is_file()
+        except (OSError, ValueError):  # a name that no file can have
             return None
-        path = (self.server.folder / asked).resolve()
-        return path if path.is_relative_to(self.server.folder) and path.suffix in KINDS and path.is_file() else None
+        return path if inside else None
 
     def log_message(self, format: str, *args: object) -> None:
         """Says nothing: the page asks every two seconds."""
