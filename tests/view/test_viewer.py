@@ -271,7 +271,8 @@ def test_the_timeline_of_a_step(browser: Browser, page: Path, run: Path) -> None
     rows = rows_of(run, 1)
     longest = max(rows, key=lambda r: sum(r["times"][1:]))
     label = browser.eval("document.querySelector('ol.virtual a.bar').getAttribute('aria-label')")
-    assert label.startswith(f"{longest['problem_id']}, sample {longest['sample_index']}: generate ")
+    assert label.startswith(f"{longest['problem_id']}, sample {longest['sample_index']}, ")
+    assert ": generate " in label
     assert browser.eval("document.querySelectorAll('ol.virtual li:first-child .seg').length") >= 3
     assert "rollout 2.0 s" in browser.text(".legend")
     browser.click("ol.virtual a.bar")

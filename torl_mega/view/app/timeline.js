@@ -111,7 +111,9 @@
         const sample = index.columns.sample[row];
         const words = segments(all[row]).map(([kind, a, b]) => `${KINDS[kind]} ${torl.seconds((b - a) / 1000)}`).join(", ");
         const href = torl.link({ ...base, view: null, order: null, group, sample });
-        const bar = torl.el("a.bar", { href, title: words, "aria-label": `${index.problems[group][0]}, sample ${sample}: ${words}` });
+        const outcome = torl.outcome(index, row);
+        const label = `${index.problems[group][0]}, sample ${sample}, ${torl.OUTCOMES[outcome]}: ${words}`;
+        const bar = torl.el(`a.bar.${outcome}`, { href, title: words, "aria-label": label });
         for (const [kind, a, b] of segments(all[row])) bar.append(place(torl.el(`span.seg.${KINDS[kind]}`), a - zero, b - zero, whole));
         return bar;
       },
