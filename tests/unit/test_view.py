@@ -254,6 +254,30 @@ def test_damage_is_counted_and_named(tmp_path: Path, groups: tuple[Group, ...]) 
     assert sets["eval_step_00000"]["faults"] == 2
 
 
+def test_a_run_that_only_evaluated_has_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "eval").mkdir()
+    row = {"problem_id": "aime/1", "source": "aime", "problem": "1+1", "gold": "2", "extracted": "2", "correct": True,
+           "grader": "ok", "stop_reason": "eos", "num_tokens": 9, "response": "```python\nprint(2)\n```\n```output\n2\n```\nso 2",
+           "tool_calls": [{"status": "ok", "code": "print(2)\n", "observation": "\n2\n```\n"}]}  # fmt: skip
+    lines = [json.dumps(row | {"sample": i}) for i in range(3)] + [
+        json.dumps(row | {"problem_id": "aime/2", "sample": 0})
+    ]
+    (tmp_path / "eval/a b.jsonl").write_text("\n".join(lines) + "\n")
+    assert view(tmp_path, (), Options(as_json=True)) == 0
+    assert json.loads(capsys.readouterr().out)["shown"] == 4
+    data = _data(tmp_path / "view")
+    name = data["manifest"]["open"]
+    assert re.fullmatch(r"eval_a_b_[0-9a-f]{8}", name)  # a name that any address can hold
+    assert data[f"run/{name}.index"]["columns"]["group"] == [0, 0, 0, 1]
+    turns = data[f"run/{name}.000"]["attempts"][0]["turns"]
+    assert [t["text"] for t in turns] == [["```python\nprint(2)\n```\n```output"], ["so 2"]]
+    assert turns[0]["said"] == "\n2\n```\n"
+    with pytest.raises(DataError, match=r"hold no tokens"):
+        view(tmp_path, audit=rules_of)
+    with pytest.raises(DataError, match=r"has recorded no step"):
+        view(tmp_path, (), Options(step=0))
+
+
 HOSTILE = (
     "<script>alert(1)</script><img src=x onerror=alert(1)></pre></style><!-- ]]> {{ 7*7 }} &lt;b&gt; \"'` "
     "\x1b[31mred\x1b]0;title\x07 \x00nul \u202egnp.exe \u200b\ufeff zero \r\n\x85 \x7f \ud800 ' onmouseover='alert(1)"

@@ -9,7 +9,6 @@ import contextlib
 import json
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,11 +18,9 @@ from torl_mega.rollout.recorder import step_path
 from torl_mega.rollout.token_audit import Audit, Rules, audit_files
 from torl_mega.run.files import write_text
 from torl_mega.view import site
-from torl_mega.view.chunks import script
 from torl_mega.view.follow import serve
 from torl_mega.view.sets import Source, eval_sources, step_sources
-
-TELL_S = 3.0
+from torl_mega.view.update import update
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +32,11 @@ class Options:
     out: Path | None = None
     tokenizer: Path | None = None
     as_json: bool = False
+
+    @property
+    def one_file(self) -> Path | None:
+        """`out` where it names one file that is to hold everything."""
+        return self.out if self.out is not None and self.out.suffix.lower() in (".html", ".htm") else None
 
 
 def view(
@@ -53,20 +55,28 @@ def view(
     steps = _steps(run, options.step)
     _check_tokenizer(options.tokenizer)
     if audit is not None:
+        if steps[-1].kind == "eval":
+            raise DataError(
+                f"{run} has evaluations alone, whose transcripts hold no tokens; audit a run with trajectories"
+            )
         rules = audit(run, options.tokenizer or site.model_path(run))
         return _audit([s.path for s in steps], rules, options.as_json)
-    out = options.out
-    if out is not None and out.suffix.lower() in (".html", ".htm"):
+    if (file := options.one_file) is not None:
         if others:
-            raise DataError(f"--out {out}: one file holds one step of one run; give a folder to compare runs")
-        with _writing(out):
+            raise DataError(f"--out {file}: one file holds one step of one run; give a folder to compare runs")
+        with _writing(file):
             shown = site.Shown(run, "run", options.tokenizer)
             text, summary = site.single_page(shown, steps[-1], limit=options.limit)
-            write_text(out, text)
-        return _wrote(out, steps[-1], summary, options.as_json)
-    target = out or run / "view"
-    with _writing(target):
-        written = write_site(target, _runs(run, others, options.tokenizer), options, tell=_teller())
+            write_text(file, text)
+        return _wrote(file, steps[-1], summary, options.as_json)
+    target = options.out or run / "view"
+    runs = _runs(run, others, options.tokenizer)
+    try:
+        with _writing(target):
+            written = update(target, runs, step=options.step, limit=options.limit, tell=_tell)
+    except KeyboardInterrupt:
+        print(f"stopped; what was written until now is in {target / 'index.html'}", file=sys.stderr)
+        return 130
     return _wrote(target / "index.html", steps[-1], written[steps[-1].name], options.as_json)
 
 
@@ -77,46 +87,26 @@ def follow(
     if not run.is_dir():
         raise DataError(f"{run} is no folder; give a run's folder, such as runs/quickstart")
     _check_tokenizer(options.tokenizer)
+    if options.one_file is not None:
+        raise DataError(f"--out {options.out}: one file cannot grow; give a folder, or leave --follow out")
     target = options.out or run / "view"
-    if target.suffix.lower() in (".html", ".htm"):
-        raise DataError(f"--out {target}: one file cannot grow; give a folder, or leave --follow out")
     runs = _runs(run, others, options.tokenizer)
+
+    def refresh(*, follow: bool) -> None:
+        update(target, runs, step=options.step, limit=options.limit, follow=follow)
 
     def ready(url: str) -> None:
         _say({"url": url, "html": str(target / "index.html")}, options.as_json, f"{url} follows {run}; Ctrl-C ends it")
 
-    def update() -> None:
-        write_site(target, runs, options, tell=_teller(), follow=True)
-
     with _writing(target):
-        try:
-            serve(target, update, port=port, ready=ready, stop=stop or threading.Event())
-        finally:
-            write_site(target, runs, options, tell=_teller())  # a page that follows nothing any more
+        serve(target, lambda: refresh(follow=True), port=port, ready=ready, stop=stop or threading.Event())
+        refresh(follow=False)  # a page that follows nothing any more
     return 0
 
 
 def _check_tokenizer(given: Path | None) -> None:
     if given is not None and not given.is_dir():
         raise DataError(f"--tokenizer {given} is no folder; give one with config.json and a tokenizer")
-
-
-def write_site(
-    target: Path, runs: Sequence[site.Shown], options: Options, *, tell: Callable[[str], None], follow: bool = False
-) -> Mapping[str, Mapping[str, object]]:
-    """Brings the page up to date, and returns the summaries of the first run's sets."""
-    site.write_page(target)
-    found, opened = [], ""
-    for number, run in enumerate(runs):
-        every = [*step_sources(run.folder), *eval_sources(run.folder)]
-        only = options.step if not number else None
-        wanted = every if only is None else [s for s in every if s.kind == "step" and s.step == only]
-        found.append((run, every, site.write_sets(target, run, every, wanted, limit=options.limit, tell=tell)))
-        if not number:
-            opened = next((s.name for s in reversed(wanted) if s.kind == "step"), "")
-    about = site.manifest(found, open_at=opened, follow=follow)
-    site.write_new(target / "data" / "manifest.js", script("manifest", about))
-    return found[0][2]
 
 
 def _runs(run: Path, others: Sequence[Path], tokenizer: Path | None) -> list[site.Shown]:
@@ -153,19 +143,21 @@ def _verdict(result: Audit) -> str:
 
 
 def _steps(run: Path, step: int | None) -> list[Source]:
+    """The recorded steps or the one; of a run that only evaluated, its evaluations. Raises DataError where there are none."""
     if run.is_file():
         raise DataError(f"{run} is a file; give a run's folder, such as runs/quickstart")
-    folder = run / "trajectories"
     steps = step_sources(run)
-    if not steps:
-        raise DataError(f"{folder} holds no step_*.jsonl.zst; give a run folder such as runs/quickstart")
     if step is None:
-        return steps
+        found = steps or eval_sources(run)
+        if not found:
+            raise DataError(
+                f"{run / 'trajectories'} holds no step_*.jsonl.zst; give a run folder such as runs/quickstart"
+            )
+        return found
     wanted = [s for s in steps if s.step == step]
     if not wanted:
-        raise DataError(
-            f"{step_path(folder, step)} is not there; this run has steps {steps[0].step} to {steps[-1].step}"
-        )
+        has = f"this run has steps {steps[0].step} to {steps[-1].step}" if steps else "this run has recorded no step"
+        raise DataError(f"{step_path(run / 'trajectories', step)} is not there; {has}")
     return wanted
 
 
@@ -177,17 +169,8 @@ def _writing(target: Path) -> Iterator[None]:
         raise DataError(f"{target} cannot be written: {exc.strerror}; choose another --out") from None
 
 
-def _teller() -> Callable[[str], None]:
-    """Says how far it is on stderr, every few seconds."""
-    last = time.monotonic()
-
-    def tell(text: str) -> None:
-        nonlocal last
-        if time.monotonic() - last > TELL_S:
-            last = time.monotonic()
-            print(text, file=sys.stderr, flush=True)
-
-    return tell
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _say(values: Mapping[str, object], as_json: bool, text: str) -> None:

@@ -99,12 +99,13 @@ def serve(
     """Serves `folder` and calls `update` every two seconds until `stop` is set or Ctrl-C. `ready` is told the address."""
     with Server(folder, port) as server:
         thread = threading.Thread(target=server.serve_forever, name="torl view", daemon=True)
-        update()
-        thread.start()
         try:
+            thread.start()
             ready(server.url)
-            while not stop.wait(POLL_S):
+            while True:
                 update()
+                if stop.wait(POLL_S):
+                    return
         except KeyboardInterrupt:
             pass
         finally:

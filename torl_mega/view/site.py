@@ -108,33 +108,32 @@ def key_of(folder: Path) -> str:
 def write_sets(
     target: Path,
     run: Shown,
-    every: Sequence[Source],
     wanted: Sequence[Source],
+    ledger: dict[str, dict[str, Any]],
     *,
     limit: int | None,
-    tell: Callable[[str], None],
-) -> dict[str, dict[str, Any]]:
-    """Writes the sets of `wanted` that are new or changed, newest first. Returns the summaries of all of `every` that are there."""
+    wrote: Callable[[str], None],
+) -> None:
+    """Writes the sets of `wanted` that are new or changed, newest first, and notes each in `ledger` (see `ledger_of`). `wrote` is
+    told after each how far it is."""
     folder = target / "data" / run.key
-    ledger = _ledger(folder)
     todo = [s for s in wanted if ledger.get(s.name, {}).get("made_of") != _made_of(s, run, limit)]
     for number, source in enumerate(reversed(todo), 1):
-        if len(todo) > 1:
-            tell(f"{run.name}: {source.title} ({number} of {len(todo)})")
         made_of = _made_of(source, run, limit)  # before it is read: what changes meanwhile is written again
         ledger[source.name] = {"made_of": made_of, **_write_set(folder, run, source, limit)}
         write_text(folder / "written.json", json.dumps({"format": FORMAT, "sets": ledger}))
-    return {s.name: ledger[s.name] for s in every if s.name in ledger}
+        wrote(f"{run.name}: {source.title} ({number} of {len(todo)})")
 
 
 def _made_of(source: Source, run: Shown, limit: int | None) -> str:
     return f"{source.signature()} {limit} {run.told_by()}"
 
 
-def _ledger(folder: Path) -> dict[str, dict[str, Any]]:
-    """What `written.json` says is there; nothing after a change of format or where the folder is damaged."""
+def ledger_of(target: Path, run: Shown) -> dict[str, dict[str, Any]]:
+    """What `written.json` says is there: what each set was made of, and its summary. Nothing after a change of format or where
+    the file is damaged."""
     try:
-        found = json.loads((folder / "written.json").read_text())
+        found = json.loads((target / "data" / run.key / "written.json").read_text())
         return dict(found["sets"]) if found["format"] == FORMAT else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
