@@ -17,6 +17,7 @@ from browser import Browser
 from runs import MODEL, Maker, add_step, make_run
 
 from torl_mega.data.tokenizer import Tokenizer
+from torl_mega.view.command import view
 
 TORL = str(Path(sys.executable).with_name("torl"))
 
@@ -70,7 +71,7 @@ def test_new_steps_appear_without_a_reload(
 
 def test_the_server_gives_the_pages_files_and_nothing_else(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", steps=1, problems=2, size=2)
-    (run / "view").mkdir()
+    assert view(run) == 0
     (run / "view/secret.txt").write_text("no")
     os.symlink(run / "config.json", run / "view/link.js")
     process = subprocess.Popen([TORL, "view", str(run), "--follow", "--json"], stdout=subprocess.PIPE, text=True)

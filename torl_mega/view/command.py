@@ -92,13 +92,14 @@ def follow(
     target = options.out or run / "view"
     runs = _runs(run, others, options.tokenizer)
 
-    def refresh(*, follow: bool) -> None:
-        update(target, runs, step=options.step, limit=options.limit, follow=follow)
+    def refresh(*, follow: bool, read: bool = True) -> None:
+        update(target, runs, step=options.step, limit=options.limit, follow=follow, read=read)
 
     def ready(url: str) -> None:
         _say({"url": url, "html": str(target / "index.html")}, options.as_json, f"{url} follows {run}; Ctrl-C ends it")
 
     with _writing(target):
+        refresh(follow=True, read=False)
         serve(target, lambda: refresh(follow=True), port=port, ready=ready, stop=stop or threading.Event())
         refresh(follow=False)  # a page that follows nothing any more
     return 0

@@ -36,10 +36,11 @@ def update(
     step: int | None = None,
     limit: int | None = None,
     follow: bool = False,
+    read: bool = True,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Mapping[str, Mapping[str, Any]]:
     """Writes the page in `target` and returns the summaries of the first run's sets. `step`: of the first run that step alone.
-    `tell` hears every few seconds how far it is."""
+    `read` False: only the page, with what was written before. `tell` hears every few seconds how far it is."""
     site.write_page(target)
     parts = [_part(target, run, step if not number else None) for number, run in enumerate(runs)]
     published = time.monotonic()
@@ -56,7 +57,7 @@ def update(
             tell(progress)
             publish()
 
-    for part in parts:
+    for part in parts if read else []:
         site.write_sets(target, part.run, part.wanted, part.ledger, limit=limit, wrote=wrote)
     publish()
     return parts[0].ledger
