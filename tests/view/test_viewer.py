@@ -258,7 +258,8 @@ def test_an_evaluation_can_be_read(browser: Browser, page: Path) -> None:
     browser.open(page, "#eval=step_00000&group=1")
     browser.wait("document.querySelector('.reading')")
     assert browser.eval("document.querySelector('.modes input[value=read]').checked")
-    assert "not recorded" in browser.text(".modes label.absent")
+    assert browser.text(".modes > .dim") == "not recorded: log-prob, server − trainer, entropy, advantage, weights"
+    assert browser.texts(".modes label") == ["to read", "mask"]
     assert browser.text(".reading .program .hl-keyword") == "def"
     assert browser.text(".reading .output").strip() == "2"
     assert browser.text(".reading .formula math")

@@ -48,24 +48,25 @@
   };
 
   const modeChoice = (attempt, mode, onchange) => {
-    const choice = (key, name, there) => {
-      const label = there ? name : `${name} (not recorded)`;
+    const choice = (key, name) => {
       const input = torl.el("input", {
         type: "radio",
         name: `mode-${attempt.serial}`,
         value: key,
         checked: key === mode,
-        disabled: !there,
         onchange: () => onchange(key),
       });
-      return torl.el("label", { class: there ? null : "absent" }, input, torl.el("span", {}, label));
+      return torl.el("label", {}, input, torl.el("span", {}, name));
     };
+    const modes = Object.entries(torl.MODES);
+    const absent = modes.filter(([, { has }]) => !has(attempt)).map(([, { name }]) => name);
     return torl.el(
       "fieldset.modes",
       {},
       torl.el("legend", {}, "Show"),
-      choice("read", "to read", true),
-      Object.entries(torl.MODES).map(([key, { name, has }]) => choice(key, name, has(attempt))),
+      choice("read", "to read"),
+      modes.filter(([, { has }]) => has(attempt)).map(([key, { name }]) => choice(key, name)),
+      absent.length ? torl.el("span.dim", {}, `not recorded: ${absent.join(", ")}`) : null,
     );
   };
 

@@ -61,7 +61,7 @@
         key: "signal",
         name: "Group's signal",
         words: ["answers differ", "zero signal"],
-        mask: ({ columns, signal }) => (i) => bit(signal[columns.group[i]] ? 0 : 1),
+        mask: ({ columns, signal, set }) => set.kind === "step" && ((i) => bit(signal[columns.group[i]] ? 0 : 1)),
       },
       {
         key: "reward",

@@ -97,7 +97,7 @@
     const title = torl.el("div");
     const pane = torl.el("section.attempt-pane", { "aria-label": "Attempt" });
     const counts = torl.tally(index, rows);
-    const signal = index.signal[group] ? null : torl.el("span.chip.quiet", {}, "zero signal: nothing to learn from");
+    const signal = index.signal[group] || index.set.kind === "eval" ? null : torl.el("span.chip.quiet", {}, "zero signal: nothing to learn from");
     torl.set(
       box,
       torl.el(

@@ -127,6 +127,8 @@
     const { index, group, num } = item;
     const size = index.first[group + 1] - index.first[group];
     const [id, problem] = index.problems[group];
+    const zero = !index.signal[group] && index.set.kind === "step";
+    const notes = [many && index.set.title, num < size && `${num} shown`, zero && "zero signal"];
     const here = drawn.group === `${index.set.name}/${group}`;
     return torl.el(
       "a.group",
@@ -136,7 +138,7 @@
         "span.line",
         {},
         torl.strip(index, group, { pass: item.pass }),
-        torl.el("span.dim", {}, many ? `${index.set.title} · ` : "", num < size ? `${num} shown · ` : "", index.signal[group] ? "" : "zero signal"),
+        torl.el("span.dim", {}, notes.filter(Boolean).join(" · ")),
       ),
     );
   };
