@@ -49,7 +49,7 @@ def test_new_steps_appear_without_a_reload(
     browser.wait("document.querySelector('.nothing')?.textContent.startsWith('Waiting for the first step')")
     browser.eval("window.same = true")
     add_step(run, 0, [maker.group(n, 0, 4, n) for n in range(4)])
-    browser.wait("document.title.includes('step 0') && document.querySelectorAll('ol.virtual li').length === 4")
+    browser.wait("document.title.includes('step 0') && document.querySelectorAll('ol.virtual li').length === 4", 90)
     browser.go("#step=0&group=2&sample=1")
     browser.wait("document.querySelector('.tokens')")
     add_step(run, 1, [maker.group(n, 1, 4, n) for n in range(3)])

@@ -382,10 +382,10 @@ def test_on_a_phone_and_in_the_dark(browser: Browser, page: Path) -> None:
 
 
 def test_what_is_not_looked_at_is_let_go(browser: Browser, tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", steps=30, problems=2, size=2, scores=False)
+    run = make_run(tmp_path / "run", steps=14, problems=2, size=2, scores=False)
     assert view(run) == 0
     browser.open(run / "view/index.html")
-    for step in range(30):
+    for step in range(14):
         browser.go(f"#step={step}&group=0")
         browser.wait("document.querySelector('.tokens')")
     assert browser.eval("torl.heldChunks()") <= 12
