@@ -61,62 +61,60 @@
     return KINDS.map((kind, k) => `${kind} ${Math.round((100 * by[k]) / all)} %`).join(", ");
   };
 
+  /** When the attempts ran that the filters leave: rows in order, the begin of the step, the length of all in ms. */
+  const measure = (index, pass, orderOf) => {
+    const { phases } = index.set;
+    const all = index.columns.spans || [];
+    const rows = Array.from(all.keys()).filter((row) => all[row] && pass[row]);
+    const zero = all.reduce((least, spans) => (spans ? Math.min(least, spans[0]) : least), Infinity);
+    const ended = rows.reduce((most, row) => Math.max(most, all[row][0] - zero + total(all[row])), 0);
+    const phased = phases ? ["rollout_s", "train_s", "sync_s"].reduce((sum, key) => sum + (phases[key] || 0) * 1000, 0) : 0;
+    rows.sort((a, b) => orderOf(all[a]) - orderOf(all[b]) || a - b);
+    return { all, rows, zero, whole: Math.max(ended, phased, 1), there: all.some((spans) => spans) };
+  };
+
+  const ruler = (whole) =>
+    torl.el("div.bar.ruler", { "aria-hidden": "true" }, [0, 0.25, 0.5, 0.75, 1].map((share) => {
+      const mark = torl.el("span", {}, torl.seconds((share * whole) / 1000));
+      mark.style.left = `${share * 100}%`;
+      return mark;
+    }));
+
+  const attemptBar = (index, row, { all, zero, whole }) => {
+    const group = index.columns.group[row];
+    const sample = index.columns.sample[row];
+    const outcome = torl.outcome(index, row);
+    const words = segments(all[row]).map(([kind, a, b]) => `${KINDS[kind]} ${torl.seconds((b - a) / 1000)}`).join(", ");
+    const href = torl.link({ ...torl.atSet(index), view: null, order: null, group, sample });
+    const label = `${index.problems[group][0]}, sample ${sample}, ${torl.OUTCOMES[outcome]}: ${words}`;
+    const bar = torl.el(`a.bar.${outcome}`, { href, title: words, "aria-label": label });
+    for (const [kind, a, b] of segments(all[row])) bar.append(place(torl.el(`span.seg.${KINDS[kind]}`), a - zero, b - zero, whole));
+    return bar;
+  };
+
   /** The timeline of the set of `index`, of the attempts that the filters leave. */
   torl.drawTimeline = function (box, index, pass, state) {
     const { phases } = index.set;
-    const all = index.columns.spans;
-    const there = all && all.some((spans) => spans);
-    const rows = there ? Array.from(all.keys()).filter((row) => all[row] && pass[row]) : [];
-    const zero = there ? all.reduce((least, spans) => (spans ? Math.min(least, spans[0]) : least), Infinity) : 0;
-    const ended = rows.reduce((most, row) => Math.max(most, all[row][0] - zero + total(all[row])), 0);
-    const phased = phases ? ["rollout_s", "train_s", "sync_s"].reduce((sum, key) => sum + (phases[key] || 0) * 1000, 0) : 0;
-    const whole = Math.max(ended, phased, 1);
     const order = ORDERS[state.order] || ORDERS.begin;
-    rows.sort((a, b) => order[1](all[a]) - order[1](all[b]) || a - b);
-
+    const measured = measure(index, pass, order[1]);
+    const { all, rows, whole, there } = measured;
     const choice = torl.el(
       "select",
       { "aria-label": "Order of the attempts", onchange: (e) => torl.go({ order: e.target.value }) },
       Object.entries(ORDERS).map(([key, [name]]) => torl.el("option", { value: key, selected: ORDERS[key] === order }, name)),
     );
-    const ruler = torl.el("div.bar.ruler", { "aria-hidden": "true" }, [0, 0.25, 0.5, 0.75, 1].map((share) => {
-      const mark = torl.el("span", {}, torl.seconds((share * whole) / 1000));
-      mark.style.left = `${share * 100}%`;
-      return mark;
-    }));
+    const said = `${torl.plural(rows.length, "attempt")}: ${sums(rows.map((row) => all[row]))}`;
+    const missing = `When these attempts ran was not recorded${phases ? "; the bar shows the phases of the step one after the other" : ""}.`;
     const scroll = torl.el("div.scroll", { tabindex: 0, role: "group", "aria-label": "What each attempt did, over time" });
-    const missing = !there
-      ? torl.el("p.note", {}, index.set.kind === "eval" || !phases
-          ? "When these attempts ran was not recorded."
-          : "When these attempts ran was not recorded; the bar shows the phases of the step one after the other.")
-      : null;
     torl.set(
       box,
-      torl.el("div.listhead", {}, there ? torl.el("span", {}, `${torl.plural(rows.length, "attempt")}: ${sums(rows.map((row) => all[row]))}`) : null, there ? choice : null),
-      missing,
-      there || phases ? legend(phases) : null,
-      there || phases ? ruler : null,
+      there ? torl.el("div.listhead", {}, torl.el("span", {}, said), choice) : torl.el("p.note", {}, missing),
+      there || phases ? [legend(phases), ruler(whole)] : null,
       phases ? phaseBar(phases, whole) : null,
       scroll,
     );
     if (!there) return;
-    const base = torl.atSet(index);
-    torl.virtual(scroll, {
-      num: rows.length,
-      height: HEIGHT,
-      label: "Attempts over time",
-      draw: (i) => {
-        const row = rows[i];
-        const group = index.columns.group[row];
-        const sample = index.columns.sample[row];
-        const words = segments(all[row]).map(([kind, a, b]) => `${KINDS[kind]} ${torl.seconds((b - a) / 1000)}`).join(", ");
-        const href = torl.link({ ...base, view: null, order: null, group, sample });
-        const outcome = torl.outcome(index, row);
-        const label = `${index.problems[group][0]}, sample ${sample}, ${torl.OUTCOMES[outcome]}: ${words}`;
-        const bar = torl.el(`a.bar.${outcome}`, { href, title: words, "aria-label": label });
-        for (const [kind, a, b] of segments(all[row])) bar.append(place(torl.el(`span.seg.${KINDS[kind]}`), a - zero, b - zero, whole));
-        return bar;
-      },
-    });
+    const draw = (i) => attemptBar(index, rows[i], measured);
+    torl.virtual(scroll, { num: rows.length, height: HEIGHT, label: "Attempts over time", draw });
   };
 }

@@ -121,112 +121,101 @@
 
   const quoted = (text) => (text.length > 60 ? `${text.slice(0, 60)}…` : text).replace(/\n/g, "↵").replace(/\t/g, "⇥");
 
+  const say = (piece, facts) => `${quoted(piece.text)}: ${rows(piece, facts).slice(1, 4).map((row) => row.join(" ")).join(", ")}`;
+
+  const nextUnlikely = (pieces, from) => pieces.findIndex((p, i) => i > from && p.low !== null && Math.exp(p.low) < 0.2);
+
+  /** The piece nearest to that at `from` in the next or previous line of text. */
+  const inNextLine = (spans, from, direction) => {
+    const box = (i) => spans[i]?.getClientRects()[0];
+    const here = box(from);
+    if (!here) return Math.max(from, 0);
+    let i = from + direction;
+    while (spans[i] && (!box(i) || Math.abs(box(i).top - here.top) < 3)) i += direction;
+    if (!spans[i]) return from;
+    const line = box(i).top;
+    let best = i;
+    for (; spans[i] && (!box(i) || Math.abs(box(i).top - line) < 3); i += direction) {
+      if (box(i) && Math.abs(box(i).left - here.left) < Math.abs(box(best).left - here.left)) best = i;
+    }
+    return best;
+  };
+
+  /** The numbers of the piece at `i`, and ways on from it. */
+  const drawPanel = (panel, pieces, i, facts, select) => {
+    if (i < 0) {
+      torl.set(panel, torl.el("p.dim", {}, "Choose a token for its numbers: by tap, click, or arrow keys."));
+      return;
+    }
+    const button = (word, label, to) =>
+      torl.el("button.small", { type: "button", "aria-label": label, disabled: !pieces[to], onclick: () => select(to) }, word);
+    const fact = ([name, value]) => torl.el("div", {}, torl.el("dt", {}, name), torl.el("dd", {}, value));
+    torl.set(
+      panel,
+      torl.el("div.chosen", {}, torl.el("code", {}, quoted(pieces[i].text) || "(empty)")),
+      torl.el("dl", {}, rows(pieces[i], facts).map(fact)),
+      torl.el(
+        "div.buttons",
+        {},
+        button("‹", "previous token", i - 1),
+        button("›", "next token", i + 1),
+        button("next unlikely ›", "next token with probability below 0.2", nextUnlikely(pieces, i)),
+        torl.el("button.small", { type: "button", onclick: (e) => torl.copy(location.href, e.currentTarget) }, "copy link"),
+      ),
+    );
+  };
+
   /** The answer as pieces that can be chosen, with a panel for the numbers of the chosen one. */
   torl.drawTokens = function (attempt, { mode, token, choose }) {
     const { facts } = attempt;
     const pieces = torl.pieces(attempt);
     const spans = pieces.map((piece, i) => torl.el("span", { class: className(piece, mode, facts), "data-i": i }, piece.text));
     let chosen = -1;
-
     const panel = torl.el("div.panel", { role: "region", "aria-label": "The chosen token" });
-    const box = torl.el(
-      "div.tokens",
-      { tabindex: 0, role: "group", "aria-label": "Answer by token; arrow keys move, N goes to the next unlikely one", dir: "ltr" },
-      spans,
-    );
+    const label = "Answer by token; arrow keys move, N goes to the next unlikely one";
+    const box = torl.el("div.tokens", { tabindex: 0, role: "group", "aria-label": label, dir: "ltr" }, spans);
 
-    const say = (piece) => `${quoted(piece.text)}: ${rows(piece, facts).slice(1, 4).map((row) => row.join(" ")).join(", ")}`;
-
-    const show = () => {
-      if (chosen < 0) {
-        torl.set(panel, torl.el("p.dim", {}, "Choose a token for its numbers: by tap, click, or arrow keys."));
-        return;
-      }
-      const piece = pieces[chosen];
-      const button = (word, label, to) =>
-        torl.el("button.small", { type: "button", "aria-label": label, disabled: to < 0, onclick: () => select(to, true) }, word);
-      torl.set(
-        panel,
-        torl.el("div.chosen", {}, torl.el("code", {}, quoted(piece.text) || "(empty)")),
-        torl.el("dl", {}, rows(piece, facts).map(([name, value]) => torl.el("div", {}, torl.el("dt", {}, name), torl.el("dd", {}, value)))),
-        torl.el(
-          "div.buttons",
-          {},
-          button("‹", "previous token", chosen - 1),
-          button("›", "next token", chosen + 1 < pieces.length ? chosen + 1 : -1),
-          button("next unlikely ›", "next token with probability below 0.2", unlikely(chosen)),
-          torl.el("button.small", { type: "button", onclick: (e) => torl.copy(location.href, e.currentTarget) }, "copy link"),
-        ),
-      );
-    };
-
-    const unlikely = (from) => {
-      for (let i = from + 1; i < pieces.length; i++) if (pieces[i].low !== null && Math.exp(pieces[i].low) < 0.2) return i;
-      return -1;
-    };
-
-    const select = (i, told) => {
-      if (i < 0 || i >= pieces.length) return;
-      if (chosen >= 0) spans[chosen].removeAttribute("id");
-      if (chosen >= 0) spans[chosen].classList.remove("chosen");
+    const mark = (i) => {
+      spans[chosen]?.removeAttribute("id");
+      spans[chosen]?.classList.remove("chosen");
       chosen = i;
       spans[i].classList.add("chosen");
       spans[i].id = "chosen-token";
       box.setAttribute("aria-activedescendant", "chosen-token");
-      show();
-      if (told) {
-        spans[i].scrollIntoView({ block: "nearest", inline: "nearest" });
-        choose(pieces[i].at);
-        torl.say(say(pieces[i]));
-      }
+      drawPanel(panel, pieces, i, facts, select);
     };
 
+    const select = (i) => {
+      if (!pieces[i]) return;
+      mark(i);
+      spans[i].scrollIntoView({ block: "nearest", inline: "nearest" });
+      choose(pieces[i].at);
+      torl.say(say(pieces[i], facts));
+    };
+
+    const moves = {
+      ArrowRight: () => chosen + 1,
+      ArrowLeft: () => Math.max(chosen - 1, 0),
+      ArrowDown: () => inNextLine(spans, chosen, 1),
+      ArrowUp: () => inNextLine(spans, chosen, -1),
+      Home: () => 0,
+      End: () => pieces.length - 1,
+      n: () => nextUnlikely(pieces, chosen),
+      N: () => nextUnlikely(pieces, chosen),
+    };
     box.addEventListener("click", (event) => {
       const i = event.target.closest(".t")?.dataset.i;
-      if (i !== undefined && getSelection().isCollapsed) select(Number(i), true);
+      if (i !== undefined && getSelection().isCollapsed) select(Number(i));
     });
     box.addEventListener("keydown", (event) => {
-      const moves = {
-        ArrowRight: chosen + 1,
-        ArrowLeft: Math.max(chosen - 1, 0),
-        ArrowDown: beside(1),
-        ArrowUp: beside(-1),
-        Home: 0,
-        End: pieces.length - 1,
-        n: unlikely(chosen),
-        N: unlikely(chosen),
-      };
-      if (!(event.key in moves) || event.ctrlKey || event.metaKey || event.altKey) return;
+      if (!Object.hasOwn(moves, event.key) || event.ctrlKey || event.metaKey || event.altKey) return;
       event.preventDefault();
-      select(moves[event.key], true);
+      select(moves[event.key]());
     });
 
-    /** The piece nearest to the chosen one in the next or previous line of text. */
-    const beside = (direction) => {
-      if (chosen < 0) return 0;
-      const here = spans[chosen].getClientRects()[0];
-      if (!here) return chosen + direction;
-      for (let i = chosen + direction; i >= 0 && i < spans.length; i += direction) {
-        const there = spans[i].getClientRects()[0];
-        if (!there || Math.abs(there.top - here.top) < 3) continue;
-        let best = i;
-        let distance = Infinity;
-        for (let j = i; j >= 0 && j < spans.length; j += direction) {
-          const other = spans[j].getClientRects()[0];
-          if (other && Math.abs(other.top - there.top) >= 3) break;
-          if (other && Math.abs(other.left - here.left) < distance) {
-            distance = Math.abs(other.left - here.left);
-            best = j;
-          }
-        }
-        return best;
-      }
-      return chosen;
-    };
-
+    drawPanel(panel, pieces, -1, facts, select);
     const start = token === undefined ? -1 : pieces.findIndex((p) => p.at <= token && token < p.at + Math.max(p.count, 1));
-    show();
-    if (start >= 0) select(start, false);
+    if (start >= 0) mark(start);
     return {
       box,
       panel,
@@ -235,9 +224,7 @@
           span.className = className(pieces[i], next, facts) + (i === chosen ? " chosen" : "");
         });
       },
-      reveal() {
-        if (chosen >= 0) spans[chosen].scrollIntoView({ block: "center" });
-      },
+      reveal: () => spans[chosen]?.scrollIntoView({ block: "center" }),
     };
   };
 
