@@ -168,6 +168,9 @@ def test_every_token_mode_and_the_numbers_of_a_token(browser: Browser, page: Pat
         dict(zip(browser.texts(".panel dt"), browser.texts(".panel dd"), strict=True))["trained on"]
         == "no, it was inserted"
     )
+    browser.eval("document.querySelector('.tokens').focus()")
+    browser.press("End")
+    assert browser.text(".panel dd") == str(len(ids) - 1)  # counted over sampled and inserted ones
 
 
 def test_tokens_by_keyboard_and_touch(browser: Browser, page: Path, run: Path) -> None:
