@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -92,6 +93,11 @@ def test_the_server_gives_the_pages_files_and_nothing_else(tmp_path: Path) -> No
         assert ask("/")[1] == (run / "view/index.html").read_bytes()
         assert ask("/index.html")[0] == ask("/app/core.js")[0] == ask("/data/run/step_00000.index.js?1")[0] == 200
         assert ask("/", "HEAD") == (200, b"")
+        headers = urllib.request.urlopen(f"http://{address}/data/manifest.js").headers
+        assert (
+            headers["Cross-Origin-Resource-Policy"] == "same-origin"
+        )  # no page of another site can load the data as a script
+        assert headers["X-Content-Type-Options"] == "nosniff"
         assert ask("/", host="localhost:" + address.split(":")[1])[0] == 200
         for host in ("", "evil.example", "127.0.0.1", "evil.example:" + address.split(":")[1]):
             assert ask("/", host=host)[0] in (400, 421), host
