@@ -74,7 +74,8 @@ def test_the_server_gives_the_pages_files_and_nothing_else(tmp_path: Path) -> No
     run = make_run(tmp_path / "run", steps=1, problems=2, size=2)
     assert view(run) == 0
     (run / "view/secret.txt").write_text("no")
-    os.symlink(run / "config.json", run / "view/link.js")
+    (run / "outside.js").write_text("no")
+    os.symlink(run / "outside.js", run / "view/link.js")
     process = subprocess.Popen([TORL, "view", str(run), "--follow", "--json"], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
@@ -101,7 +102,7 @@ def test_the_server_gives_the_pages_files_and_nothing_else(tmp_path: Path) -> No
         assert ask("/", host="localhost:" + address.split(":")[1])[0] == 200
         for host in ("", "evil.example", "127.0.0.1", "evil.example:" + address.split(":")[1]):
             assert ask("/", host=host)[0] in (400, 421), host
-        for path in ("/secret.txt", "/link.js", "/../config.json", "/%2e%2e/config.json", "/app", "/app/", "/data/run/written.json",
+        for path in ("/secret.txt", "/link.js", "/../config.json", "/%2e%2e/outside.js", "/../outside.js", "/app", "/app/", "/data/run/written.json",
                      "//etc/passwd", "/..%2f..%2fetc/passwd", "/a%00b.js", "/" + "a" * 5000 + ".js"):  # fmt: skip
             assert ask(path)[0] in (404, 414), path
         for method in ("POST", "PUT", "DELETE", "OPTIONS"):
