@@ -102,8 +102,16 @@ def test_the_server_gives_the_pages_files_and_nothing_else(tmp_path: Path) -> No
         assert ask("/", host="localhost:" + address.split(":")[1])[0] == 200
         for host in ("", "evil.example", "127.0.0.1", "evil.example:" + address.split(":")[1]):
             assert ask("/", host=host)[0] in (400, 421), host
-        for path in ("/secret.txt", "/link.js", "/../config.json", "/%2e%2e/outside.js", "/../outside.js", "/app", "/app/", "/data/run/written.json",
-                     "//etc/passwd", "/..%2f..%2fetc/passwd", "/a%00b.js", "/" + "a" * 5000 + ".js"):  # fmt: skip
+        outside = [
+            "/secret.txt",
+            "/link.js",
+            "/../outside.js",
+            "/%2e%2e/outside.js",
+            "/..%2foutside.js",
+            "//etc/passwd",
+        ]
+        no_file = ["/app", "/app/", "/data/run/written.json", "/a%00b.js", "/" + "a" * 5000 + ".js"]
+        for path in outside + no_file:
             assert ask(path)[0] in (404, 414), path
         for method in ("POST", "PUT", "DELETE", "OPTIONS"):
             assert ask("/", method)[0] == 501, method
