@@ -248,14 +248,13 @@ def _program() -> dict[str, str]:
 
 
 def _libraries() -> Iterator[tuple[str, str]]:
-    """Each library as one script; those that export to a module are given one."""
+    """Each library as one script, below its licence; those that export to a module are given one."""
     kept = files("torl_mega.view") / "vendor"
     for name, parts in LIBRARIES.items():
         texts = [(kept / f"{part}.js").read_text("utf-8") for part in parts]
-        notice = "/*! licence and version: torl_mega/view/vendor */\n"
-        if len(texts) == 1:
-            yield f"{name}.js", notice + texts[0]
-        else:
-            wrapped = [f"torl.library({json.dumps(part)}, function (module) {{\n{text}\n}});\n"
-                       for part, text in zip(parts, texts, strict=True)]  # fmt: skip
-            yield f"{name}.js", notice + "".join(wrapped)
+        if len(texts) > 1:
+            texts = [
+                f"torl.library({json.dumps(part)}, function (module) {{\n{text}\n}});\n"
+                for part, text in zip(parts, texts, strict=True)
+            ]
+        yield f"{name}.js", f"/*!\n{(kept / f'LICENSE.{name}').read_text('utf-8')}*/\n{''.join(texts)}"
