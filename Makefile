@@ -27,7 +27,7 @@ ifeq ($(HAVE_CUDA),yes)
 	-$(BIN)/python -m torl_mega.launch.environments $(BIN)/python $(VENV)/sglang/bin/python
 else
 	$(BIN)/python -m pip install --quiet --group cpu --group dev
-	$(BIN)/python -m pip install --quiet --no-deps --group sglang-cpu
+	$(BIN)/python -m pip install --quiet --no-deps --group sglang-cpu --group axe
 endif
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $(STAMP)

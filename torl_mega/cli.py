@@ -151,20 +151,24 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, e.g. run
 @app.command()
 def view(
     run: Run,
-    step: Annotated[int | None, typer.Option(help="Which step; default the last")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="At most so many trajectories")] = 64,
-    out: Annotated[Path | None, typer.Option(help="Where the page goes; default RUN/view/")] = None,
+    others: Annotated[list[Path] | None, typer.Argument(metavar="[OTHER]...", help="Runs to lay beside it")] = None,
+    step: Annotated[int | None, typer.Option(help="Bring only this step up to date, and open there")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many trajectories of each step")] = None,
+    out: Annotated[Path | None, typer.Option(help="A folder, default RUN/view; or a file *.html with one step")] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Serve the page on 127.0.0.1 while the run trains")] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of --follow; 0 takes a free one")] = 0,
     audit: Annotated[bool, typer.Option("--audit", help="Prove every token instead of making a page")] = False,
     tokenizer: Annotated[Path | None, typer.Option(help="Default: the run's model.path")] = None,
     json: Json = False,
 ) -> None:
-    """Render recorded trajectories as one static HTML page, or audit them token by token."""
+    """Make a page of the recorded trajectories to look into, or audit them token by token."""
     from torl_mega.rollout.audit_rules import rules_of
     from torl_mega.view import command
 
-    rules = rules_of if audit else None
-    code = command.view(run, step=step, out=out, audit=rules, limit=limit, tokenizer=tokenizer, as_json=json)
-    raise typer.Exit(code)
+    options = command.Options(step=step, limit=limit, out=out, tokenizer=tokenizer, as_json=json)
+    if follow:
+        raise typer.Exit(command.follow(run, others or [], options, port=port))
+    raise typer.Exit(command.view(run, others or [], options, audit=rules_of if audit else None))
 
 
 @app.command()

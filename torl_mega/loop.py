@@ -21,6 +21,7 @@ import numpy as np
 from torl_mega.algo.correction import mismatch
 from torl_mega.errors import Preempted, ServerLost, StaleServers, WeightSyncError
 from torl_mega.interfaces import Collector, RunLog, Share, Trainer, Turns, WeightSink
+from torl_mega.types import TrainSample
 
 SAMPLING_TRIES = 3
 T = TypeVar("T")
@@ -43,6 +44,9 @@ class Loop:
     num_mini_batches: int
     eval_every: int  # 0 = only before and after
     save_every: int  # 0 = only at the end
+    record: Callable[[int, Sequence[TrainSample]], None] = lambda step, samples: (
+        None
+    )  # what the trainer found before its update
 
     def run(self, start: int, *, evaluate_first: bool) -> bool:
         """Runs the steps from `start` on; the servers hold version `start`. Returns True when the run is complete, False
@@ -77,6 +81,7 @@ class Loop:
         with _timed(times, "train_s"):
             self.turns.train()
             train_samples = self.trainer.old_logprobs(batch.samples)
+            self.record(step, train_samples)
             updates = [
                 {**self.trainer.forward_backward(mini), **self.trainer.optim_step()}
                 for mini in split_mini_batches(train_samples, self.num_mini_batches)

@@ -36,6 +36,7 @@ from torl_mega.process.start import forks_die_with_parent
 from torl_mega.process.stop_flag import StopFlag
 from torl_mega.rollout.ahead import SamplingAhead
 from torl_mega.rollout.build import GC_THRESHOLDS, AsyncRunner, addresses, build_collector, wait_for_servers
+from torl_mega.rollout.recorder import write_scores
 from torl_mega.rollout.replay import ReplayCollector
 from torl_mega.rollout.sample_texts import sample_texts
 from torl_mega.run.files import write_json
@@ -50,6 +51,7 @@ from torl_mega.serving.probe import check_engines
 from torl_mega.serving.sync.paused import DrainedSink, PausedSink
 from torl_mega.serving.sync.weights import make_owner_sink, make_weight_sink, route_weights
 from torl_mega.serving.turns import Resident, SharedGpus, SharedServers
+from torl_mega.types import TrainSample
 
 TAKE_GPUS_S = 60.0  # for a server to let go, beyond the time after which a silent one is ended
 T = TypeVar("T")
@@ -215,6 +217,10 @@ def _loop(
         state = parallel.share(lambda: {"steps_done": done, "rollouts": dict(collector.state())})
         trainer.save(folder.checkpoint(done), extra=state)
 
+    def record(step: int, samples: Sequence[TrainSample]) -> None:
+        if rank0 and config.logging.trajectories and config.rollout.replay is None:
+            write_scores(folder.trajectories, step, samples)
+
     return Loop(
         trainer=trainer,
         sink=sink,
@@ -229,6 +235,7 @@ def _loop(
         num_mini_batches=config.updates_per_step,
         eval_every=config.eval.every_steps,
         save_every=config.checkpoint.every_steps,
+        record=record,
     )
 
 

@@ -172,6 +172,8 @@ class Trajectory:
     sample_index: int  # 0 <= sample_index < group_size
     turns: tuple[Turn, ...]
     stop_reason: StopReason
+    times: tuple[float, ...] = field(default=(), compare=False)
+    """When it began (unix s), then the seconds of each turn's generation and calls, then of its grading."""
 
     @property
     def response_ids(self) -> tuple[int, ...]:

@@ -97,6 +97,7 @@ def trajectories(run):
             for turn in row["turns"]:
                 if turn["tool_call"]:
                     turn["tool_call"].pop("wall_s")
+            row.pop("times")
             found.append(row)
     return found
 

@@ -93,6 +93,15 @@ def test_the_order_of_a_run():
     assert fake.calls == ["eval 0", *one_step(0), "save 1", *one_step(1), "eval 2", "save 2"]
 
 
+def test_what_the_trainer_found_is_recorded_before_its_update():
+    fake = Recorder()
+    record = lambda step, samples: fake.calls.append(f"record {step}")  # noqa: E731
+    loop(fake, num_steps=1, record=record).run(0, evaluate_first=False)
+    assert fake.calls[1] == "old"
+    assert fake.calls[2] == "record 0"
+    assert fake.calls[3].startswith("update")
+
+
 def test_a_resumed_run_starts_where_it_was_saved():
     fake = Recorder()
     assert loop(fake).run(1, evaluate_first=False)

@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import json
 import math
+import time
 import types
 
 import numpy as np
@@ -14,7 +15,7 @@ from torl_mega.errors import DataError, GenerationError, Preempted, StaleServers
 from torl_mega.rollout import build
 from torl_mega.rollout.episode import Episode, EpisodeSettings, sampling_seed
 from torl_mega.rollout.python_tool import Limits, PythonTool
-from torl_mega.rollout.recorder import read_groups, read_rows, step_path, write_step
+from torl_mega.rollout.recorder import read_groups, read_rows, step_path, trainer_path, write_scores, write_step
 from torl_mega.rollout.samples import make_samples
 from torl_mega.rollout.scheduler import EpisodeScheduler, lost_trajectories
 from torl_mega.types import (
@@ -28,6 +29,7 @@ from torl_mega.types import (
     Prompt,
     Reward,
     StopReason,
+    TrainSample,
 )
 
 SETTINGS = EpisodeSettings(1.0, 1.0, max_response_tokens=100, max_tool_calls=1)
@@ -236,6 +238,36 @@ def test_recorded_groups_come_back_equal(tmp_path):
     assert again[0].rewards == collected.groups[0].rewards
     assert again[0].trajectories[0] == collected.groups[0].trajectories[0]
     assert [row["advantage"] for row in read_rows(path)] == [0.5, -0.5]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_when_attempts_ran_and_what_the_trainer_found_are_recorded(tmp_path):
+    before = time.time()
+    collected = collect(Script(CALL, " \\boxed{42}", "\\boxed{42}<|endoftext|>"), group_size=2)
+    path = write_step(tmp_path, 4, collected.groups, [0.5, -0.5])
+    samples = make_samples(collected.groups, load_config("conf/quickstart.yaml", []).algo)
+    rows = list(read_rows(path))
+    for row, trajectory in zip(rows, read_groups(path)[0].trajectories, strict=True):
+        assert row["times"] == list(trajectory.times)
+        assert before - 0.001 <= row["times"][0] <= time.time()
+        assert len(row["times"]) == 2 + 2 * len(row["turns"])  # begin, generation and calls of each turn, grading
+        assert all(0 <= seconds < 60 for seconds in row["times"][1:])
+    scored = [TrainSample(s, s.rollout_logprobs - 0.25, np.full(len(s.token_ids), 1.5, np.float32)) for s in samples]
+    scored[1] = dataclasses.replace(
+        scored[1], sample=dataclasses.replace(samples[1], loss_mask=samples[1].loss_mask & False)
+    )
+    write_scores(tmp_path, 4, scored)
+    with np.load(trainer_path(path)) as file:
+        logprobs, entropy = file["logprobs"], file["entropy"]
+    sampled = [x for row in rows for turn in row["turns"] for x in turn["logprobs"]]
+    first = sum(len(turn["logprobs"]) for turn in rows[0]["turns"])
+    np.testing.assert_allclose(logprobs[:first], np.array(sampled[:first]) - 0.25, atol=1e-6)
+    assert np.isnan(logprobs[first:]).all()  # not trained on
+    assert np.isnan(entropy[first:]).all()
+    assert len(logprobs) == len(entropy) == len(sampled)
+    assert (entropy[:first] == 1.5).all()
+    write_scores(tmp_path, 5, [dataclasses.replace(scored[0], old_logprobs=None, entropy=None)])
+    write_step(tmp_path, 4, collected.groups, [0.5, -0.5])  # collected again
     assert list(tmp_path.iterdir()) == [path]
 
 

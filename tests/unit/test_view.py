@@ -6,8 +6,8 @@ import asyncio
 import base64
 import copy
 import dataclasses
+import gzip
 import hashlib
-import html.parser
 import json
 import math
 import re
@@ -45,8 +45,8 @@ from torl_mega.types import (
     Trajectory,
     Turn,
 )
-from torl_mega.view.command import view
-from torl_mega.view.spans import pieces, shade, visible
+from torl_mega.view.command import Options, view
+from torl_mega.view.spans import Pieces
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -131,80 +131,151 @@ def _write(run: Path, groups: tuple[Group, ...], step: int = STEP) -> Path:
     return write_step(run / "trajectories", step, groups, [0.5] * sum(len(g.trajectories) for g in groups))
 
 
-class Page(html.parser.HTMLParser):
-    """What a browser would make of a page: its tags, their attributes, and the text of each <pre>."""
-
-    def __init__(self, source: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.pres: list[str] = []
-        self._inside = ""
-        self.feed(source)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        self._inside = tag if tag in ("pre", "style") else self._inside
-        if tag == "pre":
-            self.pres.append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag == self._inside:
-            self._inside = ""
-
-    def handle_data(self, data: str) -> None:
-        if self._inside == "pre":
-            self.pres[-1] += data
+def _data(folder: Path) -> dict[str, Any]:
+    """Every data file of a page, by name."""
+    found = {}
+    for path in sorted((folder / "data").rglob("*.js")):
+        said = re.fullmatch(r'torl\.put\("([^"]+)","([A-Za-z0-9+/=]+)"\);\n', path.read_text())
+        assert said, f"{path} holds more than one call with letters"
+        assert said[1] == str(path.relative_to(folder / "data").with_suffix(""))
+        found[said[1]] = json.loads(gzip.decompress(base64.b64decode(said[2])))
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ view
 
 
-def test_the_page_shows_every_token_of_every_trajectory(
+def test_the_data_hold_every_token_of_every_trajectory(
     tmp_path: Path, groups: tuple[Group, ...], tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _write(tmp_path / "run", groups)
     assert view(tmp_path / "run") == 0
     path = Path(capsys.readouterr().out.strip())
-    page = Page(path.read_text())
-    shown = [t for g in groups for t in g.trajectories]
-    for trajectory, text in zip(shown, page.pres, strict=True):
+    assert path == tmp_path / "run/view/index.html"
+    data = _data(path.parent)
+    index, chunk = data["run/step_00003.index"], data["run/step_00003.000"]
+    shown = [(t, r) for g in groups for t, r in zip(g.trajectories, g.rewards, strict=True)]
+    prompts = dict(chunk["prompts"])
+    for (trajectory, _), attempt in zip(shown, chunk["attempts"], strict=True):
+        turns = attempt["turns"]
+        text = "".join("".join(t["text"]) + (t["said"] or "") for t in turns)
         ids = (*trajectory.prompt.token_ids, *trajectory.response_ids)
-        assert text == tokenizer.decode(ids)  # nothing lost, nothing twice, in order
-    spans = [a for tag, a in page.tags if tag == "span" and (a.get("class") or "").startswith("sampled")]
-    assert len(spans) == sum(sum(t.loss_mask) for t in shown)
-    first = shown[0].turns[0]
-    wanted = f"token {first.token_ids[0]} · log-prob {first.logprobs[0]:.3f} · p {math.exp(first.logprobs[0]):.3f} · version 3"
-    assert spans[0]["title"] == wanted
-    right = sum(r.correct for g in groups for r in g.rewards)
-    assert 0 < right < len(shown)
-    assert sum("a-right" in (a.get("class") or "") for tag, a in page.tags if tag == "details") == right
+        assert prompts[attempt["group"]]["prompt"] + text == tokenizer.decode(
+            ids
+        )  # nothing lost, nothing twice, in order
+        for turn, told in zip(trajectory.turns, turns, strict=True):
+            assert told["ids"] == list(turn.token_ids)
+            assert told["logprobs"] == [round(x, 4) for x in turn.logprobs]
+            assert len(told["text"]) == len(turn.token_ids) - sum(n - 1 for _, n in told["counts"])
+            assert told["versions"] == [[STEP, len(turn.token_ids)]]
+            assert told["num_said"] == len(turn.observation_ids)
+    columns = index["columns"]
+    assert columns["correct"] == [int(r.correct) for _, r in shown]
+    assert 0 < sum(columns["correct"]) < len(shown)
+    assert columns["sampled"] == [sum(t.loss_mask) for t, _ in shown]
+    assert columns["calls"] == [len(t.tool_calls) for t, _ in shown]
+    assert [index["answers"][i] if i >= 0 else None for i in columns["answer"]] == [r.extracted for _, r in shown]
+    assert [p[0] for p in index["problems"]] == [g.prompt.problem.problem_id for g in groups]
+    assert columns["group"] == [n for n, g in enumerate(groups) for _ in g.trajectories]
 
 
 def test_limit_step_and_json(tmp_path: Path, groups: tuple[Group, ...], capsys: pytest.CaptureFixture[str]) -> None:
     _write(tmp_path, groups, step=0)
     _write(tmp_path, groups[:1], step=7)
-    assert view(tmp_path, step=0, limit=4, out=tmp_path / "x" / "page.html", as_json=True) == 0
+    assert view(tmp_path, (), Options(step=0, limit=4, out=tmp_path / "x", as_json=True)) == 0
     said = json.loads(capsys.readouterr().out)
-    assert said == {"html": str(tmp_path / "x" / "page.html"), "step": 0, "shown": 4, "recorded": 18}
-    assert len(Page((tmp_path / "x" / "page.html").read_text()).pres) == 4
-    view(tmp_path, as_json=True)
+    assert said == {"html": str(tmp_path / "x/index.html"), "step": 0, "shown": 4, "recorded": 18, "faults": 0}
+    data = _data(tmp_path / "x")
+    assert len(data["run/step_00000.000"]["attempts"]) == 4
+    assert data["manifest"]["open"] == "step_00000"
+    assert "run/step_00007.index" not in data
+    view(tmp_path, (), Options(as_json=True))
     assert json.loads(capsys.readouterr().out)["step"] == 7  # the last one
     with pytest.raises(DataError, match=r"this run has steps 0 to 7"):
-        view(tmp_path, step=5)
+        view(tmp_path, (), Options(step=5))
     with pytest.raises(DataError, match=r"give a run folder"):
         view(tmp_path / "nothing")
+    with pytest.raises(DataError, match=r"is named twice"):
+        view(tmp_path, [tmp_path / "x" / ".."])
 
 
-def test_the_page_has_a_section_for_each_recorded_group(
-    tmp_path: Path, groups: tuple[Group, ...], capsys: pytest.CaptureFixture[str]
-) -> None:
-    first = groups[0]
-    halves = [Group(first.prompt, first.trajectories[a:b], first.rewards[a:b]) for a, b in ((0, 2), (2, 6))]
-    _write(tmp_path, (*halves, groups[1]))
+def test_chunks_are_small_and_found_again(tmp_path: Path, groups: tuple[Group, ...]) -> None:
+    many = tuple(groups[i % 3] for i in range(60))  # 360 attempts
+    _write(tmp_path, many)
     view(tmp_path)
-    page = Page(Path(capsys.readouterr().out.strip()).read_text())
-    assert sum(tag == "section" for tag, _ in page.tags) == 3
+    data = _data(tmp_path / "view")
+    starts = data["run/step_00003.index"]["starts"]
+    sizes = [len(data[f"run/step_00003.{n:03d}"]["attempts"]) for n in range(len(starts))]
+    assert starts == [sum(sizes[:n]) for n in range(len(sizes))]
+    assert sum(sizes) == 360
+    assert max(sizes) == 128
+
+
+def test_what_has_not_changed_is_not_written_again(tmp_path: Path, groups: tuple[Group, ...]) -> None:
+    for step in (0, 1):
+        _write(tmp_path, groups, step=step)
+    view(tmp_path)
+    written = {p: p.stat().st_mtime_ns for p in (tmp_path / "view").rglob("*") if p.is_file()}
+    view(tmp_path)
+    assert {p: p.stat().st_mtime_ns for p in written} == written
+    assert not list((tmp_path / "view").rglob("*.tmp"))
+    _write(tmp_path, tuple(groups[:1]) * 60, step=1)
+    view(tmp_path)
+    changed = {p.name for p, before in written.items() if p.stat().st_mtime_ns != before}
+    assert changed == {"step_00001.index.js", "step_00001.000.js", "written.json", "manifest.js"}
+    versions = [{s["name"]: s["version"] for s in _data(tmp_path / "view")["manifest"]["runs"][0]["sets"]}]
+    _write(tmp_path, groups, step=1)
+    view(tmp_path)
+    assert not (tmp_path / "view/data/run/step_00001.001.js").exists()  # of the longer file
+    versions.append({s["name"]: s["version"] for s in _data(tmp_path / "view")["manifest"]["runs"][0]["sets"]})
+    assert versions[0]["step_00000"] == versions[1]["step_00000"]
+    assert versions[0]["step_00001"] != versions[1]["step_00001"]
+
+
+def test_damage_is_counted_and_named(tmp_path: Path, groups: tuple[Group, ...]) -> None:
+    path = _write(tmp_path, groups, step=0)
+    lines = [json.dumps(row) for row in read_rows(path)]
+    lines[2], lines[5], lines[7] = lines[2][:100], json.dumps({"step": 0}), "[1]"
+    path.write_bytes(zstandard.ZstdCompressor().compress(("\n".join(lines) + "\n").encode()))
+    cut = _write(tmp_path, tuple(groups) * 40, step=1)
+    cut.write_bytes(cut.read_bytes()[:-40])
+    _write(tmp_path, groups, step=2).write_bytes(b"nothing of the kind")
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval/step_00000.jsonl").write_text('{"problem_id": "a"}\n{"problem')
+    assert view(tmp_path) == 0
+    data = _data(tmp_path / "view")
+    sets = {s["name"]: s for s in data["manifest"]["runs"][0]["sets"]}
+    assert (sets["step_00000"]["attempts"], sets["step_00000"]["faults"]) == (15, 3)
+    named = data["run/step_00000.index"]["faults"]
+    assert [fault.split(": ")[0] for fault in named] == [f"{path}:{n}" for n in (3, 6, 8)]
+    assert 0 < sets["step_00001"]["attempts"] < 720
+    assert sets["step_00001"]["first_fault"].endswith("ends early: it was cut off, or is still being written")
+    assert (sets["step_00002"]["attempts"], sets["step_00002"]["faults"]) == (0, 1)
+    assert sets["eval_step_00000"]["faults"] == 2
+
+
+def test_a_run_that_only_evaluated_has_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "eval").mkdir()
+    row = {"problem_id": "aime/1", "source": "aime", "problem": "1+1", "gold": "2", "extracted": "2", "correct": True,
+           "grader": "ok", "stop_reason": "eos", "num_tokens": 9, "response": "```python\nprint(2)\n```\n```output\n2\n```\nso 2",
+           "tool_calls": [{"status": "ok", "code": "print(2)\n", "observation": "\n2\n```\n"}]}  # fmt: skip
+    lines = [json.dumps(row | {"sample": i}) for i in range(3)] + [
+        json.dumps(row | {"problem_id": "aime/2", "sample": 0})
+    ]
+    (tmp_path / "eval/a b.jsonl").write_text("\n".join(lines) + "\n")
+    assert view(tmp_path, (), Options(as_json=True)) == 0
+    assert json.loads(capsys.readouterr().out)["shown"] == 4
+    data = _data(tmp_path / "view")
+    name = data["manifest"]["open"]
+    assert re.fullmatch(r"eval_a_b_[0-9a-f]{8}", name)  # a name that any address can hold
+    assert data[f"run/{name}.index"]["columns"]["group"] == [0, 0, 0, 1]
+    turns = data[f"run/{name}.000"]["attempts"][0]["turns"]
+    assert [t["text"] for t in turns] == [["```python\nprint(2)\n```\n```output"], ["so 2"]]
+    assert turns[0]["said"] == "\n2\n```\n"
+    with pytest.raises(DataError, match=r"hold no tokens"):
+        view(tmp_path, audit=rules_of)
+    with pytest.raises(DataError, match=r"has recorded no step"):
+        view(tmp_path, (), Options(step=0))
 
 
 HOSTILE = (
@@ -213,62 +284,78 @@ HOSTILE = (
 )
 
 
-def test_hostile_text_is_inert(tmp_path: Path, groups: tuple[Group, ...]) -> None:
-    """Text of problem, model, program and grader cannot become markup, act on a terminal or reorder a line."""
+def hostile_run(folder: Path, groups: tuple[Group, ...]) -> Path:
     group = groups[0]
     problem = dataclasses.replace(group.prompt.problem, problem=HOSTILE, answer=HOSTILE, problem_id=HOSTILE)
     prompt = dataclasses.replace(group.prompt, problem=problem)
     call = ToolCall(HOSTILE, ExecutionStatus.OK, 0, HOSTILE, 0.1)
-    long = "A" * 200_000
-    turns = (Turn((1,), (-1.0,), (0,), HOSTILE, call, (2,)), Turn((3,), (-1.0,), (0,), HOSTILE + long))
+    turns = (Turn((1,), (-1.0,), (0,), HOSTILE, call, (2,)), Turn((3,), (-1.0,), (0,), HOSTILE))
     trajectory = dataclasses.replace(group.trajectories[0], prompt=prompt, turns=turns)
-    reward = dataclasses.replace(group.rewards[0], extracted=HOSTILE)
-    _write(tmp_path, (Group(prompt, (trajectory,), (reward,)),))
-    (tmp_path / "config.json").unlink()  # no tokenizer: the recorded text itself is shown
-    out = tmp_path / "page.html"
-    assert view(tmp_path, out=out) == 0
-    raw = out.read_text(encoding="utf-8")
-    page = Page(raw)
-    allowed = "html head meta title style body header h1 h2 span div b i p input label main section details summary pre footer"
-    assert {tag for tag, _ in page.tags} <= set(allowed.split())
-    assert not any(name.startswith("on") or name in ("src", "href", "style") for _, a in page.tags for name in a)
-    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069\ufeff]", raw)
-    assert "Shown by turn instead of by token" in raw
-    assert page.pres[0].count(visible(HOSTILE)) == 4  # problem, both turns, observation
-    assert long in page.pres[0]
+    reward = dataclasses.replace(group.rewards[0], extracted=HOSTILE, parts={HOSTILE: 1.0, "__proto__": 2.0})
+    _write(folder, (Group(prompt, (trajectory,), (reward,)),))
+    (folder / "config.json").unlink()  # no tokenizer: the recorded text itself is shown
+    return folder
 
 
-def test_the_policy_allows_the_pages_own_style_and_nothing_else(tmp_path: Path, groups: tuple[Group, ...]) -> None:
+@pytest.mark.parametrize("out", ["view", "page.html"])
+def test_hostile_text_is_no_part_of_page_or_script(tmp_path: Path, groups: tuple[Group, ...], out: str) -> None:
+    """Text of problem, model, program and grader stands in files as base64 alone, and without what acts on a reader."""
+    hostile_run(tmp_path, groups)
+    assert view(tmp_path, (), Options(out=tmp_path / out)) == 0
+    for path in [tmp_path / out] if out.endswith("html") else (tmp_path / out).rglob("*.*"):
+        assert "alert(1)" not in path.read_text("utf-8")
+    if not out.endswith("html"):
+        told = json.dumps(_data(tmp_path / out), ensure_ascii=False)
+        assert told.count("alert(1)") > 10
+        assert not re.search(
+            "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]", told
+        )
+        assert "Shown by turn instead of by token" in told
+
+
+def test_the_policy_allows_the_pages_own_files_and_nothing_else(tmp_path: Path, groups: tuple[Group, ...]) -> None:
     _write(tmp_path, groups)
-    view(tmp_path, out=tmp_path / "page.html")
+    view(tmp_path)
+    raw = (tmp_path / "view/index.html").read_text()
+    assert "\"default-src 'none'; script-src 'self'; style-src 'self'; base-uri 'none'; form-action 'none'\"" in raw
+    assert not re.search(r"https?://|@import|url\(|<script>|<style>| on[a-z]+=", raw)
+    view(tmp_path, (), Options(out=tmp_path / "page.html"))
     raw = (tmp_path / "page.html").read_text()
-    css = re.search(r"<style>(.*?)</style>", raw, re.S)
-    policy = next(a for tag, a in Page(raw).tags if a.get("http-equiv") == "Content-Security-Policy")["content"] or ""
-    assert css is not None
-    digest = base64.b64encode(hashlib.sha256(css[1].encode()).digest()).decode()
-    assert f"style-src 'sha256-{digest}'" in policy
-    assert policy.startswith("default-src 'none'")
-    assert "script-src" not in policy
-    assert not re.search(r"https?://|@import|url\(", raw)
+    scripts, styles = re.findall(r"<script>(.*?)</script>", raw, re.S), re.findall(r"<style>(.*?)</style>", raw, re.S)
+    hashes = [base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in (*scripts, *styles)]
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', raw)
+    assert policy is not None
+    assert re.findall(r"'sha256-([^']+)'", policy[1]) == hashes
+    assert "unsafe" not in policy[1]
+    assert "self" not in policy[1]
 
 
-def test_every_filter_has_its_button_and_its_rule(tmp_path: Path, groups: tuple[Group, ...]) -> None:
-    _write(tmp_path, groups)
-    view(tmp_path, out=tmp_path / "page.html")
-    raw = (tmp_path / "page.html").read_text()
-    page = Page(raw)
-    inputs = {a["id"] for tag, a in page.tags if tag == "input"}
-    assert inputs == {a["for"] for tag, a in page.tags if tag == "label"}
-    assert all(f"#{i}:checked ~ .filters [for={i}]" in raw for i in inputs)
-    assert all(f"#{i}:checked ~ main" in raw for i in inputs if not str(i).endswith("1"))
+def test_no_file_of_the_program_makes_markup_of_text() -> None:
+    for path in sorted((ROOT / "torl_mega/view/app").glob("*.js")):
+        text = path.read_text()
+        for word in (
+            "innerHTML",
+            "outerHTML",
+            "insertAdjacentHTML",
+            "document.write",
+            "eval(",
+            "new Function",
+            "fetch(",
+            "XMLHttp",
+        ):
+            assert word not in text, f"{path.name}: {word}"
+        assert len(text.splitlines()) < 450, path.name
 
 
 def test_tokens_that_share_a_character_are_one_piece(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("é漢🎉x")
-    assert [text for _, _, text in pieces(ids, tokenizer.decode)] == ["é", "漢", "🎉", "x"]
+    pieces = Pieces(tokenizer.decode)
+    texts, counts = pieces.of(ids)
+    assert texts == ["é", "漢", "🎉", "x"]
+    assert sum(count - 1 for _, count in counts) + 4 == len(ids)
+    assert pieces.of(ids) == (texts, counts)  # also from what was decoded before
     broken = [tokenizer.encode("漢")[0]] * 20  # bytes that never make a character
-    assert [last - first for first, last, _ in pieces(broken, tokenizer.decode)] == [8, 8, 4]
-    assert [shade(math.log(p)) for p in (0.95, 0.6, 0.3, 0.1, 0.02, 0.001)] == [0, 1, 2, 3, 4, 5]
+    assert pieces.of(broken)[1] == [[0, 8], [1, 8], [2, 4]]
 
 
 # ------------------------------------------------------------------------------------------------ audit
@@ -279,7 +366,7 @@ def test_the_audit_passes_what_was_really_sampled(
 ) -> None:
     _write(tmp_path, groups, step=STEP)
     _write(tmp_path, groups, step=STEP + 1)
-    assert view(tmp_path, audit=rules_of, as_json=True) == 0
+    assert view(tmp_path, (), Options(as_json=True), audit=rules_of) == 0
     said = json.loads(capsys.readouterr().out)
     masks = [m for g in groups for t in g.trajectories for m in t.loss_mask]
     assert said == {
@@ -396,4 +483,6 @@ def test_a_page_that_cannot_be_written_is_one_line(tmp_path: Path, groups: tuple
     run = tmp_path / "run"
     _write(run, groups)
     with pytest.raises(DataError, match=r"page cannot be written: "):
-        view(run, out=run / "config.json" / "page")
+        view(run, (), Options(out=run / "config.json" / "page"))
+    with pytest.raises(DataError, match=r"page.html cannot be written: "):
+        view(run, (), Options(out=run / "config.json" / "page.html"))

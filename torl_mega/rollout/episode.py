@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -57,10 +58,12 @@ class Episode:
         s = self.settings
         turns: list[Turn] = []
         response: list[int] = []
+        times = [time.time()]
         stop_reason = StopReason.LENGTH
         while len(response) < s.max_response_tokens:
             calls_left = s.max_tool_calls - sum(len(t.tool_calls) for t in turns)
             chat = self.tool if isinstance(self.tool, ChatTool) else None
+            asked = time.monotonic()
             generation = await self.generator.generate(
                 GenerationRequest(
                     token_ids=(*prompt.token_ids, *response),
@@ -73,6 +76,7 @@ class Episode:
                     stop_token_ids=() if chat is None else chat.end_ids,
                 )
             )
+            answered = time.monotonic()
             turn = Turn(generation.token_ids, generation.logprobs, generation.policy_versions, generation.text)
             response.extend(turn.token_ids)
             room = s.max_response_tokens - len(response)
@@ -82,13 +86,14 @@ class Episode:
                 turn = await self._with_results(chat, session, turn, calls_left, room=room)
             response.extend(turn.observation_ids)
             turns.append(turn)
+            times += [answered - asked, time.monotonic() - answered]
             if self.tell is not None:
                 self.tell(turn)
             if generation.finish is FinishReason.EOS and not turn.tool_calls:
                 stop_reason = StopReason.EOS
             if not turn.observation_ids:
                 break
-        return Trajectory(prompt, sample_index, tuple(turns), stop_reason)
+        return Trajectory(prompt, sample_index, tuple(turns), stop_reason, tuple(times))
 
     async def _with_observation(self, session: Any, turn: Turn, before: list[Turn], *, room: int) -> Turn:
         """The turn with its call made. An observation over `room` tokens is left out, which ends the trajectory."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import zstandard
 
 from torl_mega.errors import DataError
@@ -27,6 +28,7 @@ from torl_mega.types import (
     Reward,
     StopReason,
     ToolCall,
+    TrainSample,
     Trajectory,
     Turn,
 )
@@ -47,9 +49,15 @@ def step_path(folder: Path, step: int) -> Path:
     return folder / f"step_{step:05d}.jsonl.zst"
 
 
+def trainer_path(path: Path) -> Path:
+    """Beside a step's file: what the trainer computed for its sampled tokens, in their order."""
+    return path.with_name(path.name.removesuffix(".jsonl.zst") + ".trainer.npz")
+
+
 def write_step(folder: Path, step: int, groups: Sequence[Group], advantages: Sequence[float]) -> Path:
     """Writes all groups of a step. `advantages`: one per trajectory, in group order."""
     path = step_path(folder, step)
+    trainer_path(path).unlink(missing_ok=True)  # of what was recorded here before
     scored = [(n, t, r) for n, g in enumerate(groups) for t, r in zip(g.trajectories, g.rewards, strict=True)]
     with replacing(path) as raw, zstandard.ZstdCompressor(level=3).stream_writer(raw, closefd=False) as out:
         for (group, trajectory, reward), advantage in zip(scored, advantages, strict=True):
@@ -58,19 +66,46 @@ def write_step(folder: Path, step: int, groups: Sequence[Group], advantages: Seq
     return path
 
 
+def write_scores(folder: Path, step: int, samples: Sequence[TrainSample]) -> None:
+    """The trainer's log-probs and entropies of a step's sampled tokens, in the order of its file, NaN for those that are not
+    trained on. Writes nothing where the trainer did not compute them."""
+    logprobs, entropies = [], []
+    for item in samples:
+        if item.old_logprobs is None or item.entropy is None:
+            return
+        sampled = item.sample.policy_versions >= 0
+        trained = item.sample.loss_mask[sampled]
+        logprobs.append(np.where(trained, item.old_logprobs[sampled], np.nan))
+        entropies.append(np.where(trained, item.entropy[sampled], np.nan))
+    if logprobs:
+        with replacing(trainer_path(step_path(folder, step))) as out:
+            flat = np.concatenate(logprobs).astype(np.float32), np.concatenate(entropies).astype(np.float16)
+            np.savez(out, logprobs=flat[0], entropy=flat[1])
+
+
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The JSON rows of one step. Raises DataError naming file and line."""
+    for row in scan_rows(path):
+        if isinstance(row, DataError):
+            raise row
+        yield row
+
+
+def scan_rows(path: Path) -> Iterator[dict[str, Any] | DataError]:
+    """The JSON rows of one step, and in the place of a line that is none an error naming file and line. A file that is cut off
+    or no zstd file gives what can be read of it, then the error."""
     try:
         with path.open("rb") as raw:
-            for number, line in enumerate(io.TextIOWrapper(io.BufferedReader(_Whole(raw)), encoding="utf-8"), 1):
+            for number, line in enumerate(io.BufferedReader(_Whole(raw)), 1):
                 try:
-                    yield json.loads(line)
+                    row = json.loads(line)
+                    yield row if isinstance(row, dict) else DataError(f"{path}:{number}: not a JSON object")
                 except (ValueError, RecursionError) as exc:
-                    raise DataError(f"{path}:{number}: not a JSON line: {exc}") from None
+                    yield DataError(f"{path}:{number}: not a JSON line: {exc}")
     except EOFError:
-        raise DataError(f"{path}: ends early: it was cut off, or is still being written") from None
-    except (OSError, zstandard.ZstdError, UnicodeDecodeError) as exc:
-        raise DataError(f"{path}: not readable as trajectories: {exc}") from None
+        yield DataError(f"{path}: ends early: it was cut off, or is still being written")
+    except (OSError, zstandard.ZstdError) as exc:
+        yield DataError(f"{path}: not readable as trajectories: {exc}")
 
 
 class _Whole(io.RawIOBase):
@@ -117,14 +152,15 @@ def parse_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> Iterator[Record
     for line, row in enumerate(rows, 1):
         try:
             trajectory, reward = trajectory_from_json(row)
-            group = int(row["group"]) if "group" in row else _guess_group(before, trajectory)
+            group = int(row["group"]) if "group" in row else guess_group(before, trajectory)
             before = Recorded(group, trajectory, reward, float(row["advantage"]))
         except (KeyError, TypeError, ValueError, AttributeError) as exc:
             raise DataError(f"{path}:{line}: not a trajectory: {type(exc).__name__} {exc}") from None
         yield before
 
 
-def _guess_group(before: Recorded | None, trajectory: Trajectory) -> int:
+def guess_group(before: Recorded | None, trajectory: Trajectory) -> int:
+    """The number of a row's group where it was not recorded, after the row `before`."""
     if before is None:
         return 0
     same = before.trajectory.prompt == trajectory.prompt
@@ -153,6 +189,7 @@ def to_row(step: int, recorded: Recorded) -> dict[str, Any]:
             "parts": dict(reward.parts),
         },
         "advantage": recorded.advantage,
+        **({"times": [round(t, 4) for t in trajectory.times]} if trajectory.times else {}),
         "prompt_ids": list(trajectory.prompt.token_ids),
         "turns": [_turn_to_json(t) for t in trajectory.turns],
     }
@@ -188,7 +225,8 @@ def trajectory_from_json(row: Mapping[str, Any]) -> tuple[Trajectory, Reward]:
     prompt = Prompt(problem, tuple(row["prompt_ids"]))
     r = row["reward"]
     reward = Reward(r["value"], r["correct"], GraderStatus(r["status"]), r["extracted"], r["parts"])
-    return Trajectory(prompt, row["sample_index"], turns, StopReason(row["stop_reason"])), reward
+    ended, times = StopReason(row["stop_reason"]), tuple(row.get("times", ()))
+    return Trajectory(prompt, row["sample_index"], turns, ended, times), reward
 
 
 def _turn_from_json(row: Mapping[str, Any]) -> Turn:

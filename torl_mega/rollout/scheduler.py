@@ -10,6 +10,7 @@ complete, and the others are cancelled.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
 from collections import Counter
@@ -92,7 +93,9 @@ class EpisodeScheduler:
             try:
                 async with asyncio.timeout(self.deadline_s):
                     trajectory = await episode.run(prompt, index, seed=seed)
+                    ended = time.monotonic()
                     reward = await self.reward_fn.score(trajectory)
+                    times = (*trajectory.times, time.monotonic() - ended)
             except StaleServers:
                 raise  # a GenerationError that another attempt cannot mend
             except (GenerationError, ToolFault, TimeoutError) as exc:
@@ -105,7 +108,7 @@ class EpisodeScheduler:
                 return None
             if reward.status is GraderStatus.TIMEOUT:
                 self._faults["grader_timeout"] += 1
-            return trajectory, reward
+            return dataclasses.replace(trajectory, times=times), reward
         return None
 
 

@@ -1,39 +1,24 @@
-"""A trajectory as spans of text that a page can show: who wrote each token, how likely it was, under which weights.
+"""The text of tokens, fit to be shown: whole characters, and none that acts on its reader.
 
-Contract: pure text and numbers, no HTML; `visible` makes every character that could act on a terminal or reorder a line
-(controls, ANSI escapes, bidi marks, zero-width characters, lone surrogates) show as a printable stand-in.
-Limits: without a tokenizer a turn is one span; with one, tokens that share a character are one span.
+Contract: pure text, no HTML; `visible` makes every character that could act on a terminal or reorder a line (controls, ANSI
+escapes, bidi marks, zero-width characters, lone surrogates) show as a printable stand-in.
+Limits: tokens that share a character are one piece.
 """
 
 from __future__ import annotations
 
-import math
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
-
-from torl_mega.types import Trajectory, Turn
+from collections.abc import Callable, Sequence
 
 Decode = Callable[[Sequence[int]], str]
-Kind = Literal["prompt", "sampled", "inserted"]
 
-SURPRISE = (0.9, 0.5, 0.2, 0.05, 0.01)  # probabilities that bound the shades 0 (expected) to 5 (hardly possible)
-MAX_TOKENS_PER_SPAN = 8  # a character has at most four bytes; more means bytes that never make one
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """A piece of text with one origin."""
-
-    text: str
-    kind: Kind
-    shade: int = 0  # 0..5, only of sampled tokens
-    title: str = ""
+MAX_TOKENS_PER_PIECE = 8  # a character has at most four bytes; more means bytes that never make one
 
 
 def visible(text: str) -> str:
     """`text` with nothing in it that is invisible or acts, but line feeds and tabs."""
+    if text.replace("\n", "").replace("\t", "").isprintable():
+        return text
     return "".join(_shown(ch) for ch in text)
 
 
@@ -50,52 +35,33 @@ def _shown(ch: str) -> str:
     return f"⟨U+{code:04X}⟩"
 
 
-def spans_of(trajectory: Trajectory, decode: Decode | None) -> list[Span]:
-    """Prompt, sampled and inserted text in order. Without `decode` the prompt is its problem and a turn is one span."""
-    prompt = trajectory.prompt
-    head = decode(prompt.token_ids) if decode else prompt.problem.problem
-    spans = [Span(visible(head), "prompt", title=f"prompt · {len(prompt.token_ids)} tokens")]
-    for number, turn in enumerate(trajectory.turns, 1):
-        spans += _sampled(turn, decode) if decode else [_whole(turn, number)]
-        if turn.tool_call is not None and turn.observation_ids:
-            title = f"inserted after turn {number} · {len(turn.observation_ids)} tokens · never trained"
-            said = decode(turn.observation_ids) if decode else "".join(call.observation for call in turn.tool_calls)
-            spans.append(Span(visible(said), "inserted", title=title))
-    return spans
+class Pieces:
+    """Texts of tokens under one tokenizer; each token that is whole characters is decoded once."""
 
+    def __init__(self, decode: Decode) -> None:
+        self.text = decode
+        self._whole: dict[int, str | None] = {}  # None: not whole characters by itself
 
-def _sampled(turn: Turn, decode: Decode) -> Iterator[Span]:
-    for first, last, text in pieces(turn.token_ids, decode):
-        logprobs, versions = turn.logprobs[first:last], turn.policy_versions[first:last]
-        ids = " ".join(str(i) for i in turn.token_ids[first:last])
-        shown = " ".join(f"{x:.3f}" for x in logprobs)
-        title = f"token {ids} · log-prob {shown} · p {math.exp(sum(logprobs)):.3f} · version {_versions(versions)}"
-        yield Span(visible(text), "sampled", shade(min(logprobs)), title)
+    def of(self, token_ids: Sequence[int]) -> tuple[list[str], list[list[int]]]:
+        """The visible texts of the shortest runs of tokens that decode to whole characters, and [index, tokens] of every run
+        that is not one token."""
+        texts: list[str] = []
+        counts: list[list[int]] = []
+        first = 0
+        for last in range(1, len(token_ids) + 1):
+            text = self._single(token_ids[first]) if last - first == 1 else visible(self.text(token_ids[first:last]))
+            if text is None or text.endswith("\ufffd"):
+                if last - first < MAX_TOKENS_PER_PIECE and last < len(token_ids):
+                    continue
+                text = visible(self.text(token_ids[first:last]))
+            if last - first != 1:
+                counts.append([len(texts), last - first])
+            texts.append(text)
+            first = last
+        return texts, counts
 
-
-def _whole(turn: Turn, number: int) -> Span:
-    total = sum(turn.logprobs)
-    title = f"turn {number} · {len(turn.token_ids)} tokens · log-prob {total:.2f} · version {_versions(turn.policy_versions)}"
-    return Span(visible(turn.text), "sampled", 0, title)
-
-
-def _versions(versions: Sequence[int]) -> str:
-    low, high = min(versions, default=-1), max(versions, default=-1)
-    return str(low) if low == high else f"{low} to {high}"
-
-
-def pieces(token_ids: Sequence[int], decode: Decode) -> Iterator[tuple[int, int, str]]:
-    """(first, last, text) of the shortest runs of tokens that decode to whole characters."""
-    first = 0
-    for last in range(1, len(token_ids) + 1):
-        text = decode(token_ids[first:last])
-        if text.endswith("\ufffd") and last - first < MAX_TOKENS_PER_SPAN and last < len(token_ids):
-            continue
-        yield first, last, text
-        first = last
-
-
-def shade(logprob: float) -> int:
-    """0 for a token that was expected, up to 5 for one that was hardly possible."""
-    probability = math.exp(min(logprob, 0.0)) if not math.isnan(logprob) else 0.0
-    return sum(probability < limit for limit in SURPRISE)
+    def _single(self, token: int) -> str | None:
+        if token not in self._whole:
+            text = self.text((token,))
+            self._whole[token] = None if text.endswith("\ufffd") else visible(text)
+        return self._whole[token]
