@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,25 @@ STEPS = 3
 VOCAB = 201  # odd: padded by every tensor size
 
 
-def make_model(family: str, *, tied: bool, layers: int = 8, dtype: torch.dtype = torch.float32, **extra: Any) -> Any:
+MOE: dict[str, dict[str, Any]] = {
+    "qwen3moe": {
+        "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True,
+        "experts_implementation": "eager",
+    },
+    "qwen2moe": {
+        "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64,
+        "experts_implementation": "eager",
+    },
+}  # fmt: skip
+
+
+def make_model(
+    family: str, *, tied: bool, layers: int | None = None, dtype: torch.dtype = torch.float32, **extra: Any
+) -> Any:
     """A small random HF model with non-trivial biases and norms, so that a wrong mapping shows."""
     import transformers
+
+    layers = layers or (4 if family in MOE else 8)
 
     shared = {
         "vocab_size": VOCAB,
@@ -39,9 +56,13 @@ def make_model(family: str, *, tied: bool, layers: int = 8, dtype: torch.dtype =
         "initializer_range": 0.05,
         **extra,
     }
-    if family == "qwen3":
+    if family.startswith("qwen3"):
         shared.setdefault("head_dim", 32)  # not hidden / heads
-    name = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}[family]
+    if family in MOE:
+        shared = {**MOE[family], **shared}
+    name = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama", "qwen2moe": "Qwen2Moe", "qwen3moe": "Qwen3Moe"}[
+        family
+    ]
     torch.manual_seed(7)
     config = getattr(transformers, name + "Config")(**shared)
     model = getattr(transformers, name + "ForCausalLM")(config).to(dtype)
@@ -51,7 +72,25 @@ def make_model(family: str, *, tied: bool, layers: int = 8, dtype: torch.dtype =
                 parameter.normal_(0, 0.5)
             if "norm" in key:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+            if key.endswith("mlp.gate.weight"):
+                parameter.normal_(0, 0.2)  # so that tokens choose differently, and hardly ever at a near tie
     return model
+
+
+def as_stored(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """What transformers holds as one parameter, all experts of a layer, under the names of the checkpoint."""
+    prefix, found, rest = name.partition(".experts.")
+    if not found:
+        yield name, tensor
+        return
+    parts = ("gate_proj", "up_proj") if rest == "gate_up_proj" else ("down_proj",)
+    for number, expert in enumerate(tensor):
+        for part, value in zip(parts, expert.chunk(len(parts)), strict=True):
+            yield f"{prefix}.experts.{number}.{part}.weight", value
+
+
+def stored(named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {k: t for name, tensor in named for k, t in as_stored(name, tensor)}
 
 
 def save_model(model: Any, path: Path) -> None:
@@ -98,7 +137,7 @@ class Reference:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        matrices = [p for p in model.parameters() if p.dim() > 1]
+        matrices = [p for p in model.parameters() if p.dim() > 1]  # experts too
         vectors = [p for p in model.parameters() if p.dim() == 1]
         groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, **OPTIM)
@@ -154,7 +193,7 @@ class HfRun:
             samples = make_samples(n)
             step = runner.backward(samples, noise(n, samples))
             if n == 0:
-                self.gradients = {k: p.grad.clone() for k, p in model.named_parameters()}
+                self.gradients = stored((k, p.grad.clone()) for k, p in model.named_parameters())
             step.grad_norm = runner.update()
             self.steps.append(step)
-        self.weights = {k: p.detach().clone() for k, p in model.named_parameters()}
+        self.weights = stored((k, p.detach().clone()) for k, p in model.named_parameters())

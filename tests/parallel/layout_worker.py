@@ -95,10 +95,10 @@ def gather_gradients(trainer: Any) -> Iterator[tuple[str, torch.Tensor]]:
     from megatron.core import parallel_state as ps
 
     if trainer.config.trainer.distributed_optimizer:
-        group = ps.get_data_parallel_group(with_context_parallel=True)
+        dense, experts = ps.get_data_parallel_group(with_context_parallel=True), ps.get_expert_data_parallel_group()
         for chunk in trainer.model:
-            for buffer in chunk.buffers:
-                for bucket in buffer.buckets:
+            for buffers, group in ((chunk.buffers, dense), (chunk.expert_parallel_buffers, experts)):
+                for bucket in (bucket for buffer in buffers for bucket in buffer.buckets):
                     mine = bucket.grad_data.chunk(group.size())[group.rank()].clone()
                     dist.all_gather_into_tensor(bucket.grad_data, mine, group=group)
     weight_map = trainer.weight_map

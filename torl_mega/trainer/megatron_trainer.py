@@ -8,7 +8,7 @@
 Contract: every method is a collective with the same arguments on every rank; results are equal on all of them. The
 old-log-prob pass and the update run the same code. Losses are sums of weighted tokens, so micro-batches, packing and
 layout change rounding only.
-Limits: dense models of `layout.SUPPORTED_ARCHITECTURES`; see docs/trainer.md.
+Limits: models of `layout.SUPPORTED_ARCHITECTURES`; see docs/trainer.md.
 """
 
 # Megatron-Core's annotations are wider than what its functions return and narrower than what they take
@@ -74,7 +74,9 @@ class MegatronTrainer:
         self.model_config: Any = transformer_config(
             self.shape, config.parallel, config.trainer, _DTYPES[config.model.dtype], self._spec
         )
-        chunks = build_chunks(self.shape, self.model_config, config.parallel, self._spec)
+        chunks = build_chunks(
+            self.shape, self.model_config, config.parallel, self._spec, fp32_router=config.model.fp32_router
+        )
         self.weight_map = WeightMap(chunks, self.shape)
         self._load_start()
         self._reference = Reference(self._parameters()) if config.algo.kl_coef > 0 else None
