@@ -179,6 +179,7 @@ class WeightMap:
             named = from_shards(rule, shards, self.shape)
             del shards
             for name, tensor in named:
+                self._check(prefix + name, tensor)
                 if stage == 0:
                     yield prefix + name, tensor
                 else:
@@ -194,6 +195,11 @@ class WeightMap:
                 del tensor
         else:
             yield from self._outlined(prefix, rule)
+
+    def _check(self, name: str, tensor: torch.Tensor) -> None:
+        """A shard that was not merged must not leave: SGLang's loader of experts fills what is missing with zeros."""
+        wanted = hf_shape(name, self.shape)
+        assert tensor.shape == wanted, f"{name} is {tuple(tensor.shape)} after it was gathered, the model says {wanted}"
 
     def _outlined(self, prefix: str, rule: Rule) -> Iterator[NamedTensor]:
         dtype = next(iter(self.parameters[0].values())).dtype
