@@ -391,6 +391,9 @@ class AlgoConfig(Section):
     """RL steps after which the reference becomes the current policy; 0 = the starting weights for ever."""
     entropy_coef: float = Field(ge=0)
     """Weight of the entropy bonus. Source: script:10."""
+    router_aux_coef: float = Field(default=0.0, ge=0)
+    """Weight of the loss that makes routers choose all experts alike, per sequence and layer (DeepSeek-V3 2412.19437, 2.1.2). 0 in
+    GRPO: it pulls against the reward."""
     correction: Literal["none", "tis", "seq_tis", "mis", "geo", "geo_tis"] = "none"
     """Correction between server and trainer, off- or on-policy: importance sampling truncated per token or sequence, masked
     per token, geometric-mean rejection of sequences, or that with `tis`. Left out, it is `tis` where rollout.max_staleness >

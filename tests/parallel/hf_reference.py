@@ -34,6 +34,9 @@ MOE: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+AUX_COEF = {("qwen2moe", False): 0.05, ("qwen3moe", True): 0.05}  # by model; 0 for all others
+
+
 def make_model(
     family: str, *, tied: bool, layers: int | None = None, dtype: torch.dtype = torch.float32, **extra: Any
 ) -> Any:
@@ -135,15 +138,27 @@ class Step:
 class Reference:
     """HF model and AdamW (weight decay on matrices only) trained on the same samples by the formulas written out."""
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self, model: Any, aux_coef: float = 0.0) -> None:
+        self.model, self.aux_coef = model, aux_coef
         matrices = [p for p in model.parameters() if p.dim() > 1]  # experts too
         vectors = [p for p in model.parameters() if p.dim() == 1]
         groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, **OPTIM)
 
     def logits(self, sample: Sample) -> torch.Tensor:
-        return self.model(torch.from_numpy(sample.token_ids)[None]).logits[0]
+        wanted = {"output_router_logits": True} if self.aux_coef else {}
+        output = self.model(torch.from_numpy(sample.token_ids)[None], **wanted)
+        self.router_logits = output.router_logits if self.aux_coef else ()
+        return output.logits[0]
+
+    def balance(self) -> torch.Tensor | float:
+        """Of the last sequence, summed over layers."""
+        total: Any = 0.0
+        for logits in self.router_logits:
+            probabilities, count, top_k = logits.softmax(-1), logits.size(-1), self.model.config.num_experts_per_tok
+            chosen = torch.bincount(probabilities.topk(top_k).indices.flatten(), minlength=count)
+            total = total + count * (chosen / chosen.sum() * probabilities.mean(0)).sum()
+        return total
 
     def score(self, sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-prob and entropy of tokens 1.. under the temperature."""
@@ -155,9 +170,13 @@ class Reference:
         """Token-mean clipped surrogate minus the entropy bonus; leaves gradients in the model."""
         self.optimizer.zero_grad()
         total = sum(int(s.loss_mask.sum()) for s in samples)
+        tokens = sum(len(s.token_ids) for s in samples)
         step = Step([], [], 0.0, 0.0)
         for sample, shift in zip(samples, offset, strict=True):
             if len(sample.token_ids) < 2:
+                if self.aux_coef:
+                    self.logits(sample)
+                    (self.aux_coef / tokens * self.balance()).backward()
                 step.logprobs.append(np.zeros(1, np.float32))
                 step.entropies.append(np.zeros(1, np.float32))
                 continue
@@ -167,6 +186,8 @@ class Reference:
             ratio = (logprob - old).exp()
             surrogate = torch.maximum(-sample.advantage * ratio, -sample.advantage * ratio.clamp(1 - CLIP, 1 + CLIP))
             loss = ((surrogate - ENTROPY_COEF * entropy) * mask).sum() / total
+            if self.aux_coef:
+                loss = loss + self.aux_coef * len(sample.token_ids) / tokens * self.balance()
             loss.backward()
             step.loss += float((surrogate * mask).sum() / total)
             zero = torch.zeros(1)
@@ -185,7 +206,7 @@ class HfRun:
 
     def __init__(self, family: str, tied: bool) -> None:
         model = make_model(family, tied=tied)
-        runner = Reference(model)
+        runner = Reference(model, AUX_COEF.get((family, tied), 0.0))
         self.steps: list[Step] = []
         with torch.no_grad():
             self.logits = [runner.logits(s) for s in make_samples(0)]
