@@ -152,6 +152,10 @@ class ModelShape:
         held[-1] += self.hidden + (0 if self.tied and pp == 1 else embedding)
         return held
 
+    def stage_expert_parameters(self, parallel: ParallelConfig) -> int:
+        """Of those, parameters of experts: copies of them lie on other ranks than copies of the rest."""
+        return self.num_layers // parallel.pipeline * self.expert_matrices // (parallel.expert * parallel.expert_tensor)
+
     @property
     def quadratic_at(self) -> float:
         """Sequence length in tokens at which causal attention costs as much as the matrices of a layer."""
