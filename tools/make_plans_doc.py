@@ -32,7 +32,11 @@ Printed by `{command}`. Times are estimates from the assumptions at the end, not
 
 def pages() -> Iterator[tuple[str, str]]:
     """(name, text) of every page."""
-    confs = [*sorted(ROOT.glob("conf/torl_*.yaml")), *sorted(ROOT.glob("conf/clusters/*.yaml"))]
+    confs = [
+        *sorted(ROOT.glob("conf/torl_*.yaml")),
+        ROOT / "conf/moe_30b_a3b.yaml",
+        *sorted(ROOT.glob("conf/clusters/*.yaml")),
+    ]
     for conf in confs:
         yield f"{conf.stem}.md", page(conf)
     yield "torl_7b_1xh100.md", page(ROOT / "conf/torl_7b.yaml", nodes=1)

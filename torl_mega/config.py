@@ -39,6 +39,9 @@ class ModelConfig(Section):
     fp32_head: bool = False
     """Compute logits in fp32 on trainer and servers: most of their mismatch in bf16 is rounding there (MiniMax-M1 2506.13585,
     ScaleRL 2510.13786). Costs an fp32 copy of the head on either side."""
+    fp32_router: bool = True
+    """Compute the logits of the trainer's routers in fp32; their softmax is in fp32 always. Servers and `transformers` compute
+    them in model.dtype."""
 
 
 class WeightedData(Section):
@@ -388,6 +391,9 @@ class AlgoConfig(Section):
     """RL steps after which the reference becomes the current policy; 0 = the starting weights for ever."""
     entropy_coef: float = Field(ge=0)
     """Weight of the entropy bonus. Source: script:10."""
+    router_aux_coef: float = Field(default=0.0, ge=0)
+    """Weight of the loss that makes routers choose all experts alike, per sequence and layer (DeepSeek-V3 2412.19437, 2.1.2). 0 in
+    GRPO: it pulls against the reward."""
     correction: Literal["none", "tis", "seq_tis", "mis", "geo", "geo_tis"] = "none"
     """Correction between server and trainer, off- or on-policy: importance sampling truncated per token or sequence, masked
     per token, geometric-mean rejection of sequences, or that with `tis`. Left out, it is `tis` where rollout.max_staleness >
@@ -463,6 +469,12 @@ class ParallelConfig(Section):
     """Data-parallel size; `auto` takes what the launcher's world size leaves, 1 on one machine without GPUs."""
     sequence: bool = False
     """Sequence parallelism inside the tensor group."""
+    expert: PositiveInt = 1
+    """Ranks of a pipeline stage over which the experts of each layer are spread. They take tokens from each other, so they come
+    out of tensor x context x data, not on top."""
+    expert_tensor: PositiveInt = 1
+    """Ranks over which one expert's matrices are cut, in the place of `tensor` for all others; expert x expert_tensor divides the
+    ranks of a stage."""
 
     @property
     def model_size(self) -> int:

@@ -5,7 +5,7 @@
 Contract: the one place for formulas over a model's sizes. No torch, no Megatron, so `torl plan` and the launcher can
 refuse a layout before a node is allocated. `describe_model` raises ConfigError for what the trainer cannot run;
 `check_layout` returns every complaint at once.
-Limits: dense decoder models only; layers are spread evenly over pipeline stages.
+Limits: decoder models, dense or with experts in every layer; layers are spread evenly over pipeline stages.
 
 A new architecture: its name and what sets it apart here, its tensors in trainer/weights/hf_mapping.py, and what Megatron
 must do differently in trainer/model.py and trainer/layer_spec.py.
@@ -22,7 +22,8 @@ from typing import Any
 from torl_mega.config import ParallelConfig
 from torl_mega.errors import ConfigError
 
-SUPPORTED_ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM")
+MOE_ARCHITECTURES = ("Qwen3MoeForCausalLM", "Qwen2MoeForCausalLM")
+SUPPORTED_ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM", *MOE_ARCHITECTURES)
 # rope types, and the numbers that each must name
 SUPPORTED_ROPE: dict[str, tuple[str, ...]] = {
     "default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "yarn": ("factor",),
@@ -32,17 +33,37 @@ _ROPE_KEYS = {
     "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
     "truncate", "finetuned",
 }  # fmt: skip
-# what transformers 5.19 takes where config.json is silent (configuration_qwen2.py, _qwen3.py, _llama.py)
+# what transformers 5.19 takes where config.json is silent (configuration_qwen2.py and those of the others)
 _DEFAULTS: dict[str, dict[str, int]] = {
     "Qwen2ForCausalLM": {"num_key_value_heads": 32},
     "Qwen3ForCausalLM": {"num_key_value_heads": 32, "head_dim": 128},
     "LlamaForCausalLM": {"max_position_embeddings": 2048},
-}
+    "Qwen3MoeForCausalLM": {
+        "num_key_value_heads": 4, "intermediate_size": 6144, "num_experts": 128, "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+    },
+    "Qwen2MoeForCausalLM": {
+        "num_key_value_heads": 16, "intermediate_size": 5632, "num_experts": 60, "num_experts_per_tok": 4,
+        "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632,
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """What stands in the place of every layer's MLP: a router, experts of which it takes `top_k` per token, and maybe one that
+    every token goes through, weighed by a gate."""
+
+    count: int
+    top_k: int
+    ffn: int  # width of one expert
+    shared_ffn: int  # of the shared expert, 0 without
+    normalized: bool  # the chosen experts' probabilities are divided by their sum
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """A dense decoder: its sizes in elements, and what follows from them."""
+    """A decoder: its sizes in elements, and what follows from them."""
 
     architecture: str
     num_layers: int
@@ -59,6 +80,7 @@ class ModelShape:
     max_positions: int
     rope_theta: float
     rope: Mapping[str, Any]  # HF's rope_scaling / rope_parameters, {"rope_type": "default"} when absent
+    experts: Experts | None = None
 
     @property
     def q_width(self) -> int:
@@ -71,9 +93,35 @@ class ModelShape:
         return self.num_kv_groups * self.head_dim
 
     @property
+    def attention_matrices(self) -> int:
+        """Parameters of one layer's q, k, v, o."""
+        return self.hidden * (2 * self.q_width + 2 * self.kv_width)
+
+    @property
+    def expert_matrices(self) -> int:
+        """Parameters of gate, up, down of one layer's experts together, the shared one aside; 0 in a dense model."""
+        return 3 * self.hidden * self.experts.ffn * self.experts.count if self.experts else 0
+
+    @property
+    def shared_matrices(self) -> int:
+        """Parameters of the gate, up, down that every token goes through: the MLP of a dense model, the shared expert."""
+        return 3 * self.hidden * (self.experts.shared_ffn if self.experts else self.ffn)
+
+    @property
+    def router(self) -> int:
+        """Parameters of one layer's router and of the shared expert's gate; every rank holds them whole."""
+        return self.hidden * (self.experts.count + (self.experts.shared_ffn > 0)) if self.experts else 0
+
+    @property
     def layer_matrices(self) -> int:
-        """Parameters of one layer's matrices: q, k, v, o and gate, up, down."""
-        return self.hidden * (2 * self.q_width + 2 * self.kv_width) + 3 * self.hidden * self.ffn
+        """Parameters of one layer's matrices: q, k, v, o and gate, up, down of all experts, router."""
+        return self.attention_matrices + self.shared_matrices + self.expert_matrices + self.router
+
+    @property
+    def active_matrices(self) -> int:
+        """Parameters of one layer's matrices that a token is multiplied with."""
+        chosen = self.expert_matrices // self.experts.count * self.experts.top_k if self.experts else 0
+        return self.attention_matrices + self.shared_matrices + chosen + self.router
 
     @property
     def layer_biases(self) -> int:
@@ -95,22 +143,28 @@ class ModelShape:
         """Parameters that one tensor rank of each pipeline stage holds. The embedding is on the first stage, the head on
         the last; a tied head is the same storage on one stage and a second copy on several."""
         tp, pp = parallel.tensor, parallel.pipeline
-        layers = self.num_layers // pp * ((self.layer_matrices + self.layer_biases) // tp + self.layer_norms)
+        cut = (self.attention_matrices + self.shared_matrices + self.layer_biases) // tp
+        experts = self.expert_matrices // (parallel.expert * parallel.expert_tensor)
+        layers = self.num_layers // pp * (cut + experts + self.router + self.layer_norms)
         embedding = padded_vocab(self.vocab, tp) * self.hidden // tp
         held = [layers] * pp
         held[0] += embedding
         held[-1] += self.hidden + (0 if self.tied and pp == 1 else embedding)
         return held
 
+    def stage_expert_parameters(self, parallel: ParallelConfig) -> int:
+        """Of those, parameters of experts: copies of them lie on other ranks than copies of the rest."""
+        return self.num_layers // parallel.pipeline * self.expert_matrices // (parallel.expert * parallel.expert_tensor)
+
     @property
     def quadratic_at(self) -> float:
         """Sequence length in tokens at which causal attention costs as much as the matrices of a layer."""
-        return self.layer_matrices / self.q_width
+        return self.active_matrices / self.q_width
 
     def forward_flops(self, tokens: float, mean_length: float) -> float:
         """FLOPs of a forward pass over `tokens` in sequences of `mean_length` tokens: two per token and parameter of the
-        layers and the head (the embedding is a lookup); causal attention is half of the square."""
-        matmul_params = self.num_layers * self.layer_matrices + self.vocab * self.hidden
+        layers and the head that it meets (the embedding is a lookup); causal attention is half of the square."""
+        matmul_params = self.num_layers * self.active_matrices + self.vocab * self.hidden
         attention = 2 * self.num_layers * self.q_width * mean_length
         return tokens * (2 * matmul_params + attention)
 
@@ -156,7 +210,10 @@ def describe_model(hf: Mapping[str, Any]) -> ModelShape:
     name = names[0]
     _refuse_variants(hf, name)
     try:
-        hf = {"max_position_embeddings": 32768, **_DEFAULTS[name], **hf}
+        count = (
+            {"num_experts": hf["num_local_experts"]} if "num_local_experts" in hf else {}
+        )  # transformers writes either
+        hf = {"max_position_embeddings": 32768, **_DEFAULTS[name], **count, **hf}
         hidden, heads = int(hf["hidden_size"]), int(hf["num_attention_heads"])
         rope = _rope(hf)
         shape = ModelShape(
@@ -169,18 +226,33 @@ def describe_model(hf: Mapping[str, Any]) -> ModelShape:
             ffn=int(hf["intermediate_size"]),
             vocab=int(hf["vocab_size"]),
             tied=bool(hf.get("tie_word_embeddings", False)),
-            qkv_bias=name == "Qwen2ForCausalLM",
-            qk_norm=name == "Qwen3ForCausalLM",
+            qkv_bias=name == "Qwen2ForCausalLM" or (name == "Qwen2MoeForCausalLM" and bool(hf.get("qkv_bias", True))),
+            qk_norm=name in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
             norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
             max_positions=int(hf["max_position_embeddings"]),
             rope_theta=float(rope["rope_theta"]),
             rope=rope,
+            experts=_experts(hf, name) if name in MOE_ARCHITECTURES else None,
         )
     except (KeyError, TypeError, ValueError) as exc:
         raise ConfigError(f"config.json of a {name} is incomplete or malformed: {exc!r}") from None
     if shape.num_heads % shape.num_kv_groups:
         raise ConfigError(f"num_attention_heads {heads} is no multiple of num_key_value_heads {shape.num_kv_groups}")
     return shape
+
+
+def _experts(hf: Mapping[str, Any], name: str) -> Experts:
+    """Raises ConfigError for layers without experts, and for a router that takes more experts than there are."""
+    count, top_k, step = int(hf["num_experts"]), int(hf["num_experts_per_tok"]), int(hf.get("decoder_sparse_step", 1))
+    if step != 1 or hf.get("mlp_only_layers"):
+        raise ConfigError(
+            f"decoder_sparse_step = {step}, mlp_only_layers = {hf.get('mlp_only_layers') or []} is not supported; expected 1 and "
+            "[]: experts in every layer"
+        )
+    if not 1 <= top_k <= count:
+        raise ConfigError(f"num_experts_per_tok = {top_k} is not supported; expected 1 to num_experts = {count}")
+    shared = int(hf["shared_expert_intermediate_size"]) if name == "Qwen2MoeForCausalLM" else 0
+    return Experts(count, top_k, int(hf["moe_intermediate_size"]), shared, bool(hf.get("norm_topk_prob", False)))
 
 
 def _rope(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -253,12 +325,40 @@ def check_layout(hf_config: Mapping[str, Any], parallel: ParallelConfig, world_s
         problems.append(f"parallel.tensor = {tp} does not divide the {shape.num_kv_groups} key/value heads")
     if tp > shape.num_kv_groups and tp % shape.num_kv_groups:
         problems.append(f"parallel.tensor = {tp} is no multiple of the {shape.num_kv_groups} key/value heads")
-    if shape.ffn % tp:
-        problems.append(f"parallel.tensor = {tp} does not divide intermediate_size {shape.ffn}")
+    problems += _expert_problems(shape, parallel, world_size)
     if shape.num_layers % (pp * vpp):
         problems.append(
             f"parallel.pipeline x virtual_pipeline = {pp} x {vpp} does not divide the {shape.num_layers} layers"
         )
+    return problems
+
+
+def _expert_problems(shape: ModelShape, parallel: ParallelConfig, world_size: int) -> list[str]:
+    """What stands against this layout in the MLPs."""
+    tp, ep, etp, experts = parallel.tensor, parallel.expert, parallel.expert_tensor, shape.experts
+    if experts is None:
+        problems = (
+            [] if shape.ffn % tp == 0 else [f"parallel.tensor = {tp} does not divide intermediate_size {shape.ffn}"]
+        )
+        if ep > 1 or etp > 1:
+            problems.append(
+                f"parallel.expert x expert_tensor = {ep} x {etp}: a {shape.architecture} has no experts; take 1 and 1"
+            )
+        return problems
+    problems = []
+    if world_size % (parallel.pipeline * ep * etp):
+        problems.append(
+            f"parallel.expert x expert_tensor = {ep} x {etp} does not divide the {world_size / parallel.pipeline:g} ranks of a "
+            "pipeline stage"
+        )
+    if experts.count % ep:
+        problems.append(f"parallel.expert = {ep} does not divide the {experts.count} experts")
+    if experts.ffn % etp:
+        problems.append(f"parallel.expert_tensor = {etp} does not divide moe_intermediate_size {experts.ffn}")
+    if experts.shared_ffn % tp:
+        problems.append(f"parallel.tensor = {tp} does not divide shared_expert_intermediate_size {experts.shared_ffn}")
+    if tp > 1 and not parallel.sequence:
+        problems.append(f"parallel.tensor = {tp} with experts needs parallel.sequence = true")
     return problems
 
 

@@ -20,7 +20,7 @@ import hf_reference as ref
 import torch.distributed as dist
 from forked import run_ranks
 from layout_cases import Layout
-from layout_worker import LAYOUT_LIMIT_S, config_for, largest, reference
+from layout_worker import LAYOUT_LIMIT_S, aux_of, config_for, largest, reference
 
 from torl_mega.trainer import parallel
 from torl_mega.trainer.cpu import backend as cpu_backend
@@ -38,11 +38,11 @@ def one_step(trainer: Any, n: int) -> None:
     trainer.optim_step()
 
 
-def save(layout: Layout, model_path: Path, path: Path) -> None:
+def save(layout: Layout, model_path: Path, path: Path, aux: tuple[str, ...]) -> None:
     """One rank's part: HF's bits are all there, then two steps and a checkpoint."""
     from torl_mega.trainer.megatron_trainer import MegatronTrainer
 
-    config = config_for(layout, model_path)
+    config = config_for(layout, model_path, aux)
     parallel.init_distributed(config.parallel, config.trainer)
     trainer = MegatronTrainer(config)
     start = dict(trainer.weights())
@@ -62,7 +62,7 @@ def load_all(
     """One rank's part: the third step from each checkpoint, compared with HF's third step."""
     from torl_mega.trainer.megatron_trainer import MegatronTrainer
 
-    config = config_for(layout, model_path)
+    config = config_for(layout, model_path, aux_of(*hf_run[1:]))
     parallel.init_distributed(config.parallel, config.trainer)
     hf = reference(*hf_run) if parallel.is_rank0() else None
     for saved_in, path in checkpoints:
@@ -86,7 +86,7 @@ def main(results: Path, work: Path, cases: Path) -> None:
     model_path = work / f"{family}_{'tied' if tied else 'untied'}"
     checkpoints = [(Layout(**fields), work / f"ck_{n}" / "step_000002") for n, fields in enumerate(savers)]
     for layout, path in checkpoints:
-        run_ranks(layout.world_size, partial(save, layout, model_path, path), LAYOUT_LIMIT_S)
+        run_ranks(layout.world_size, partial(save, layout, model_path, path, aux_of(family, tied)), LAYOUT_LIMIT_S)
     for fields in loaders:
         layout = Layout(**fields)
         load = partial(load_all, layout, model_path, checkpoints, (work, family, tied), results)

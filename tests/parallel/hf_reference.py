@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,28 @@ STEPS = 3
 VOCAB = 201  # odd: padded by every tensor size
 
 
-def make_model(family: str, *, tied: bool, layers: int = 8, dtype: torch.dtype = torch.float32, **extra: Any) -> Any:
+MOE: dict[str, dict[str, Any]] = {
+    "qwen3moe": {
+        "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True,
+        "experts_implementation": "eager",
+    },
+    "qwen2moe": {
+        "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64,
+        "experts_implementation": "eager",
+    },
+}  # fmt: skip
+
+
+AUX_COEF = {("qwen2moe", False): 0.05, ("qwen3moe", True): 0.05}  # by model; 0 for all others
+
+
+def make_model(
+    family: str, *, tied: bool, layers: int | None = None, dtype: torch.dtype = torch.float32, **extra: Any
+) -> Any:
     """A small random HF model with non-trivial biases and norms, so that a wrong mapping shows."""
     import transformers
+
+    layers = layers or (4 if family in MOE else 8)
 
     shared = {
         "vocab_size": VOCAB,
@@ -39,9 +59,13 @@ def make_model(family: str, *, tied: bool, layers: int = 8, dtype: torch.dtype =
         "initializer_range": 0.05,
         **extra,
     }
-    if family == "qwen3":
+    if family.startswith("qwen3"):
         shared.setdefault("head_dim", 32)  # not hidden / heads
-    name = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}[family]
+    if family in MOE:
+        shared = {**MOE[family], **shared}
+    name = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama", "qwen2moe": "Qwen2Moe", "qwen3moe": "Qwen3Moe"}[
+        family
+    ]
     torch.manual_seed(7)
     config = getattr(transformers, name + "Config")(**shared)
     model = getattr(transformers, name + "ForCausalLM")(config).to(dtype)
@@ -51,7 +75,25 @@ def make_model(family: str, *, tied: bool, layers: int = 8, dtype: torch.dtype =
                 parameter.normal_(0, 0.5)
             if "norm" in key:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+            if key.endswith("mlp.gate.weight"):
+                parameter.normal_(0, 0.2)  # so that tokens choose differently, and hardly ever at a near tie
     return model
+
+
+def as_stored(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """What transformers holds as one parameter, all experts of a layer, under the names of the checkpoint."""
+    prefix, found, rest = name.partition(".experts.")
+    if not found:
+        yield name, tensor
+        return
+    parts = ("gate_proj", "up_proj") if rest == "gate_up_proj" else ("down_proj",)
+    for number, expert in enumerate(tensor):
+        for part, value in zip(parts, expert.chunk(len(parts)), strict=True):
+            yield f"{prefix}.experts.{number}.{part}.weight", value
+
+
+def stored(named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {k: t for name, tensor in named for k, t in as_stored(name, tensor)}
 
 
 def save_model(model: Any, path: Path) -> None:
@@ -96,15 +138,27 @@ class Step:
 class Reference:
     """HF model and AdamW (weight decay on matrices only) trained on the same samples by the formulas written out."""
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        matrices = [p for p in model.parameters() if p.dim() > 1]
+    def __init__(self, model: Any, aux_coef: float = 0.0) -> None:
+        self.model, self.aux_coef = model, aux_coef
+        matrices = [p for p in model.parameters() if p.dim() > 1]  # experts too
         vectors = [p for p in model.parameters() if p.dim() == 1]
         groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, **OPTIM)
 
     def logits(self, sample: Sample) -> torch.Tensor:
-        return self.model(torch.from_numpy(sample.token_ids)[None]).logits[0]
+        wanted = {"output_router_logits": True} if self.aux_coef else {}
+        output = self.model(torch.from_numpy(sample.token_ids)[None], **wanted)
+        self.router_logits = output.router_logits if self.aux_coef else ()
+        return output.logits[0]
+
+    def balance(self) -> torch.Tensor | float:
+        """Of the last sequence, summed over layers."""
+        total: Any = 0.0
+        for logits in self.router_logits:
+            probabilities, count, top_k = logits.softmax(-1), logits.size(-1), self.model.config.num_experts_per_tok
+            chosen = torch.bincount(probabilities.topk(top_k).indices.flatten(), minlength=count)
+            total = total + count * (chosen / chosen.sum() * probabilities.mean(0)).sum()
+        return total
 
     def score(self, sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-prob and entropy of tokens 1.. under the temperature."""
@@ -116,9 +170,13 @@ class Reference:
         """Token-mean clipped surrogate minus the entropy bonus; leaves gradients in the model."""
         self.optimizer.zero_grad()
         total = sum(int(s.loss_mask.sum()) for s in samples)
+        tokens = sum(len(s.token_ids) for s in samples)
         step = Step([], [], 0.0, 0.0)
         for sample, shift in zip(samples, offset, strict=True):
             if len(sample.token_ids) < 2:
+                if self.aux_coef:
+                    self.logits(sample)
+                    (self.aux_coef / tokens * self.balance()).backward()
                 step.logprobs.append(np.zeros(1, np.float32))
                 step.entropies.append(np.zeros(1, np.float32))
                 continue
@@ -128,6 +186,8 @@ class Reference:
             ratio = (logprob - old).exp()
             surrogate = torch.maximum(-sample.advantage * ratio, -sample.advantage * ratio.clamp(1 - CLIP, 1 + CLIP))
             loss = ((surrogate - ENTROPY_COEF * entropy) * mask).sum() / total
+            if self.aux_coef:
+                loss = loss + self.aux_coef * len(sample.token_ids) / tokens * self.balance()
             loss.backward()
             step.loss += float((surrogate * mask).sum() / total)
             zero = torch.zeros(1)
@@ -146,7 +206,7 @@ class HfRun:
 
     def __init__(self, family: str, tied: bool) -> None:
         model = make_model(family, tied=tied)
-        runner = Reference(model)
+        runner = Reference(model, AUX_COEF.get((family, tied), 0.0))
         self.steps: list[Step] = []
         with torch.no_grad():
             self.logits = [runner.logits(s) for s in make_samples(0)]
@@ -154,7 +214,7 @@ class HfRun:
             samples = make_samples(n)
             step = runner.backward(samples, noise(n, samples))
             if n == 0:
-                self.gradients = {k: p.grad.clone() for k, p in model.named_parameters()}
+                self.gradients = stored((k, p.grad.clone()) for k, p in model.named_parameters())
             step.grad_norm = runner.update()
             self.steps.append(step)
-        self.weights = {k: p.detach().clone() for k, p in model.named_parameters()}
+        self.weights = stored((k, p.detach().clone()) for k, p in model.named_parameters())

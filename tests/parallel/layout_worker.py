@@ -60,6 +60,11 @@ def config_for(layout: Layout, model_path: Path, extra: tuple[str, ...] = ()) ->
     )
 
 
+def aux_of(family: str, tied: bool) -> tuple[str, ...]:
+    """The reference's balance loss."""
+    return (f"algo.router_aux_coef={ref.AUX_COEF.get((family, tied), 0.0)}",)
+
+
 def all_logits(trainer: Any, samples: list[Any]) -> list[torch.Tensor]:
     """Full logits per sample, through the trainer's own packing, schedule and deferred head."""
     from megatron.core import parallel_state as ps
@@ -95,10 +100,10 @@ def gather_gradients(trainer: Any) -> Iterator[tuple[str, torch.Tensor]]:
     from megatron.core import parallel_state as ps
 
     if trainer.config.trainer.distributed_optimizer:
-        group = ps.get_data_parallel_group(with_context_parallel=True)
+        dense, experts = ps.get_data_parallel_group(with_context_parallel=True), ps.get_expert_data_parallel_group()
         for chunk in trainer.model:
-            for buffer in chunk.buffers:
-                for bucket in buffer.buckets:
+            for buffers, group in ((chunk.buffers, dense), (chunk.expert_parallel_buffers, experts)):
+                for bucket in (bucket for buffer in buffers for bucket in buffer.buckets):
                     mine = bucket.grad_data.chunk(group.size())[group.rank()].clone()
                     dist.all_gather_into_tensor(bucket.grad_data, mine, group=group)
     weight_map = trainer.weight_map
@@ -117,7 +122,7 @@ def largest(pairs: Any) -> float:
 def run_case(layout: Layout, family: str, tied: bool, hf: ref.HfRun | None, model_path: Path) -> dict[str, float]:
     from torl_mega.trainer.megatron_trainer import MegatronTrainer
 
-    trainer = MegatronTrainer(config_for(layout, model_path))
+    trainer = MegatronTrainer(config_for(layout, model_path, aux_of(family, tied)))
     found: dict[str, float] = dict.fromkeys(
         ("logits", "logprobs", "entropy", "loss", "grad", "grad_norm", "weights"), 0.0
     )

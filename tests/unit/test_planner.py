@@ -50,7 +50,12 @@ def plan(
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("Qwen2.5-Math-1.5B", 1_543_714_304), ("Qwen2.5-Math-7B", 7_615_616_512), ("Qwen2.5-32B", 32_763_876_352)],
+    [
+        ("Qwen2.5-Math-1.5B", 1_543_714_304),
+        ("Qwen2.5-Math-7B", 7_615_616_512),
+        ("Qwen2.5-32B", 32_763_876_352),
+        ("Qwen3-30B-A3B-Base", 30_532_122_624),
+    ],
 )
 def test_known_models_have_their_published_number_of_parameters(name: str, parameters: int) -> None:
     assert shape(name).num_parameters == parameters
@@ -60,11 +65,12 @@ def test_known_models_have_their_published_number_of_parameters(name: str, param
 @pytest.mark.parametrize("tensor", [1, 2])
 @pytest.mark.parametrize("pipeline", [1, 2, 4])
 def test_stages_add_up_to_the_model(name: str, tensor: int, pipeline: int) -> None:
-    """Every parameter once, but norms on every tensor rank and a tied head twice when it is on another stage."""
+    """Every parameter once, but norms, routers and uncut experts on every tensor rank and a tied head twice when it is on
+    another stage."""
     model = shape(name)
     parallel = config(f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}", "parallel.sequence=false").parallel
     held = tensor * sum(model.stage_parameters(parallel))
-    norms = (2 * model.num_layers + 1) * model.hidden
+    norms = model.num_layers * (model.layer_norms + model.router + model.expert_matrices) + model.hidden
     second_head = model.vocab * model.hidden if model.tied and pipeline > 1 else 0
     assert held == model.num_parameters + (tensor - 1) * norms + second_head
 
@@ -142,6 +148,8 @@ PUBLISHED = [
      ["rollout.max_tool_calls=0", "rollout.max_response_tokens=3696", "trainer.mini_batch_samples=512"], 2, 8, "h100", 900, 92.8),
     ("NeMo-RL, Qwen3-32B, 32 x H100, on-policy", "conf/torl_32b.yaml",
      ["rollout.max_tool_calls=0", "rollout.max_response_tokens=3696", "trainer.mini_batch_samples=512"], 4, 8, "h100", 3000, 376),
+    ("NeMo-RL, Qwen3-30B-A3B, 32 x H100, on-policy", "conf/moe_30b_a3b.yaml",
+     ["rollout.max_tool_calls=0", "rollout.max_response_tokens=3696", "trainer.mini_batch_samples=512"], 4, 8, "h100", 3000, 192),
 ]  # fmt: skip
 
 
@@ -151,6 +159,28 @@ def test_predicted_step_is_within_a_factor_of_two_of_published_ones(row: tuple) 
     found = analyse(load_config(conf, overrides), Hardware(nodes, gpus, gpu), ASSUME, mean)
     assert found.time is not None
     assert 0.5 < found.time.step_s / published < 2, found.time
+
+
+def test_experts_are_counted_where_they_lie() -> None:
+    """Spreading and cutting them takes weights, gradients and time of Adam away, and brings an exchange."""
+    settings_ = {"conf": "conf/moe_30b_a3b.yaml", "nodes": 4}
+    one, eight, cut = (
+        plan(f"parallel.expert={ep}", f"parallel.expert_tensor={etp}", **settings_)
+        for ep, etp in ((1, 1), (8, 1), (4, 2))
+    )
+    assert one.trainer is not None
+    assert eight.trainer is not None
+    assert cut.trainer is not None
+    experts = 48 * 3 * 2048 * 768 * 128
+    assert one.trainer.weights - eight.trainer.weights == 2 * experts * 7 / 8
+    assert cut.trainer.weights == eight.trainer.weights
+    # 32 ranks hold 12 bytes of every parameter once, whatever the layout
+    assert one.trainer.optimizer == pytest.approx(eight.trainer.optimizer, rel=0.01)
+    assert 32 * eight.trainer.optimizer == pytest.approx(12 * shape("Qwen3-30B-A3B-Base").num_parameters, rel=0.01)
+    assert one.time is not None
+    assert eight.time is not None
+    assert eight.time.train_s > one.time.train_s
+    assert eight.time.optimizer_s < one.time.optimizer_s
 
 
 def test_time_answers_to_what_it_should() -> None:

@@ -51,6 +51,7 @@ class Assumptions:
     decode_bandwidth: float = 0.65  # fraction of memory bandwidth that decoding reaches with CUDA graphs
     decode_overhead_s: float = 0.004  # scheduler and launches per decode step, whatever the batch
     prefill_mfu: float = 0.40
+    moe: float = 0.60  # of those two with experts: Megatron-LM#5728 has 240 TFLOP/s per H100 for Qwen3-30B-A3B
     collective: float = 0.70  # fraction of link bandwidth that large collectives reach
     sync_fixed_s: float = 1.0  # pause, flush and checksums of one weight sync
     tool_call_s: float = 0.6  # one snippet, with its queue, on an unloaded pool

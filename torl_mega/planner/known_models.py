@@ -1,4 +1,4 @@
-"""Three published models known by name, so that a run can be planned before its weights have been downloaded."""
+"""Published models known by name, so that a run can be planned before its weights have been downloaded."""
 
 from __future__ import annotations
 
@@ -23,6 +23,13 @@ KNOWN: dict[str, dict[str, Any]] = {
     "Qwen2.5-32B": _QWEN2 | {
         "hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64, "num_attention_heads": 40,
         "num_key_value_heads": 8, "vocab_size": 152064, "tie_word_embeddings": False, "max_position_embeddings": 131072,
+    },
+    "Qwen3-30B-A3B-Base": {
+        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_act": "silu", "rope_theta": 1e6,
+        "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": False, "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 32768, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+        "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
     },
 }  # fmt: skip
 

@@ -8,7 +8,7 @@ memory of the host, not of the GPU. Everything is in bytes.
 Source of the transformer terms: Korthikanti et al. 2205.05198 section 4, redone for what is trained here: SwiGLU,
 grouped queries, flash attention, no dropout, packed sequences, a chunked output head. Megatron's own report
 (`megatron/training/theoretical_memory_usage.py`) is compared in docs/cluster.md.
-Limits: dense models; stages of equally many layers; allocator behaviour is one percentage.
+Limits: stages of equally many layers; experts that are chosen alike; allocator behaviour is one percentage.
 """
 
 from __future__ import annotations
@@ -105,7 +105,8 @@ def layer_activation_bytes(shape: ModelShape, parallel: ParallelConfig, width: i
     The local (CPU) layers fuse nothing: norms also keep the normalised input, rotary its cosines and sines, attention its
     own copies of q, k and v, and SwiGLU five tensors of width f (counted with torch's saved_tensors_hooks).
     """
-    h, f, q, kv = shape.hidden, shape.ffn, shape.q_width, shape.kv_width
+    h, q, kv, experts = shape.hidden, shape.q_width, shape.kv_width, shape.experts
+    f = experts.shared_ffn if experts else shape.ffn
     if on_cpu:
         whole = 6 * h + 4 * shape.head_dim
         sharded = 3 * q + 2 * kv + 5 * f
@@ -113,7 +114,12 @@ def layer_activation_bytes(shape: ModelShape, parallel: ParallelConfig, width: i
         whole = 4 * h
         sharded = (q + 2 * kv) + (q + kv) + q + 3 * f
     softmax = 4 * shape.num_heads / parallel.tensor  # flash attention keeps one fp32 sum per head and token
-    return width * (whole / _sequence_ranks(parallel) + sharded / parallel.tensor) + softmax
+    kept = width * (whole / _sequence_ranks(parallel) + sharded / parallel.tensor) + softmax
+    if experts is None:
+        return kept
+    # as an expert gets and gives them: k rows of h each, and three of its width; the router's logits and choices in fp32
+    rows = experts.top_k * (2 * h + 3 * experts.ffn)
+    return kept + (width * rows + 12 * experts.count) / _sequence_ranks(parallel)
 
 
 def _sequence_ranks(parallel: ParallelConfig) -> int:
@@ -146,7 +152,10 @@ def trainer_memory(
     """
     parallel, trainer, width = config.parallel, config.trainer, dtype_bytes(config)
     params = max(shape.stage_parameters(parallel))
-    shard = data * parallel.context if trainer.distributed_optimizer else 1
+    copies = data * parallel.context  # of what is no expert, and of an expert:
+    expert_copies = max(1, copies * parallel.tensor // (parallel.expert * parallel.expert_tensor))
+    experts = shape.stage_expert_parameters(parallel)
+    shared_out = (params - experts) / copies + experts / expert_copies
     master = 0 if width == 4 else 4  # fp32 weights are their own masters
     tokens = trainer.micro_batch_tokens / parallel.context
     layers = shape.num_layers / parallel.pipeline
@@ -166,13 +175,15 @@ def trainer_memory(
     return TrainerMemory(
         weights=params * width,
         gradients=params * GRAD_BYTES,
-        optimizer=0.0 if trainer.optimizer_offload and not on_cpu else params * (8 + master) / shard,
+        optimizer=0.0
+        if trainer.optimizer_offload and not on_cpu
+        else (8 + master) * (shared_out if trainer.distributed_optimizer else params),
         activations=dynamic * (kept + tokens * 3 * hidden),
         working=dynamic * max(logits + head_gradient + head_copy, tokens * layer if full else 0.0),
         forward_working=dynamic * (max(logits + head_copy, tokens * layer) + tokens * 3 * hidden),
         batch=samples * mean_tokens * 25 / data,
-        saved_weights=params * width / (data * parallel.context),
-        saved_optimizer=params * (12 if master or trainer.distributed_optimizer else 8) / (data * parallel.context),
+        saved_weights=shared_out * width,
+        saved_optimizer=shared_out * (12 if master or trainer.distributed_optimizer else 8),
         sync=min(2 * config.serving.bucket_mb * 2**20, shape.num_parameters * width) + 2 * width * largest,
         fixed=0.0 if on_cpu else (assume.context_gib + assume.nccl_gib) * GIB,
     )

@@ -101,9 +101,12 @@ def predict(setup: Setup, server: ServerMemory, work: Workload) -> StepTime:
     micro = num_micro_batches(config, setup.data, work.mean_tokens)
     bubble = 1 + (parallel.pipeline - 1) / (parallel.virtual_pipeline * micro)
     gain = assume.fp8_gain if config.trainer.precision != "default" else 1.0
+    gain *= assume.moe if shape.experts else 1.0
     factor = 4 if config.trainer.recompute == "full" else 3  # backward is twice forward, and recomputation once more
-    logprob = passes * forward * bubble / (ranks * peak * assume.forward_mfu * gain)
-    train = factor * forward * bubble / (ranks * peak * assume.train_mfu * gain)
+    exchange = _exchange_s(setup, work)
+    logprob = passes * bubble * (forward / (ranks * peak * assume.forward_mfu * gain) + exchange)
+    # backward sends back what forward sent
+    train = bubble * (factor * forward / (ranks * peak * assume.train_mfu * gain) + (factor - 1) * exchange)
     optimizer = _optimizer_s(setup)
     # once through the trainer's ranks to rank 0, once from there to the servers
     sync = 2 * shape.num_parameters * dtype_bytes(config) / setup.link + assume.sync_fixed_s
@@ -112,6 +115,18 @@ def predict(setup: Setup, server: ServerMemory, work: Workload) -> StepTime:
     overlapped = config.cluster.placement == "disaggregated" and config.rollout.max_staleness > 0
     step = (max(rollout, learn) if overlapped else rollout + learn) + sync
     return StepTime(rollout, logprob, train, optimizer, sync, host, step, concurrency)
+
+
+def _exchange_s(setup: Setup, work: Workload) -> float:
+    """Of one forward pass: each token to its experts on other ranks and back, in every layer, nothing overlapped."""
+    shape, parallel, experts = setup.shape, setup.config.parallel, setup.shape.experts
+    if experts is None or parallel.expert == 1:
+        return 0.0
+    away = 1 - 1 / parallel.expert
+    per_token = 2 * shape.num_layers * experts.top_k * shape.hidden * dtype_bytes(setup.config) * away
+    in_node = parallel.expert * parallel.expert_tensor <= max(1, setup.num_ranks // setup.num_nodes)
+    bandwidth = (setup.gpu.nvlink if in_node else setup.gpu.network) * setup.assume.collective
+    return work.tokens / setup.num_ranks * per_token / bandwidth
 
 
 def _concurrency(setup: Setup, server: ServerMemory, work: Workload) -> int:
@@ -127,11 +142,15 @@ def _decode_step_s(setup: Setup) -> Callable[[float, float], float]:
     tp, width = setup.config.serving.tensor, dtype_bytes(setup.config)
     per_token = shape.kv_bytes_per_token(width) / min(tp, shape.num_kv_groups)
     weights, bandwidth = server_weight_bytes(shape, setup.config) / tp, gpu.hbm * assume.decode_bandwidth
+    of_experts = weights * shape.num_layers * shape.expert_matrices / shape.num_parameters
+    missed = (
+        1 - shape.experts.top_k / shape.experts.count if shape.experts else 0.0
+    )  # share of experts one token leaves out
     flops = tp * gpu.bf16 * assume.prefill_mfu
     reduce = 0.0 if tp == 1 else 2 * shape.num_layers * 15e-6  # two all-reduces per layer, latency-bound
 
     def seconds(active: float, context: float) -> float:
-        read = (weights + active * context * per_token) / bandwidth
+        read = (weights - of_experts * missed**active + active * context * per_token) / bandwidth
         return assume.decode_overhead_s + max(read, shape.forward_flops(active, context) / flops) + reduce
 
     return seconds
@@ -161,10 +180,17 @@ def _optimizer_s(setup: Setup) -> float:
     """Gradient reduction, Adam and parameter gathering of all optimizer steps of one RL step."""
     config, assume = setup.config, setup.assume
     steps = config.updates_per_step
-    params = setup.shape.num_parameters / (config.parallel.tensor * config.parallel.pipeline)
+    parallel = config.parallel
+    params = setup.shape.num_parameters / (parallel.tensor * parallel.pipeline)
+    stepped = params / setup.data
+    if setup.shape.experts is not None:  # experts have copies of their own number
+        experts = setup.shape.stage_expert_parameters(parallel)
+        rest = setup.shape.num_parameters - setup.shape.num_layers * setup.shape.expert_matrices
+        params = experts + rest / (parallel.tensor * parallel.pipeline)
+        stepped = setup.shape.num_parameters / setup.num_ranks
     wire = params * (4 + dtype_bytes(config)) / setup.link if setup.data > 1 else 0.0
     exposed = 0.3 if config.trainer.overlap else 1.0
-    adam = params / setup.data * 30 / (setup.gpu.hbm * assume.decode_bandwidth)  # bytes read and written per parameter
+    adam = stepped * 30 / (setup.gpu.hbm * assume.decode_bandwidth)  # bytes read and written per parameter
     if config.trainer.optimizer_offload:
-        adam += params / setup.data * 24 / 20e9  # both ways over PCIe
+        adam += stepped * 24 / 20e9  # both ways over PCIe
     return steps * (wire * exposed + adam)

@@ -56,10 +56,16 @@ def block_spec(config: TransformerConfig, kind: SpecKind, vp_stage: int | None) 
     if kind == "te":
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
+        )
     from torl_mega.trainer.cpu.attention import SdpaCoreAttention
 
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
+    spec = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, normalization="RMSNorm", qk_layernorm=config.qk_layernorm
+    )
     layer: Any = spec.submodules
     attention = layer.self_attention
     parts = dataclasses.replace(attention.submodules, core_attention=SdpaCoreAttention)

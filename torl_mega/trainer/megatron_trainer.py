@@ -8,7 +8,7 @@
 Contract: every method is a collective with the same arguments on every rank; results are equal on all of them. The
 old-log-prob pass and the update run the same code. Losses are sums of weighted tokens, so micro-batches, packing and
 layout change rounding only.
-Limits: dense models of `layout.SUPPORTED_ARCHITECTURES`; see docs/trainer.md.
+Limits: models of `layout.SUPPORTED_ARCHITECTURES`; see docs/trainer.md.
 """
 
 # Megatron-Core's annotations are wider than what its functions return and narrower than what they take
@@ -36,6 +36,7 @@ from torl_mega.config import Config
 from torl_mega.errors import ConfigError, GuardError
 from torl_mega.interfaces import NamedTensor
 from torl_mega.layout import check_layout, describe_model, read_hf_config
+from torl_mega.trainer import router
 from torl_mega.trainer.cpu import backend as cpu_backend
 from torl_mega.trainer.layer_spec import choose_spec
 from torl_mega.trainer.micro_batch import MicroBatch, build_micro_batch
@@ -74,7 +75,9 @@ class MegatronTrainer:
         self.model_config: Any = transformer_config(
             self.shape, config.parallel, config.trainer, _DTYPES[config.model.dtype], self._spec
         )
-        chunks = build_chunks(self.shape, self.model_config, config.parallel, self._spec)
+        chunks = build_chunks(
+            self.shape, self.model_config, config.parallel, self._spec, fp32_router=config.model.fp32_router
+        )
         self.weight_map = WeightMap(chunks, self.shape)
         self._load_start()
         self._reference = Reference(self._parameters()) if config.algo.kl_coef > 0 else None
@@ -87,6 +90,7 @@ class MegatronTrainer:
         self._skipped_in_a_row = 0
         self.checkpoints = checkpoint.Checkpoints(config.checkpoint, self.shape, self.hf_config)
         self._metric_names: tuple[str, ...] = ()
+        self._aux_weight = 0.0
 
     def _load_start(self) -> None:
         """Fills the weights from `model.path`; a file that one rank cannot read is an error on all."""
@@ -176,7 +180,10 @@ class MegatronTrainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         plan, micros = self.pack(samples)
+        self._aux_weight = self.config.algo.router_aux_coef / sum(len(s.token_ids) for s in samples)
         metrics = self._reduce_metrics(self.run_schedule(micros, loss_of, forward_only=False))
+        if self.shape.experts is not None:
+            metrics |= router.load_metrics([_unwrap(chunk) for chunk in self.model], self.shape.num_layers)
         return {**metrics, **_packing_metrics(samples, plan, micros)}
 
     def optim_step(self) -> Mapping[str, float]:
@@ -320,6 +327,8 @@ class MegatronTrainer:
 
         def forward_step(iterator: Iterator[MicroBatch], model: Any) -> Any:
             micro = next(iterator)
+            # an attribute of its own of Megatron's record, which is handed to every layer
+            micro.packed.router_inputs = router.RouterInputs(micro.sequence, micro.lengths, self._aux_weight)  # type: ignore[attr-defined]
             output = model(micro.token_ids, None, None, packed_seq_params=micro.packed)
             return output, partial(loss_func, micro, _unwrap(model))
 

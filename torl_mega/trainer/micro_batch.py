@@ -28,6 +28,8 @@ class MicroBatch:
     rows: torch.Tensor  # [n] int64, over the t of all tensor ranks together
     targets: torch.Tensor  # [n] int64
     where: np.ndarray  # [n] index of each target in the concatenation of the batch's samples
+    sequence: torch.Tensor  # [t] int64 number of each token's sequence, -1 on padding
+    lengths: torch.Tensor  # [sequences] tokens of each, all context ranks together
     num_tokens: int  # real tokens, all context ranks together
     num_padding: int
 
@@ -52,11 +54,12 @@ def build_micro_batch(
     if tail or not padded:
         padded.append(tail or align * total_align)
     bounds = np.concatenate([[0], np.cumsum(padded)])
-    ids = np.zeros(bounds[-1], np.int64)
+    ids, owner = np.zeros(bounds[-1], np.int64), np.full(bounds[-1], -1, np.int64)
     rows, targets, where = [], [], []
     for slot, i in enumerate(members):
         start, sample = int(bounds[slot]), samples[i]
         ids[start : start + lengths[slot]] = sample.token_ids
+        owner[start : start + lengths[slot]] = slot
         sampled = np.flatnonzero(sample.loss_mask)
         rows.append(start + sampled - 1)
         targets.append(sample.token_ids[sampled])
@@ -72,12 +75,15 @@ def build_micro_batch(
         new[held] = np.arange(len(held))
         keep = new[row] >= 0
         ids, row, target, place = ids[held], new[row[keep]], target[keep], place[keep]
+        owner = owner[held]
     return MicroBatch(
         token_ids=torch.from_numpy(ids)[None].to(device),
         packed=_packed_params(np.asarray(padded), bounds, context_size, device, local),
         rows=torch.from_numpy(row).to(device),
         targets=torch.from_numpy(np.ascontiguousarray(target, np.int64)).to(device),
         where=place,
+        sequence=torch.from_numpy(owner).to(device),
+        lengths=torch.tensor(lengths or [1], dtype=torch.float32, device=device),
         num_tokens=sum(lengths),
         num_padding=int(bounds[-1]) - sum(lengths),
     )

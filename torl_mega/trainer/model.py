@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from torl_mega.config import ParallelConfig, TrainerConfig
 from torl_mega.layout import ModelShape, padded_vocab
+from torl_mega.trainer import router
 from torl_mega.trainer.layer_spec import SpecKind, block_spec
 from torl_mega.trainer.precision import precision_settings
 from torl_mega.trainer.vocab_parallel import defer_projection
@@ -63,7 +64,7 @@ def transformer_config(
         "context_parallel_size": parallel.context,
         "sequence_parallel": parallel.sequence,
         "variable_seq_lengths": parallel.pipeline > 1,  # micro-batches of different length through the pipe
-        "moe_token_dispatcher_type": "alltoall",  # unused; its default is refused with variable_seq_lengths (0.16.1)
+        "moe_token_dispatcher_type": "alltoall",  # in a dense model too: the default is refused with variable_seq_lengths (0.16.1)
         "calculate_per_token_loss": True,  # read by DDP's constructor: gradients are sums, nothing is divided by ranks
         # with two stages both neighbours are the same rank: the interleaved schedule needs one group per direction
         "overlap_p2p_comm": parallel.virtual_pipeline > 1,
@@ -72,6 +73,7 @@ def transformer_config(
         "deallocate_pipeline_outputs": fused,
         "attention_backend": _attention_backend(),
         "deterministic_mode": fused and trainer.deterministic,  # the local layers repeat as they are
+        **_experts(shape, parallel, fused),
         **_recompute(trainer),
         **precision_settings(trainer.precision, dtype),
     }
@@ -79,6 +81,25 @@ def transformer_config(
     if yarn:
         _set_yarn_factor(config, shape)
     return config
+
+
+def _experts(shape: ModelShape, parallel: ParallelConfig, fused: bool) -> dict[str, Any]:
+    """Settings of a model with experts. Choosing experts and balancing them is `router`'s."""
+    if shape.experts is None:
+        return {}
+    return {
+        "num_moe_experts": shape.experts.count,
+        "moe_router_topk": shape.experts.top_k,
+        "moe_ffn_hidden_size": shape.experts.ffn,
+        "moe_shared_expert_intermediate_size": shape.experts.shared_ffn or None,
+        "moe_shared_expert_gate": shape.experts.shared_ffn > 0,
+        "moe_router_load_balancing_type": "none",
+        "moe_router_pre_softmax": True,
+        "moe_router_dtype": "fp32",
+        "moe_grouped_gemm": fused,  # one kernel for all experts of a rank; the local layers run one after the other
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": parallel.expert_tensor,
+    }
 
 
 def _attention_backend() -> Any:
@@ -106,7 +127,7 @@ def _recompute(trainer: TrainerConfig) -> dict[str, Any]:
 
 
 def build_chunks(
-    shape: ModelShape, config: TransformerConfig, parallel: ParallelConfig, kind: SpecKind
+    shape: ModelShape, config: TransformerConfig, parallel: ParallelConfig, kind: SpecKind, *, fp32_router: bool = True
 ) -> list[GPTModel]:
     """The GPTModel chunks of this pipeline stage (one without a virtual pipeline), heads deferred to the loss."""
     chunks = []
@@ -131,7 +152,18 @@ def build_chunks(
         if torch.cuda.is_available():
             model.cuda(torch.cuda.current_device())
         chunks.append(model)
+    if shape.experts is not None:
+        router.install(chunks, shape.experts, fp32=fp32_router)
+        _mark_experts(chunks)
     return chunks
+
+
+def _mark_experts(chunks: list[GPTModel]) -> None:
+    """The gradients of experts are summed over the ranks that hold the same ones. Megatron marks them so only where experts are
+    spread; without, and with fewer expert-tensor than tensor ranks, each tensor rank would keep the gradient of its own tokens."""
+    layers: list[Any] = [layer for chunk in chunks for layer in chunk.decoder.layers]
+    for parameter in (p for layer in layers for p in layer.mlp.experts.parameters()):
+        parameter.allreduce = False
 
 
 # ------------------------------------------------------------------------------------------------ rotary embedding

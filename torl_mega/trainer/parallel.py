@@ -92,6 +92,8 @@ def _build_groups(parallel: ParallelConfig, trainer: TrainerConfig) -> None:
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
         distributed_timeout_minutes=max(1, round(trainer.collective_timeout_s / 60)),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(1)  # Megatron wants a seed; dropout is 0, so none is drawn

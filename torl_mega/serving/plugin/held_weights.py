@@ -25,6 +25,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torl_mega.serving.plugin.checksum import checksums
+from torl_mega.serving.plugin.expert_names import make_quick
 
 SLICES, CHECKSUMS = "torl_slices", "torl_checksums"
 _traces: dict[tuple[int, str], Trace] = {}  # by model and described tensors
@@ -119,6 +120,7 @@ def trace_loader(model: torch.nn.Module, spec: Sequence[str], *, complete: bool)
     are meant to fill the whole model, so what they leave out is reported."""
     cached = (id(model), hashlib.sha256("\n".join(spec).encode()).hexdigest() + str(complete))
     if cached not in _traces:
+        make_quick(model)
         recorder = _Recorder(model)
         with torch.no_grad(), recorder:
             model.load_weights(_empty_tensors(spec, recorder))  # type: ignore[operator]

@@ -2,8 +2,8 @@
 
 Megatron-Core has no device abstraction: it asks `torch.cuda.current_device()` where to put tensors, writes
 `device="cuda"` literals, and compares `tensor.type()` with "torch.cuda.*" strings. `install` points exactly those at the
-CPU: attribute patches of `torch.cuda` and one function of Megatron, and one TorchFunctionMode for the literals, which sit
-in ten functions and move between versions. Checked with megatron-core 0.16.1 and 0.19.2.
+CPU: attribute patches of `torch.cuda` and a few functions of Megatron (for experts: experts.py), and one TorchFunctionMode for
+the literals, which sit in ten functions and move between versions. Checked with megatron-core 0.16.1 and 0.19.2.
 
 Contract: a no-op where CUDA exists, so the GPU path is never touched. Call it once per process (and once per further
 thread that runs Megatron: the mode is per thread) before the first import of megatron.core.pipeline_parallel.
@@ -11,6 +11,7 @@ thread that runs Megatron: the mode is per thread) before the first import of me
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
 import threading
@@ -46,11 +47,18 @@ class _CudaIsCpu(TorchFunctionMode):
 
 
 class _NullStream:
-    """Stands for a CUDA stream: everything is done when it was called."""
+    """Stands for a CUDA stream and for an event on one: everything is done when it was called."""
+
+    def __init__(self, *_args: object, **_kwargs: object) -> None: ...
 
     def wait_event(self, event: object) -> None: ...
 
     def wait_stream(self, stream: object) -> None: ...
+
+    def record_event(self, event: object = None) -> object:
+        return event or _NullStream()
+
+    def synchronize(self) -> None: ...
 
 
 def _stub_triton_kernels() -> None:
@@ -78,7 +86,10 @@ def _patch() -> None:
     cuda: Any = torch.cuda
     cuda.current_device = lambda: _CPU
     cuda.synchronize = lambda device=None: None
-    cuda.current_stream = lambda device=None: _NullStream()  # 0.19: param_and_grad_buffer
+    cuda.current_stream = lambda device=None: (
+        _NullStream()
+    )  # 0.19: param_and_grad_buffer; the token dispatcher of experts
+    cuda.Stream, cuda.stream = _NullStream, lambda stream: contextlib.nullcontext()
     cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
     cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
     cuda.manual_seed = lambda seed: torch.manual_seed(seed)
@@ -87,3 +98,6 @@ def _patch() -> None:
 
     redirected: Any = megatron_random
     redirected._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    from torl_mega.trainer.cpu import experts
+
+    experts.install()

@@ -96,7 +96,7 @@ def _identity(shape: ModelShape) -> dict[str, Any]:
     """What must agree between a checkpoint and the model it is loaded into."""
     record = asdict(shape)
     names = ("architecture", "num_layers", "hidden", "num_heads", "num_kv_groups", "head_dim", "ffn", "vocab", "tied")
-    return {name: record[name] for name in names}
+    return {name: record[name] for name in names} | ({"experts": record["experts"]} if shape.experts else {})
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

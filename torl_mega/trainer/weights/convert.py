@@ -10,8 +10,10 @@ bit-identical. Limits: weights only; a training checkpoint converts to HF, HF gi
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import logging
+import math
 import os
 import shutil
 import sys
@@ -145,6 +147,29 @@ def _progress(tensors: Iterator[NamedTensor], shape: ModelShape, what: str) -> I
 
 
 # ------------------------------------------------------------------------------------------------ as a program
+
+
+def add_layout_arguments(parser: argparse.ArgumentParser, doing: str) -> None:
+    """The options of a layout; `doing`: read or write."""
+    parser.add_argument("--tp", type=int, default=1, help=f"tensor-parallel size to {doing} with")
+    parser.add_argument("--pp", type=int, default=1, help=f"pipeline stages to {doing} with")
+    parser.add_argument("--vpp", type=int, default=1, help="model chunks per stage")
+    parser.add_argument("--ep", type=int, default=1, help="ranks over which the experts of a layer are spread")
+    parser.add_argument("--etp", type=int, default=1, help="ranks over which one expert is cut")
+
+
+def layout_of(args: argparse.Namespace) -> ParallelConfig:
+    """The smallest layout that has what the options ask for."""
+    data = math.lcm(args.tp, args.ep * args.etp) // args.tp
+    return ParallelConfig(
+        tensor=args.tp,
+        sequence=args.tp > 1,
+        pipeline=args.pp,
+        virtual_pipeline=args.vpp,
+        expert=args.ep,
+        expert_tensor=args.etp,
+        data=data,
+    )
 
 
 def run(parallel: ParallelConfig, work: Callable[[], None]) -> int:

@@ -9,8 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from torl_mega.config import ParallelConfig
-from torl_mega.trainer.weights.convert import megatron_to_hf, run
+from torl_mega.trainer.weights.convert import add_layout_arguments, layout_of, megatron_to_hf, run
 
 
 def main() -> int:
@@ -18,12 +17,10 @@ def main() -> int:
     parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint folder, any layout")
     parser.add_argument("--out", type=Path, required=True, help="HF folder; an earlier result there is replaced")
     parser.add_argument("--tokenizer", type=Path, help="HF folder that lends tokenizer and generation files")
-    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel size to read with")
-    parser.add_argument("--pp", type=int, default=1, help="pipeline stages to read with")
-    parser.add_argument("--vpp", type=int, default=1, help="model chunks per stage")
+    add_layout_arguments(parser, "read")
     parser.add_argument("--max-file-mb", type=float, default=5120, help="size of one safetensors file")
     args = parser.parse_args()
-    parallel = ParallelConfig(tensor=args.tp, pipeline=args.pp, virtual_pipeline=args.vpp)
+    parallel = layout_of(args)
 
     def work() -> None:
         limit = int(args.max_file_mb * 2**20)

@@ -1,9 +1,10 @@
 """Moves weights between HF tensors and this rank's shards, one tensor at a time, in any layout.
 
 Contract: `load` fills every parameter of this rank from an HF folder; `gather` is a collective over the ranks of
-data-parallel and context-parallel rank 0 that yields HF-named, unpadded tensors on global rank 0, in the order of the
-table. They may be views of parameters: copy what must outlive an update. `outlines` goes through the same steps on every
-rank, where those other than 0 get tensors without data. All work on the type the parameters have.
+data-parallel and context-parallel rank 0, and over those that hold the first copy of an expert, that yields HF-named, unpadded
+tensors on global rank 0, in the order of the table. They may be views of parameters: copy what must outlive an update.
+`outlines` goes through the same steps on every rank, where those other than 0 get tensors without data. All work on the type
+the parameters have.
 Extra memory on tensor rank 0: the shards of one parameter and one tensor made of them (tests/parallel/test_reshard.py).
 """
 
@@ -31,6 +32,14 @@ from torl_mega.trainer.weights.hf_mapping import (
 )
 
 
+def _gathered(shard: torch.Tensor, group: Any) -> torch.Tensor | None:
+    """[ranks of the group, *shard] on its first rank; None on the others."""
+    shards = shard.new_empty(group.size(), *shard.shape) if group.rank() == 0 else None
+    parts = None if shards is None else list(shards.unbind())
+    dist.gather(shard.contiguous(), parts, dst=dist.get_global_rank(group, 0), group=group)
+    return shards
+
+
 def _uses_te(names: Sequence[str]) -> bool:
     return any(name.endswith("linear_qkv.layer_norm_weight") for name in names)
 
@@ -45,7 +54,16 @@ class WeightMap:
         self.tp_size = parallel_state.get_tensor_model_parallel_world_size()
         self.pp_rank = parallel_state.get_pipeline_model_parallel_rank()
         self.pp_size = parallel_state.get_pipeline_model_parallel_world_size()
+        ep: Any = parallel_state.get_expert_model_parallel_group()
+        etp: Any = parallel_state.get_expert_tensor_parallel_group()
+        edp: Any = parallel_state.get_expert_data_parallel_group()
+        self.ep_rank, self.ep_size = ep.rank(), ep.size()
+        self.etp_rank, self.etp_size = etp.rank(), etp.size()
+        self.edp_rank = edp.rank()
         self.num_chunks = len(chunks)
+        self.rules = layer_rules(shape)
+        count = shape.experts.count if shape.experts else 0
+        self.experts_per_rank = max(1, count // self.ep_size)
         self.padded_rows = padded_vocab(shape.vocab, self.tp_size)
         # every stage holds layers, so each can tell for itself
         self.te = _uses_te([name for names in self.parameters for name in names])
@@ -55,15 +73,20 @@ class WeightMap:
         yield EMBEDDING, "", 0, self.parameters[0].get(EMBEDDING.megatron)
         for layer in range(self.shape.num_layers):
             stage, chunk, index = layer_owner(layer, self.shape.num_layers, self.pp_size, self.num_chunks)
-            for rule in layer_rules(self.shape):
+            for rule in self.rules:
                 mine = None
-                if stage == self.pp_rank:
-                    mine = self.parameters[chunk][f"decoder.layers.{index}.{rule.name(self.te)}"]
+                holder, local = self._holder(rule)
+                if stage == self.pp_rank and holder in (None, self.ep_rank):
+                    mine = self.parameters[chunk][f"decoder.layers.{index}.{rule.name(self.te, local)}"]
                 yield rule, f"model.layers.{layer}.", stage, mine
         last = self.pp_size - 1
         yield FINAL_NORM, "", last, self.parameters[-1].get(FINAL_NORM.megatron)
         if not self.shape.tied:
             yield HEAD, "", last, self.parameters[-1].get(HEAD.megatron)
+
+    def _holder(self, rule: Rule) -> tuple[int | None, int]:
+        """The expert-parallel rank that holds a rule's expert (None: every rank holds a part), and the expert's number there."""
+        return (None, 0) if rule.expert is None else divmod(rule.expert, self.experts_per_rank)
 
     @torch.no_grad()
     def load(self, reader: HfReader) -> None:
@@ -81,7 +104,8 @@ class WeightMap:
         assert not left, f"parameters without a rule: {left}"
 
     def _fill(self, parameter: torch.nn.Parameter, rule: Rule, tensors: list[torch.Tensor]) -> None:
-        shard = to_shard(rule, tensors, self.shape, self.tp_rank, self.tp_size, self.padded_rows)
+        rank, size = (self.tp_rank, self.tp_size) if rule.expert is None else (self.etp_rank, self.etp_size)
+        shard = to_shard(rule, tensors, self.shape, rank, size, self.padded_rows)
         assert shard.shape == parameter.shape, (rule.megatron, tuple(shard.shape), tuple(parameter.shape))
         parameter.copy_(shard)
 
@@ -101,7 +125,9 @@ class WeightMap:
         takes_part = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
         for rule, prefix, stage, parameter in self.entries():
             shards = None
-            if takes_part and parameter is not None:
+            if rule.expert is not None and stage == self.pp_rank:
+                shards = self._gather_expert(rule, None if parameter is None else parameter.detach())
+            elif takes_part and parameter is not None:
                 shards = self._gather_tensor_group(rule, parameter.detach())
             if takes_part and self.tp_rank == 0:
                 named = self._to_rank0(prefix, rule, stage, shards)
@@ -114,11 +140,36 @@ class WeightMap:
         """[tensor ranks, *shard] on tensor rank 0; None elsewhere."""
         if self.tp_size == 1 or rule.kind == "whole":
             return shard[None]
-        group: Any = parallel_state.get_tensor_model_parallel_group()
-        shards = shard.new_empty(self.tp_size, *shard.shape) if self.tp_rank == 0 else None
-        parts = None if shards is None else list(shards.unbind())
-        dist.gather(shard.contiguous(), parts, dst=dist.get_global_rank(group, 0), group=group)
+        return _gathered(shard, parallel_state.get_tensor_model_parallel_group())
+
+    def _gather_expert(self, rule: Rule, shard: torch.Tensor | None) -> torch.Tensor | None:
+        """[expert-tensor ranks, *shard] of an expert on its stage's first rank, which is its first data and tensor rank too;
+        None elsewhere. The ranks that hold the first copy of the stage's experts take part: gathered over the expert's
+        own ranks, then sent to the first of the stage."""
+        if self.edp_rank > 0:
+            return None
+        holder, _ = self._holder(rule)
+        shards = None
+        if shard is not None:
+            group = parallel_state.get_expert_tensor_parallel_group()
+            shards = shard[None] if self.etp_size == 1 else _gathered(shard, group)
+        if holder == 0 or self.etp_rank > 0:
+            return shards
+        group: Any = parallel_state.get_expert_tensor_and_model_parallel_group()
+        if shards is not None:
+            dist.send(shards.contiguous(), dst=dist.get_global_rank(group, 0), group=group)
+            return None
+        if self.ep_rank > 0:
+            return None
+        like = self._like_expert(rule)
+        shards = like.new_empty(self.etp_size, *like.shape)
+        assert holder is not None
+        dist.recv(shards, src=dist.get_global_rank(group, holder * self.etp_size), group=group)
         return shards
+
+    def _like_expert(self, rule: Rule) -> torch.Tensor:
+        """An expert of this rank cut as the one of `rule` is."""
+        return self.parameters[0]["decoder.layers.0." + rule.name(self.te, 0)]
 
     def _to_rank0(self, prefix: str, rule: Rule, stage: int, shards: torch.Tensor | None) -> Iterator[NamedTensor]:
         """Assembles a rule's tensors on the owning stage's tensor rank 0 and sends them to stage 0, which yields them; the others
@@ -128,6 +179,7 @@ class WeightMap:
             named = from_shards(rule, shards, self.shape)
             del shards
             for name, tensor in named:
+                self._check(prefix + name, tensor)
                 if stage == 0:
                     yield prefix + name, tensor
                 else:
@@ -143,6 +195,11 @@ class WeightMap:
                 del tensor
         else:
             yield from self._outlined(prefix, rule)
+
+    def _check(self, name: str, tensor: torch.Tensor) -> None:
+        """A shard that was not merged must not leave: SGLang's loader of experts fills what is missing with zeros."""
+        wanted = hf_shape(name, self.shape)
+        assert tensor.shape == wanted, f"{name} is {tuple(tensor.shape)} after it was gathered, the model says {wanted}"
 
     def _outlined(self, prefix: str, rule: Rule) -> Iterator[NamedTensor]:
         dtype = next(iter(self.parameters[0].values())).dtype
