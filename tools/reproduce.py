@@ -33,7 +33,16 @@ from torl_mega.types import ExecutionStatus, Reward, Trajectory
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "docs/reproduction"
-SEEDS = {"torl": 5, "no_tool": 5, "c2": 3, "code_error": 3, "plus": 3, "noise": 3, "lot": 3}  # arm -> number of seeds
+SEEDS = {
+    "torl": 5,
+    "no_tool": 5,
+    "c2": 3,
+    "code_error": 3,
+    "plus": 3,
+    "noise": 3,
+    "lot": 3,
+    "observations": 3,
+}  # arm -> number of seeds
 FAST = {"torl": 3, "no_tool": 3}
 CURVES = (
     "accuracy reward code_ratio pass_ratio pass_ratio_correct pass_ratio_incorrect executed_code_ratio code_before_answer_ratio "
