@@ -6,7 +6,8 @@
 
 Resumable: a run that is complete is read, one that was stopped goes on. What a run came to is kept in `--results`
 (docs/ablation.jsonl), a line for each arm and seed with its overrides and versions, so that its folder may go and another
-machine may go on; a line whose overrides are not those asked for is run again. Per arm: the first step from which the mean training
+machine may go on; a line whose overrides are not those asked for is run again. `--doc FILE` puts the table of all that is
+known between the marks `<!-- ablation -->` and `<!-- /ablation -->`. Per arm: the first step from which the mean training
 accuracy of three steps reaches 0.85 (runs that never do count as `num_steps`, and are told), and the evaluation after the
 last step, each as mean and 95 % interval over seeds (Student's t; with one seed there is none).
 """
@@ -31,6 +32,7 @@ from torl_mega.run.versions import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET, WINDOW = 0.85, 3
+MARKS = ("<!-- ablation -->", "<!-- /ablation -->")
 T95 = {
     1: 12.706,
     2: 4.303,
@@ -104,6 +106,13 @@ class Results:
             return None
         return Outcome(tuple(row["accuracies"]), row["final"])
 
+    def outcomes(self) -> dict[str, list[Outcome]]:
+        """Everything, arm by arm in the order of `ARMS`, seed by seed."""
+        found: dict[str, list[Outcome]] = {arm: [] for arm in ARMS}
+        for arm, seed in sorted(self._known):
+            found[arm] += filter(None, [self.get(arm, seed)])
+        return {arm: outcomes for arm, outcomes in found.items() if outcomes}
+
     def add(self, arm: str, seed: int, overrides: Sequence[str], outcome: Outcome, versions: Mapping[str, Any]) -> None:
         accuracies = [round(a, 4) for a in outcome.accuracies]
         row = {"arm": arm, "seed": seed, "overrides": list(overrides), "final": outcome.final, "accuracies": accuracies}
@@ -172,6 +181,14 @@ def _shown(value: tuple[float, float], form: str) -> str:
     return format(value[0], form) + ("" if math.isnan(value[1]) else f" ± {format(value[1], form)}")
 
 
+def write_doc(page: Path, shown: str) -> None:
+    before, mark, rest = page.read_text().partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not mark or not end:
+        sys.exit(f"error: {page} has no marks {' … '.join(MARKS)}")
+    page.write_text(f"{before}{mark}\n{shown}\n{end}{after}")
+
+
 def plot(found: Mapping[str, Sequence[Outcome]], path: Path) -> None:
     """Training accuracy by step, one panel per arm over the default's curve; the band spans the seeds."""
     import matplotlib
@@ -208,6 +225,7 @@ def main() -> None:
     parser.add_argument("--runs-dir", type=Path, default=Path("runs/ablation"))
     parser.add_argument("--results", type=Path, default=ROOT / "docs/ablation.jsonl", help="where outcomes are kept")
     parser.add_argument("--png", type=Path, help="where to draw the curves")
+    parser.add_argument("--doc", type=Path, help="a page that shows the table between its marks")
     parser.add_argument("--list", action="store_true", help="print the arms and their overrides")
     parser.add_argument("--table-only", action="store_true", help="start nothing")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value")
@@ -232,6 +250,8 @@ def main() -> None:
     print(table(found))
     if args.png and found:
         plot(found, args.png)
+    if args.doc:
+        write_doc(args.doc, table(results.outcomes()))
 
 
 if __name__ == "__main__":

@@ -80,3 +80,9 @@ def test_what_is_known_is_kept_apart_from_the_runs(tmp_path: Path) -> None:
     again.add("refill", 1, ["a.b=2"], fast, {})
     assert ablate.Results(file).get("refill", 1) == fast
     assert len(file.read_text().splitlines()) == 2
+
+
+def test_the_page_shows_what_is_known() -> None:
+    shown = ablate.table(ablate.Results(ROOT / "docs/ablation.jsonl").outcomes())
+    before, after = ablate.MARKS
+    assert f"{before}\n{shown}\n{after}" in (ROOT / "docs/algorithms.md").read_text()

@@ -28,6 +28,7 @@ from torl_mega.reward.answers.symbolic import math_verify_grade, second_opinion
 from torl_mega.reward.answers.syntax import Unreadable, symbols
 
 MAX_ANSWER_CHARS = 1000
+_WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}", re.ASCII)
 _INFINITE = re.compile(r"\s*[-+]?\s*\\infty\s*")
 
 
@@ -35,6 +36,8 @@ def check(answer: str, gold: str) -> bool:
     """Whether `answer` states the same as `gold`. Never raises for what a string holds, but may take long or much memory."""
     if max(len(answer), len(gold)) > MAX_ANSWER_CHARS:
         return False
+    if _WHOLE_NUMBER.fullmatch(answer) and _WHOLE_NUMBER.fullmatch(gold):  # most answers there are
+        return int(answer) == int(gold)
     a, g = normalize(answer), normalize(gold)
     if not a or not g:
         return False

@@ -104,8 +104,9 @@ def renamed(text: str, letter: str, name: str) -> str:
 
 
 def _joined(text: str, depth: int) -> Form | None:
-    text = re.sub(r"\\text\s*\{\s*,?\s*(or|and)\s*,?\s*\}", r"\\text{\1}", text)
-    text = re.sub(r"(?<=[0-9)\]}])or(?=[ 0-9(\[{\\A-Za-z-])", " or ", text)
+    if "or" in text or "and" in text:
+        text = re.sub(r"\\text\s*\{\s*,?\s*(or|and)\s*,?\s*\}", r"\\text{\1}", text)
+        text = re.sub(r"(?<=[0-9)\]}])or(?=[ 0-9(\[{\\A-Za-z-])", " or ", text)
     if groups := _solutions(text, depth):
         return groups
     for name, *spellings in _JOINTS:

@@ -55,11 +55,11 @@ _LINES = r"(?:aligned|align\*?|cases|equation\*?|gathered)"
 _FONTS = (
     "textbf textit textrm textsf texttt textnormal textup mbox hbox mathrm mathbf mathit mathsf rm operatorname\\*?"
 )
-# (what must be in a text for the pattern to match, the pattern, what takes its place)
-_SUBSTITUTIONS: tuple[tuple[str, re.Pattern[str], str], ...] = tuple(
-    (sign, re.compile(pattern, re.ASCII), replacement)
-    for sign, pattern, replacement in (
-        ("<|", r"<\|[a-z_]+\|>", ""),
+# (characters of which the pattern needs one, the pattern, what takes its place)
+_SUBSTITUTIONS: tuple[tuple[frozenset[str], re.Pattern[str], str], ...] = tuple(
+    (frozenset(signs), re.compile(pattern, re.ASCII), replacement)
+    for signs, pattern, replacement in (
+        ("<", r"<\|[a-z_]+\|>", ""),
         ("\\", r"\\(?:boxed|fbox)\s*\{|\\mathbf\s*\{(?=[^{}]*[\\0-9+=(])", "{"),
         ("\\", r"\\(?:textcolor|colorbox|color|hspace\*?|vspace\*?)\s*\{[^{}]*\}|\\,?phantom\{\}", " "),
         ("\\", r"\\\\\s*\[[^\]\\]{0,8}(?:pt|em|ex|mm)\]", r"\\\\"),  # row spacing in matrices
@@ -68,18 +68,18 @@ _SUBSTITUTIONS: tuple[tuple[str, re.Pattern[str], str], ...] = tuple(
         ("\\", r"\\(?:left|right|middle|bigl|bigr|Bigl|Bigr|biggl|biggr|big|Big|bigg|Bigg)(?![A-Za-z])\s*\.?", ""),
         ("\\", r"(?<=[0-9]),\s*\\[!,;: ]\s*(?=[0-9]{3}(?![0-9]))", ""),  # 32,\!349
         ("{", r"(?<=[0-9])\s?\{\s?,\s?\}\s?(?=[0-9]{3}(?![0-9]))", ""),  # 14{,}916
-        ("", r"(?<=[0-9])(?:\\[,;: !]|~)(?=[0-9]{3}(?![0-9]))", ""),  # 12\,345
-        ("", r"\\[,;:!> ]|~", " "),
+        ("\\~", r"(?<=[0-9])(?:\\[,;: !]|~)(?=[0-9]{3}(?![0-9]))", ""),  # 12\,345
+        ("\\~", r"\\[,;:!> ]|~", " "),
         ("\\", r"\\\$", r" \\dollar "),
-        ("", r"\$|\\\(|\\\)|\\\[|\\\]", " "),
+        ("\\$", r"\$|\\\(|\\\)|\\\[|\\\]", " "),
         ("\\", rf"\\(?:{_FONTS.replace(' ', '|')})\s*\{{", r"\\text{"),
         ("\\", rf"\\text\s*\{{\s*({'|'.join(sorted(FUNCTIONS, key=len, reverse=True))})\s*\}}", r"\\\1 "),
         ("=", r"<=|=<", r"\\le "),
         ("=", r">=", r"\\ge "),
         ("=", r"!=|\\not\s*=", r"\\ne "),
-        ("**", r"\*\*", "^"),
-        ("...", r"\.\.\.+", r"\\dots "),
-        ("infinity", r"(?<![A-Za-z\\])infinity(?![A-Za-z])", r"\\infty "),
+        ("*", r"\*\*", "^"),
+        (".", r"\.\.\.+", r"\\dots "),
+        ("y", r"(?<![A-Za-z\\])infinity(?![A-Za-z])", r"\\infty "),
         ("\\", r"\\(?:mathbb|Bbb)\s*(?:\{\s*([A-Z])\s*\}|([A-Z]))", r"\\mathbb{\1\2}"),
         ("^", r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))", r" \\degree "),
         ("\\", r"\\%", "%"),
@@ -110,15 +110,18 @@ def normalize(text: str) -> str:
     """`text` in the one spelling that the rest of the grader reads: no `$`, no `\\left`, `\\frac`, `\\text{…}`, `*`, `\\le` …"""
     text = _QUOTED.sub(r"\2", text.strip())
     text = from_printed(_MARKDOWN.sub(r"\1\3", _SPACES.sub(" ", text.translate(_TABLE)).strip()))
-    text = _infix_to_prefix(_SYSTEM.sub(_join_lines, _single_backslashes(text)))
-    for sign, pattern, replacement in _SUBSTITUTIONS:
-        if sign in text:
+    if "\\" in text:
+        text = _infix_to_prefix(_SYSTEM.sub(_join_lines, _single_backslashes(text)))
+    present = set(text)
+    for signs, pattern, replacement in _SUBSTITUTIONS:
+        if not signs.isdisjoint(present):
             text = pattern.sub(replacement, text)
+            present = set(text)
     if "\\" in text:
         text = re.sub(r"\\([A-Za-z]+)", lambda m: _COMMANDS.get(m[1], m[0]), text)
         text = _NUMBER_TEXT.sub(r" \1 ", _ONE_LETTER.sub(r" \1\2\3 ", text))
     text = strip_outer(_SPACES.sub(" ", text).strip())
-    return next((sign for words, sign in _WORDED_SETS if words.fullmatch(text)), text)
+    return next((sign for words, sign in _WORDED_SETS if words.fullmatch(text)), text) if " " in text else text
 
 
 def _single_backslashes(text: str) -> str:
@@ -151,6 +154,7 @@ def _infix_to_prefix(text: str) -> str:
     return text
 
 
+@lru_cache(maxsize=512)
 def squeeze(text: str) -> str:
     """Normalised text without spaces, except between digits and between words, for comparing as text."""
     if " " not in text and "_" not in text and "^" not in text:

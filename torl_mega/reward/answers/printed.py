@@ -42,12 +42,15 @@ _WORDS = tuple(
     )
 )
 _COMPLEX = re.compile(r"\((-?[0-9.]+(?:e[-+]?[0-9]+)?[-+][0-9.]+(?:e[-+]?[0-9]+)?)j\)", re.ASCII)
+_LETTER = re.compile("[A-Za-z]")
 _PAIR = r"\s*[A-Za-z]\w*\s*:[^:{}]+?"
 _DICTIONARY = re.compile(rf"\{{({_PAIR}(?:,{_PAIR})*)\}}", re.ASCII)
 
 
 def from_printed(text: str) -> str:
     """`text` with every such spelling put into LaTeX."""
+    if not _LETTER.search(text):
+        return text
     plain = "\\" not in text
     for pattern, sign in _WORDS:
         text = pattern.sub(sign, text)

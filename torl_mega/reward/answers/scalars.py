@@ -122,6 +122,7 @@ def same_text(a: str, g: str) -> bool:
     return "\\text" in a + g or len(max(words.split(), key=len)) > 3 or a[1:] == g[1:]
 
 
+@lru_cache(maxsize=512)
 def text_words(text: str) -> str:
     """A textual answer (`\\text{Evelyn}`, even) as lower-case words; empty for anything with mathematics in it."""
     plain = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text).strip().strip("\"'.")

@@ -42,6 +42,7 @@ _TRAILING_WORDS = re.compile(
 )
 _TRAILING_TEXT = re.compile(rf"\s*\\text\s*\{{([^{{}}]*)\}}\s*(?:\(s\))?\s*{_POWER}$", re.ASCII)
 _TRAILING_BRACKET = re.compile(r"(?<=[0-9}])\s*\(\s*(?:\\text\s*\{)?\s*([^\W\d_]+(?:\s[^\W\d_]+)*)\s*\}?\s*\)()$")
+_MAY_END_UNIT = re.compile(r"(?:[^\W\d_]|[})]|\^\s*\{?[23])$")  # a letter, a bracket, a power
 _LETTERS = "m g s h L cm mm km in ft yd mi hr yr kg mg oz ml lb rs m/s km/h"
 _BARE_LETTERS = re.compile(
     rf"(.*?(?:[0-9}})\]]|\\pi))(\s*)({'|'.join(sorted(_LETTERS.split(), key=len, reverse=True))})\s*{_POWER}", re.ASCII
@@ -113,6 +114,8 @@ def _drop_one_unit(body: str) -> tuple[str | None, str]:
     for suffix, unit in _SUFFIXES.items():
         if body.endswith(suffix):
             return body[: -len(suffix)].strip(), unit
+    if not _MAY_END_UNIT.search(body):
+        return None, ""
     match = _TRAILING_TEXT.search(body) or _TRAILING_BRACKET.search(body) or _TRAILING_WORDS.search(body)
     if match is None:
         return None, ""
