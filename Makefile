@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 HAVE_CUDA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
 
-.PHONY: quickstart install test test-slow test-gpu gpu-evidence lint format docs mcore-next te gpu-sources trl tiny-base paper-base clean
+.PHONY: quickstart install test test-slow test-gpu gpu-evidence lint format docs mcore-next te gpu-sources trl tiny-base paper-base reproduce reproduce-fast clean
 
 quickstart: install
 	$(BIN)/torl train conf/quickstart$(if $(HAVE_CUDA),_gpu).yaml
@@ -87,6 +87,13 @@ paper-base: install
 	$(BIN)/python tools/make_paper_base.py start build/paper_small/start
 	PYTHONPATH=tools $(BIN)/torl pretrain conf/paper_small/base.yaml
 	$(BIN)/python tools/make_paper_base.py ship runs/paper_small_base/hf build/paper_small/model
+
+# the paper in small: runs that are missing, then docs/reproduction.md of all that is there; resumable
+reproduce: install
+	$(BIN)/python tools/reproduce.py
+
+reproduce-fast: install
+	$(BIN)/python tools/reproduce.py --fast
 
 clean:
 	rm -rf build .pytest_cache .ruff_cache

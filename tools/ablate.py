@@ -136,9 +136,9 @@ def _differences(base: Mapping[str, Any], other: Mapping[str, Any], prefix: str 
             yield f"{prefix}{key}={json.dumps(value)}"
 
 
-def run(runs_dir: Path, arm: str, seed: int, overrides: Sequence[str]) -> None:
-    """Trains one run, or goes on with it, or finds it complete."""
-    command = [str(Path(sys.executable).with_name("torl")), "train", "conf/quickstart.yaml"]
+def run(runs_dir: Path, arm: str, seed: int, overrides: Sequence[str], conf: str = "conf/quickstart.yaml") -> None:
+    """Trains one run of `conf`, or goes on with it, or finds it complete."""
+    command = [str(Path(sys.executable).with_name("torl")), "train", conf]
     mine = [f"runs_dir={runs_dir}", f"name={run_name(arm, seed)}", f"seed={seed}", "checkpoint.export_hf=false"]
     if not (runs_dir / run_name(arm, seed) / "summary.json").exists():
         subprocess.run([*command, *mine, *overrides], check=True, stdout=sys.stderr, cwd=ROOT)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import random
 import traceback
 from collections.abc import Iterator
@@ -34,12 +35,12 @@ Piece = tuple[str, bool]  # text, whether the policy writes it
 class Mix:
     """Shares of the answers; what is left of 1 is a bare program that is never run, or a bare answer."""
 
-    text: float = 0.50  # worked steps
-    program: float = 0.27  # one program, its output, an answer
-    repair: float = 0.07  # a program that raises, then another one
-    check: float = 0.09  # an answer, then a program that confirms or contradicts it
+    text: float = 0.53  # worked steps
+    program: float = 0.24  # one program, its output, an answer
+    repair: float = 0.09  # a program that raises, then another one
+    check: float = 0.08  # an answer, then a program that confirms or contradicts it
 
-    right_in_text: tuple[float, float, float] = (0.75, 0.30, 0.02)  # by level, with worked steps
+    right_in_text: tuple[float, float, float] = (0.80, 0.30, 0.02)  # by level, with worked steps
     right_at_once: tuple[float, float, float] = (0.40, 0.10, 0.00)  # by level, without
     right_program: float = 0.72  # of those that run
     read: float = 0.85  # answers that are what the program printed
@@ -53,8 +54,8 @@ _SOLUTIONS = {
     "sums": "{a}{sign}{b}={answer}",
     "products": "{a}*{b}={answer}",
     "systems": "({a}+{c})*y={b}-{d}, so y={answer}",
-    "counting": "there are {answer} from 1 to {n}",
-    "recurrence": "number {n} is {answer}",
+    "counting": "{a} divides {first}, {b} too {both}, {first}-{both}={answer}",
+    "recurrence": "{terms}, number {n} is {answer}",
     "choose": "{k} of {n} are {answer}",
     "chain": "{a}*{b}={product} and its digits are {answer}",
     "divisor": "{a} and {b} have {answer}",
@@ -113,11 +114,26 @@ def answer(problem: Problem, rng: random.Random, mix: Mix = MIX) -> list[Piece]:
 def _in_text(problem: Problem, rng: random.Random, mix: Mix) -> str:
     found = _maybe(problem, rng, mix.right_in_text)
     numbers: dict[str, Any] = _values(problem) | {"answer": found}
+    if problem.source == "counting":
+        numbers["first"], numbers["both"] = (
+            numbers["n"] // numbers["a"],
+            numbers["n"] // math.lcm(numbers["a"], numbers["b"]),
+        )
+    if problem.source == "recurrence":
+        numbers["terms"] = ", ".join(map(str, _terms(numbers)))
     if problem.source == "chain":
         numbers["product"] = numbers["a"] * numbers["b"]
         if found != problem.answer:
             numbers["product"] = _wrong(str(numbers["product"]), rng)
     return f"{_SOLUTIONS[problem.source].format(**numbers)}. {_boxed(found)}"
+
+
+def _terms(numbers: dict[str, Any]) -> list[int]:
+    """All but the last one, which is the answer."""
+    terms = [numbers["x"]]
+    for _ in range(numbers["n"] - 2):
+        terms.append(numbers["a"] * terms[-1] + numbers["b"])
+    return terms
 
 
 def _with_program(problem: Problem, rng: random.Random, mix: Mix) -> list[Piece]:

@@ -424,13 +424,21 @@ class AlgoConfig(Section):
     """Mask trajectories with a turn that holds neither a complete code block nor an answer (SimpleTIR, 2509.02479)."""
     mask_truncated: bool = False
     """Leave responses that ran out of budget out of the loss (DAPO's overlong filter)."""
+    train_on_observations: bool = False
+    """Train on what the tools say as on what was sampled: a control of the paper's claim that masking it keeps training stable
+    (§2.3.2), not a recipe."""
 
     @model_validator(mode="after")
-    def _refill_judges_groups(self) -> Self:
+    def _options_fit(self) -> Self:
         if self.zero_signal == "refill" and self.advantage == "reinforce_pp":
             raise ValueError(
                 "algo.zero_signal = refill replaces groups whose answers are alike, but with algo.advantage = reinforce_pp these "
                 "have advantages too; use keep or drop, or another advantage"
+            )
+        if self.train_on_observations and self.old_logprobs == "when_needed":
+            raise ValueError(
+                "algo.train_on_observations needs algo.old_logprobs = always: no server samples what a tool says, so it has no "
+                "log-probs without the pass"
             )
         return self
 

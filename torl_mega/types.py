@@ -262,12 +262,17 @@ class Sample:
     """
 
     token_ids: np.ndarray  # [T] int64
-    loss_mask: np.ndarray  # [T] bool, True on tokens the policy sampled
+    loss_mask: np.ndarray  # [T] bool, True on tokens the policy sampled (algo.train_on_observations: on the tools' too)
     rollout_logprobs: np.ndarray  # [T] float32, 0 where not sampled
     policy_versions: np.ndarray  # [T] int32, -1 where not sampled
     advantage: float
     group: int = 0  # number of its prompt's group in the step
     reward: float = 0.0  # what the advantage was computed from
+
+    @property
+    def sampled(self) -> np.ndarray:
+        """[T] bool, trained tokens that a server has a log-prob of."""
+        return np.asarray(self.loss_mask & (self.policy_versions >= 0))
 
 
 @dataclass(frozen=True, slots=True)

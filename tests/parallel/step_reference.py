@@ -52,6 +52,7 @@ CASES: dict[str, list[str]] = {
     "geo and tis with a veto": ["algo.correction=geo_tis", "algo.correction_geo=[0.95,1.05]", "algo.correction_veto=0.5"],
     "mis": ["algo.correction=mis", "algo.advantage=reinforce_pp", "optim.schedule=linear"],
     "signal only": [TWO_UPDATES, "algo.zero_signal=drop", "algo.advantage=batch_std"],
+    "observations too": [TWO_UPDATES, "algo.train_on_observations=true"],
     "penalties on advantages": ["algo.penalties=advantage", "algo.penalty_bound=0.3"],
 }  # fmt: skip
 
@@ -94,7 +95,7 @@ def _attempt(rng: np.random.Generator, prompt: Prompt, index: int) -> Trajectory
 
 
 def _with_logprobs(rng: np.random.Generator, bare: Trajectory, start: Any, temperature: float) -> Trajectory:
-    scored = score(start, Sequence_.of(bare), temperature)[0].detach().numpy()
+    scored = score(start, Sequence_.of(bare, observations=False), temperature)[0].detach().numpy()
     turns, at = [], len(bare.prompt.token_ids)
     for turn in bare.turns:
         n = len(turn.token_ids)
@@ -113,7 +114,7 @@ class Sequence_:
     """One trajectory as the reference sees it."""
 
     ids: list[int]
-    trained: list[int]  # positions of sampled tokens
+    trained: list[int]  # positions of sampled tokens, with algo.train_on_observations of a tool's too
     rollout: list[float]  # log-probs of those
     group: int = 0
     advantage: float = 0.0
@@ -121,11 +122,14 @@ class Sequence_:
     ref: list[float] = field(default_factory=list)
 
     @classmethod
-    def of(cls, trajectory: Trajectory) -> Sequence_:
+    def of(cls, trajectory: Trajectory, *, observations: bool) -> Sequence_:
         ids, trained, rollout = list(trajectory.prompt.token_ids), [], []
         for turn in trajectory.turns:
             trained += range(len(ids), len(ids) + len(turn.token_ids))
             rollout += turn.logprobs
+            if observations:
+                trained += range(trained[-1] + 1, trained[-1] + 1 + len(turn.observation_ids))
+                rollout += [0.0] * len(turn.observation_ids)
             ids += [*turn.token_ids, *turn.observation_ids]
         return cls(ids, trained, rollout)
 
@@ -174,7 +178,7 @@ class StepReference:
         rewards = [[r.parts["answer"] if on_advantage else r.value for r in g.rewards] for g in groups]
         for number, (group, row) in enumerate(zip(groups, slow_algo.advantages(rewards, algo.advantage), strict=True)):
             for trajectory, reward, advantage in zip(group.trajectories, group.rewards, row, strict=True):
-                s = Sequence_.of(trajectory)
+                s = Sequence_.of(trajectory, observations=algo.train_on_observations)
                 penalty = reward.value - reward.parts["answer"] if on_advantage else 0.0
                 s.group, s.advantage = number, advantage + max(penalty, -algo.penalty_bound * abs(advantage))
                 cut_off = algo.mask_truncated and trajectory.stop_reason is StopReason.LENGTH

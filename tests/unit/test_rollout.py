@@ -10,6 +10,7 @@ import types
 import numpy as np
 import pytest
 
+from torl_mega.algo.correction import correction_weights, mismatch
 from torl_mega.config_file import load_config
 from torl_mega.errors import DataError, GenerationError, Preempted, StaleServers
 from torl_mega.rollout import build
@@ -217,6 +218,24 @@ def test_samples_align_masks_logprobs_and_versions():
     assert (first.policy_versions[~first.loss_mask] == -1).all()
     assert (first.rollout_logprobs[~first.loss_mask] == 0).all()
     np.testing.assert_array_equal(first.rollout_logprobs[n:], np.array(trajectory.rollout_logprobs, np.float32))
+
+
+def test_training_on_observations_is_of_the_same_rollout_and_leaves_the_mismatch_alone():
+    algo = load_config("conf/base.yaml", ["algo.train_on_observations=true"]).algo
+    collected = collect(Script(CALL, " \\boxed{42}", "\\boxed{41}"), group_size=2)
+    plain, both = (make_samples(collected.groups, a)[0] for a in (load_config("conf/base.yaml").algo, algo))
+    n = len(PROMPT.token_ids)
+    assert both.loss_mask[n:].all()
+    assert not both.loss_mask[:n].any()
+    np.testing.assert_array_equal(both.sampled, plain.loss_mask)
+    assert both.loss_mask.sum() > plain.loss_mask.sum()
+    served = both.rollout_logprobs - np.float32(0.25)  # a trainer that is 0.25 below the servers everywhere
+    item = TrainSample(both, served, None, None)
+    assert mismatch([item])["max_abs_logprob_diff"] == pytest.approx(0.25)
+    tis = algo.model_copy(update={"correction": "tis", "correction_veto": 0.5})
+    weights = correction_weights(item, tis)
+    np.testing.assert_allclose(weights[both.sampled], math.exp(-0.25), rtol=1e-6)
+    assert (weights[n:][~both.sampled[n:]] == 1).all()
 
 
 def test_filters_mask_the_sample_but_keep_the_baseline():

@@ -29,7 +29,7 @@ def correction_weights(item: TrainSample, config: AlgoConfig) -> np.ndarray:
     `geo_tis`: both (verl's preset decoupled_geo_rs_token_tis).
     With `correction_veto` a sequence with any ratio below it is dropped, whatever the correction.
     """
-    mask = item.sample.loss_mask
+    mask = item.sample.sampled
     ones = np.ones(mask.shape, np.float32)
     if (config.correction == "none" and config.correction_veto is None) or not mask.any():
         return ones
@@ -59,7 +59,7 @@ def mismatch(batch: Sequence[TrainSample]) -> dict[str, float]:
     nothing to compare here: the trainer then reports the first two and k3 from its update.
     """
     scored = [(b.old_logprobs, b.sample) for b in batch]
-    diffs = [(old - sample.rollout_logprobs)[sample.loss_mask] for old, sample in scored if old is not None]
+    diffs = [(old - sample.rollout_logprobs)[sample.sampled] for old, sample in scored if old is not None]
     if batch and not diffs:
         return {}
     d = np.concatenate([np.zeros(0), *diffs])

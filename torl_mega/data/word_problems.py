@@ -11,8 +11,10 @@
 Contract: `problems(seed, families)` gives the same sequence for the same arguments on every machine and Python version (it
 draws from `random.Random.random()` alone), families in turn, and never ends. `Problem.extra` holds `level` and the `numbers` of
 the problem by name. `train`, `held_in` and `held_out` are what the configs of conf/paper_small name; no text is in two of
-them. `python -m torl_mega.data.word_problems` prints an example of each.
-Limits: one wording a family (two for sums). No family makes two calls necessary: one program could always do it all.
+them, but the numbers of an easy one may be in another wording: what a small model knows by heart it knows in any words.
+`python -m torl_mega.data.word_problems` prints an example of each.
+Limits: three wordings a family, with names and things drawn. No family makes two calls necessary: one program could always do
+it all.
 """
 
 from __future__ import annotations
@@ -20,16 +22,18 @@ from __future__ import annotations
 import math
 import random
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
+from typing import TypeVar
 
 from torl_mega.types import Problem
 
 LEVELS = (0, 0, 1, 1, 2)  # what is drawn from: easy, middle, hard
 TRAIN_SEED, HELD_SEED, NUM_TRAIN, NUM_HELD = 1, 1_000_000, 4096, 256
 Numbers = dict[str, int]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +41,7 @@ class Family:
     """How a family draws, words and answers its problems."""
 
     draw: Callable[[random.Random, int], Numbers]  # of a level
-    words: str
+    words: tuple[str, ...]
     answer: Callable[[Numbers], int | Fraction]
 
 
@@ -101,41 +105,87 @@ def _divisor(rng: random.Random, level: int) -> Numbers:
 
 
 FAMILIES: Mapping[str, Family] = {
-    "sums": Family(_sums, "", lambda v: v["a"] - v["b"] if v["away"] else v["a"] + v["b"]),
+    "sums": Family(
+        _sums,
+        (
+            "{who} has {a} {things} and gets {b} more. How many {things} has {who}?",
+            "{who} counts {a} {things}, then {b} others. How many is that?",
+            "What is {a} plus {b}?",
+        ),
+        lambda v: v["a"] - v["b"] if v["away"] else v["a"] + v["b"],
+    ),
     "products": Family(
-        _products, "A box holds {a} nuts. How many nuts are in {b} boxes?", lambda v: v["a"] * v["b"]
+        _products,
+        (
+            "A box holds {a} {things}. How many {things} are in {b} boxes?",
+            "{who} buys {a} bags of {b} {things}. How many {things} is that?",
+            "What is {a} times {b}?",
+        ),
+        lambda v: v["a"] * v["b"],
     ),
     "systems": Family(
         _systems,
-        "x plus {a} times y is {b} and x minus {c} times y is {d}. What is y?",
+        (
+            "{p} plus {a} times {q} is {b} and {p} minus {c} times {q} is {d}. What is {q}?",
+            "Find {q} if {p} + {a}{q} = {b} and {p} - {c}{q} = {d}.",
+            "{who} says: {p} and {a} times {q} make {b}, {p} less {c} times {q} makes {d}. What is {q}?",
+        ),
         lambda v: Fraction(v["b"] - v["d"], v["a"] + v["c"]),
     ),
     "counting": Family(
         _counting,
-        "How many numbers from 1 to {n} can be divided by {a} but not by {b}?",
+        (
+            "How many numbers from 1 to {n} can be divided by {a} but not by {b}?",
+            "{who} writes 1 to {n} and keeps what {a} divides and {b} does not. How many are kept?",
+            "Of {n} {things} in a row {who} takes each that has a number divided by {a}, not by {b}. How many?",
+        ),
         lambda v: v["n"] // v["a"] - v["n"] // math.lcm(v["a"], v["b"]),
     ),
     "recurrence": Family(
         _recurrence,
-        "A list begins with {x}. Each next number is {a} times the one before plus {b}. What is number {n}?",
+        (
+            "A list begins with {x}. Each next number is {a} times the one before plus {b}. What is number {n}?",
+            "{who} starts at {x} and goes on with {a} times the last number plus {b}. What is number {n}?",
+            "The first term is {x}, each next one {a} times the last plus {b}. What is term {n}?",
+        ),
         _recurrence_answer,
     ),
     "choose": Family(
-        _choose, "In how many ways can {k} of {n} books be chosen?", lambda v: math.comb(v["n"], v["k"])
+        _choose,
+        (
+            "In how many ways can {k} of {n} {things} be chosen?",
+            "{who} takes {k} of {n} {things}. How many ways are there?",
+            "How many sets of {k} can be made of {n} {things}?",
+        ),
+        lambda v: math.comb(v["n"], v["k"]),
     ),
     "chain": Family(
         _products,
-        "Multiply {a} by {b}. What is the sum of the digits of the result?",
+        (
+            "Multiply {a} by {b}. What is the sum of the digits of the result?",
+            "{who} multiplies {a} and {b} and adds up the digits. What comes out?",
+            "What is the digit sum of {a} times {b}?",
+        ),
         lambda v: sum(map(int, str(v["a"] * v["b"]))),
     ),
     "divisor": Family(
-        _divisor, "What is the greatest number that divides {a} and {b}?", lambda v: math.gcd(v["a"], v["b"])
+        _divisor,
+        (
+            "What is the greatest number that divides {a} and {b}?",
+            "{who} shares {a} {things} and {b} cups among as many people as can be. How many?",
+            "Which is the largest number that both {a} and {b} can be divided by?",
+        ),
+        lambda v: math.gcd(v["a"], v["b"]),
     ),
 }  # fmt: skip
-_SUMS = (
-    "Ann has {a} coins and gets {b} more. How many has she?",
-    "Ann has {a} coins and gives {b} away. How many has she?",
+_AWAY = (  # sums that take away
+    "{who} has {a} {things} and gives {b} away. How many {things} has {who}?",
+    "{who} counts {a} {things}, then loses {b}. How many is that?",
+    "What is {a} minus {b}?",
 )
+NAMES = ("Ann", "Ben", "Cleo", "Dan", "Eva", "Finn")
+THINGS = ("coins", "books", "nuts", "cards", "pens", "eggs")
+UNKNOWNS = (("x", "y"), ("m", "n"), ("u", "v"), ("s", "t"))
 HELD_OUT = ("divisor",)
 TRAINED = tuple(name for name in FAMILIES if name not in HELD_OUT)
 
@@ -148,11 +198,21 @@ def problems(seed: int, families: tuple[str, ...] = TRAINED) -> Iterator[Problem
         name = families[row % len(families)]
         level = LEVELS[integer(rng, 0, len(LEVELS) - 1)]
         numbers = FAMILIES[name].draw(rng, level)
-        words = _SUMS[numbers["away"]] if name == "sums" else FAMILIES[name].words
+        wordings = _AWAY if numbers.get("away") else FAMILIES[name].words
+        words = _pick(rng, wordings).format(**numbers, **_dress(rng))
         answer = str(FAMILIES[name].answer(numbers))
         extra = {"level": level, "numbers": numbers}
-        yield Problem(f"{name}/{seed}/{row}", words.format(**numbers), answer, name, extra)
+        yield Problem(f"{name}/{seed}/{row}", words, answer, name, extra)
         row += 1
+
+
+def _dress(rng: random.Random) -> dict[str, str]:
+    p, q = _pick(rng, UNKNOWNS)
+    return {"who": _pick(rng, NAMES), "things": _pick(rng, THINGS), "p": p, "q": q}
+
+
+def _pick(rng: random.Random, items: Sequence[_T]) -> _T:
+    return items[integer(rng, 0, len(items) - 1)]
 
 
 def is_held(problem: Problem) -> bool:

@@ -24,16 +24,17 @@ def make_samples(groups: Sequence[Group], config: AlgoConfig) -> list[Sample]:
             own = float(rewards[number][index])
             advantage = bounded_penalty(float(advantages_G[index]), reward.value - own, config.penalty_bound)
             trained = has_signal and is_trained(trajectory, config)
-            samples.append(_sample(trajectory, advantage, own, number, trained=trained))
+            mask = np.array(trajectory.loss_mask, bool) | config.train_on_observations
+            samples.append(_sample(trajectory, advantage, own, number, mask=mask & trained))
     return samples
 
 
-def _sample(trajectory: Trajectory, advantage: float, reward: float, group: int, *, trained: bool) -> Sample:
+def _sample(trajectory: Trajectory, advantage: float, reward: float, group: int, *, mask: np.ndarray) -> Sample:
     prompt = trajectory.prompt.token_ids
-    response, mask = trajectory.response_ids, trajectory.loss_mask
+    response = trajectory.response_ids
     num_prompt = len(prompt)
     loss_mask = np.zeros(num_prompt + len(response), bool)
-    loss_mask[num_prompt:] = mask if trained else False
+    loss_mask[num_prompt:] = mask
     logprobs = np.zeros(loss_mask.size, np.float32)
     logprobs[num_prompt:] = trajectory.rollout_logprobs
     versions = np.full(loss_mask.size, -1, np.int32)

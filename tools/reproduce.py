@@ -1,0 +1,167 @@
+"""The paper in small: runs its arms over several seeds, keeps what they came to as data, and writes docs/reproduction.md of that.
+
+    python tools/reproduce.py [--arms torl no_tool …] [--seeds 1 2 3] [--runs-dir runs/reproduction]      `make reproduce`
+    python tools/reproduce.py --fast             two arms, three seeds                                    `make reproduce-fast`
+    python tools/reproduce.py --collect-only     data and page of the runs that are complete, without starting any
+    python tools/reproduce.py --page-only        the page of the data that is committed
+
+Contract: resumable; a run that is complete is read, one that was stopped goes on. docs/reproduction/*.json hold one run each, with
+its command, machine and versions; page and figures are made of them alone (tools/reproduction_page.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import reproduction_page
+from ablate import run, run_name
+
+from torl_mega.rollout.python_tool import code_spans
+from torl_mega.rollout.recorder import read_groups, step_path
+from torl_mega.rollout.statistics import programs
+from torl_mega.run.metrics import read_rows
+from torl_mega.types import ExecutionStatus, Reward, Trajectory
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT / "docs/reproduction"
+SEEDS = {
+    "torl": 5,
+    "no_tool": 5,
+    "c2": 3,
+    "code_error": 3,
+    "plus": 3,
+    "noise": 3,
+    "lot": 3,
+    "observations": 3,
+}  # arm -> number of seeds
+FAST = {"torl": 3, "no_tool": 3}
+CURVES = (
+    "accuracy reward code_ratio pass_ratio pass_ratio_correct pass_ratio_incorrect executed_code_ratio code_before_answer_ratio "
+    "response_length entropy k3 group_zero_signal_ratio num_trained_tokens rollout_s train_s step_s"
+).split()
+EDGE = 5  # steps at either end of a run whose trajectories are looked at
+LIBRARIES = ("torch", "megatron-core", "sglang", "transformers")
+_NUMBER = re.compile(r"-?\d+(?:/\d+)?")
+
+
+def conf_of(arm: str) -> str:
+    return f"conf/paper_small/{arm}.yaml"
+
+
+def collect(folder: Path, arm: str, seed: int, overrides: Sequence[str]) -> dict[str, Any] | None:
+    """What a run came to, as data; None when it is not complete."""
+    if not (folder / "summary.json").exists():
+        return None
+    summary = json.loads((folder / "summary.json").read_text())
+    steps = [row for row in read_rows(folder / "metrics.jsonl") if row["kind"] == "train"]
+    last = len(steps) - EDGE
+    return {
+        "arm": arm,
+        "seed": seed,
+        "command": " ".join(["torl train", conf_of(arm), f"seed={seed}", *overrides]),
+        "config_hash": summary["config_hash"],
+        "machine": machine(),
+        "versions": {name: metadata.version(name) for name in LIBRARIES},
+        "wall_s": round(sum(row["step_s"] for row in steps), 1),
+        "max_abs_logprob_diff": summary["mismatch"]["max_abs_logprob_diff"],
+        "curves": {name: [round(row[name], 5) for row in steps] for name in CURVES if name in steps[0]},
+        "eval": {when: _rounded(summary["eval"][when]) for when in ("before", "after")},
+        "behaviour": {
+            "before": behaviour(_attempts(folder, range(EDGE))),
+            "after": behaviour(_attempts(folder, range(last, len(steps)))),
+        },
+    }
+
+
+def machine() -> dict[str, Any]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
+
+
+def _rounded(measures: dict[str, Any]) -> dict[str, float]:
+    return {name: round(value, 5) for name, value in measures.items() if isinstance(value, int | float)}
+
+
+def _attempts(folder: Path, steps: Iterable[int]) -> list[tuple[Trajectory, Reward]]:
+    groups = [group for step in steps for group in read_groups(step_path(folder / "trajectories", step))]
+    return [pair for group in groups for pair in zip(group.trajectories, group.rewards, strict=True)]
+
+
+def behaviour(attempts: Sequence[tuple[Trajectory, Reward]]) -> dict[str, int]:
+    """Counts: answers with a program that failed, those in which another program then ended OK; answers whose number in prose
+    before their first program is not what that printed, those whose final answer is what it printed."""
+    failed = repaired = differed = followed = 0
+    for trajectory, reward in attempts:
+        ran = programs(trajectory)
+        first = next((i for i, call in enumerate(ran) if call.status is not ExecutionStatus.OK), None)
+        if first is not None:
+            failed += 1
+            repaired += any(c.status is ExecutionStatus.OK and c.code != ran[first].code for c in ran[first + 1 :])
+        said, printed = said_before(trajectory), printed_first(trajectory)
+        if said is not None and printed is not None and said != printed:
+            differed += 1
+            followed += reward.extracted == printed
+    return {
+        "answers": len(attempts), "failed": failed, "repaired": repaired, "differed": differed, "followed": followed
+    }  # fmt: skip
+
+
+def said_before(trajectory: Trajectory) -> str | None:
+    """The last number of the prose before the first program that ran."""
+    text = trajectory.turns[0].text
+    spans = code_spans(text)
+    if not trajectory.turns[0].tool_calls or not spans:
+        return None
+    found = _NUMBER.findall(text[: spans[0][0]])
+    return found[-1] if found else None
+
+
+def printed_first(trajectory: Trajectory) -> str | None:
+    """What the first program printed, if it ended OK and that is a number."""
+    ran = programs(trajectory)
+    if not ran or ran[0].status is not ExecutionStatus.OK:
+        return None
+    printed = ran[0].observation.strip().removesuffix("```").strip()
+    return printed if _NUMBER.fullmatch(printed) else None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", nargs="+", choices=list(SEEDS), default=None, metavar="ARM")
+    parser.add_argument("--seeds", type=int, nargs="+", default=None)
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs/reproduction"))
+    parser.add_argument("--fast", action="store_true", help="two arms, three seeds")
+    parser.add_argument("--collect-only", action="store_true", help="start nothing")
+    parser.add_argument("--page-only", action="store_true", help="read no run")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value")
+    args = parser.parse_args()
+    wanted = FAST if args.fast else SEEDS
+    plan = {arm: args.seeds or list(range(1, wanted[arm] + 1)) for arm in args.arms or wanted}
+    runs_dir = args.runs_dir.resolve()
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "tools"), os.environ.get("PYTHONPATH")]))
+    DATA.mkdir(exist_ok=True)
+    for seed in sorted({seed for seeds in plan.values() for seed in seeds}):
+        for arm in (arm for arm, seeds in plan.items() if seed in seeds):
+            if args.page_only:
+                continue
+            if not args.collect_only:
+                run(runs_dir, arm, seed, args.overrides, conf_of(arm))
+            found = collect(runs_dir / run_name(arm, seed), arm, seed, args.overrides)
+            if found is not None:
+                (DATA / f"{run_name(arm, seed)}.json").write_text(json.dumps(found, indent=1) + "\n")
+    reproduction_page.write(DATA, ROOT / "docs")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
