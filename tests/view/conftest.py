@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from browser import Browser, chromium
-from runs import make_run
+from recorded_run import make_run
 
 from torl_mega.view.command import view
 

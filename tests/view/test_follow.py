@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from browser import Browser
-from runs import MODEL, Maker, add_step, make_run
+from recorded_run import MODEL, Maker, add_step, make_run
 
 from torl_mega.data.tokenizer import Tokenizer
 from torl_mega.view.command import view

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import zstandard
 from browser import Browser
-from runs import make_run
+from recorded_run import make_run
 
 from torl_mega.rollout.recorder import read_rows, step_path
 from torl_mega.view.command import view

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from browser import Browser
-from runs import MODEL, Maker, add_step, make_run
+from recorded_run import MODEL, Maker, add_step, make_run
 
 from torl_mega.data.tokenizer import Tokenizer
 from torl_mega.rollout.recorder import read_groups, read_rows, step_path
