@@ -46,13 +46,22 @@ LAYOUTS = [
     Layout(context=2),
     Layout(tensor=2, context=2, pipeline=2, data=2, sequence=True),
 ]
+MOE_LAYOUTS = [
+    Layout(),
+    Layout(tensor=2, sequence=True),
+    Layout(data=2, expert=2),
+    Layout(tensor=2, sequence=True, expert_tensor=2),
+    Layout(tensor=2, data=2, sequence=True, expert=2, expert_tensor=2),
+    Layout(pipeline=2, virtual_pipeline=2, data=2, expert=2),
+]
 RECIPE_LAYOUTS = [Layout(tensor=2, sequence=True), Layout(pipeline=2, virtual_pipeline=2), Layout(context=2)]
 
 
-def attributes(parameter: Any) -> dict[str, Any]:
-    """What the gradient all-reduces and the norm read of a parameter."""
-    names = ("sequence_parallel", "tensor_model_parallel", "partition_dim", "partition_stride")
-    return {name: getattr(parameter, name, None) or None for name in names}
+def attributes(parameter: Any, *, grouped: bool) -> dict[str, Any]:
+    """What the gradient all-reduces and the norm read of a parameter; of which axis is cut nothing reads in grouped experts."""
+    names = ("sequence_parallel", "tensor_model_parallel", *(() if grouped else ("partition_dim", "partition_stride")))
+    found = {name: getattr(parameter, name, None) or None for name in names}
+    return found | {"allreduce": getattr(parameter, "allreduce", True)}
 
 
 def checkpoint_keys(chunks: list[Any]) -> dict[tuple[Any, ...], tuple[int, ...]]:
@@ -84,10 +93,12 @@ def differences(te: list[Any], local: list[Any], model: Path, shape: Any, single
         if mine is None or theirs is None:
             if mine is not theirs:
                 yield f"{name} is on one side only"
-        elif not torch.equal(mine, theirs):
+            continue
+        if not torch.equal(mine, theirs):
             yield f"{name} holds other numbers"
-        elif (found := attributes(mine)) != (wanted := attributes(theirs)):
-            yield f"{name} is marked {found}, locally {wanted}"
+        marks = [attributes(parameter, grouped=rule.expert is not None) for parameter in (mine, theirs)]
+        if marks[0] != marks[1]:
+            yield f"{name} is marked {marks[0]}, locally {marks[1]}"
     ours, wanted = checkpoint_keys(te), checkpoint_keys(local)
     for key in sorted({key for key in ours.keys() | wanted.keys() if ours.get(key) != wanted.get(key)}):
         yield f"checkpoint key {key}: global shape {ours.get(key)}, locally {wanted.get(key)}"
@@ -170,7 +181,7 @@ def main(results: Path, models: Path) -> None:
     write({"linear": list(linear.parameters), "problems": []})
     folders = sorted(folder for folder in models.iterdir() if folder.is_dir())
     for model in folders:
-        for layout in LAYOUTS:
+        for layout in MOE_LAYOUTS if "moe" in model.name else LAYOUTS:
             write(compare(model, layout))
     for profile in ("default", *PROFILES):
         for layout in RECIPE_LAYOUTS:

@@ -22,6 +22,7 @@ from torchrun import NEXT, run_python  # noqa: E402
 
 TE = ROOT / "build/te"  # made by `make gpu-sources`
 MODELS = ["qwen2_untied", "qwen2_tied", "qwen3_untied", "llama_tied"]
+MOE = ["qwen3moe_untied", "qwen2moe_untied"]
 RECIPES = {
     "default": (None, None, False),
     "fp8_hybrid_delayed": ("TEDelayedScaling", "HYBRID", True),
@@ -38,7 +39,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("te")
-    for name in MODELS:
+    for name in (*MODELS, *MOE):
         family, tied = name.split("_")
         model = ref.make_model(family, tied=tied == "tied", dtype=torch.bfloat16)
         ref.save_model(model, folder / "models" / name)
@@ -52,6 +53,16 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_layers_are_the_local_ones_in_every_layout(table: list[dict[str, Any]], model: str) -> None:
     rows = [row for row in table if row.get("model") == model]
     assert (len(rows), sum(row["ranks"] for row in rows)) == (8, 35)
+    assert all(row["keys"] > 0 for row in rows)
+    wrong = [f"{row['layout']}: {text}" for row in rows for text in row["problems"]]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("model", MOE)
+def test_layers_with_experts_are_the_local_ones(table: list[dict[str, Any]], model: str) -> None:
+    """Grouped in one module here, a module each there."""
+    rows = [row for row in table if row.get("model") == model]
+    assert (len(rows), sum(row["ranks"] for row in rows)) == (6, 15)
     assert all(row["keys"] > 0 for row in rows)
     wrong = [f"{row['layout']}: {text}" for row in rows for text in row["problems"]]
     assert not wrong, "\n".join(wrong)

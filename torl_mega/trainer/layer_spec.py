@@ -71,8 +71,12 @@ def block_spec(config: TransformerConfig, kind: SpecKind, vp_stage: int | None) 
     parts = dataclasses.replace(attention.submodules, core_attention=SdpaCoreAttention)
     if config.qk_layernorm:
         parts = dataclasses.replace(parts, q_layernorm=RMSNorm, k_layernorm=RMSNorm)
+    names = dict(layer.sharded_state_dict_keys_map)
+    if config.num_moe_experts:  # saved as what Transformer Engine does not fuse there
+        names.pop("pre_mlp_layernorm.")
     layer = dataclasses.replace(
         layer,
+        sharded_state_dict_keys_map=names,
         input_layernorm=RMSNorm,
         pre_mlp_layernorm=RMSNorm,
         self_attention=dataclasses.replace(attention, submodules=parts),
