@@ -42,7 +42,8 @@ def make_quick(model: Any) -> None:
         return
     from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 
-    original, load = FusedMoE.make_expert_params_mapping, kind.load_weights
+    experts: Any = FusedMoE
+    original, load = experts.make_expert_params_mapping, kind.load_weights
 
     @functools.wraps(load)
     def load_weights(self: Any, weights: Iterable[tuple[str, Any]], *args: Any, **kwargs: Any) -> Any:
@@ -53,7 +54,7 @@ def make_quick(model: Any) -> None:
 
     load_weights.torl_quick = True  # type: ignore[attr-defined]
     kind.load_weights = load_weights
-    FusedMoE.make_expert_params_mapping = staticmethod(lambda *a, **k: QuickList(original(*a, **k)))
+    experts.make_expert_params_mapping = staticmethod(lambda *a, **k: QuickList(original(*a, **k)))
 
 
 def _one_at_a_time(weights: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
