@@ -25,11 +25,15 @@ def check_fp8_serving(hf_config: Mapping[str, Any], config: Config) -> list[str]
     for a model that the trainer does not know."""
     if config.serving.weight_dtype == "model":
         return []
-    tensor = config.serving.tensor
+    tensor, shape = config.serving.tensor, describe_model(hf_config)
+    if shape.experts is not None:
+        return [
+            f"serving.weight_dtype = fp8_block is not supported for a {shape.architecture}; take weight_dtype = model"
+        ]
     return [
         f"serving.weight_dtype = fp8_block needs {what} on each of serving.tensor = {tensor} ranks to be a multiple of "
         f"{BLOCK}, found {size / tensor:g}; take a smaller serving.tensor or weight_dtype = model"
-        for what, size in _sharded_sizes(describe_model(hf_config), tensor).items()
+        for what, size in _sharded_sizes(shape, tensor).items()
         if size % (BLOCK * tensor)
     ]
 
