@@ -6,12 +6,14 @@ import asyncio
 import json
 import statistics
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from torl_mega.config_file import load_config
+from torl_mega.data.tokenizer import Tokenizer
 from torl_mega.types import (
     ExecutionStatus,
     GraderStatus,
@@ -28,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import paper_controls  # noqa: E402
+import paper_traces  # noqa: E402
 import reproduce  # noqa: E402
 import reproduction_page as page  # noqa: E402
 
@@ -161,3 +164,13 @@ def test_controls_know_nothing_of_the_answer() -> None:
     assert {r["correct"] for r in right} == {True}
     assert {r["correct"] for r in wrong} == {False}
     assert statistics.fmean(r["lot"] > 0 for r in right) == pytest.approx(paper_controls.SHARE, abs=0.04)
+
+
+def test_the_shipped_base_is_the_one_of_its_card() -> None:
+    model = ROOT / "conf/paper_small/model"
+    card = (model / "README.md").read_text()
+    settings = load_config(ROOT / "conf/paper_small/base.yaml")
+    assert f"{settings.num_steps} steps of {settings.pretrain.rows_per_step} generated answers" in card
+    assert all(f"| {name} | {value} |" in card for name, value in asdict(paper_traces.MIX).items())
+    Tokenizer(model).check_lossless()
+    assert sum(file.stat().st_size for file in model.iterdir()) < 20e6
