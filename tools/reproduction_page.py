@@ -137,11 +137,11 @@ def cost_table(runs: Runs) -> str:
     for c, arm in enumerate(("no_tool", "torl", "c2")):
         seconds, gain = PAPER_TABLE_4[arm]
         if runs[arm]:
-            step = _shown([statistics.fmean(r["curves"]["step_s"]) for r in runs[arm]], "{:.1f}")
+            step = _shown([statistics.fmean(r["curves"]["step_s"]) for r in runs[arm]], "{:.1f}") + " s"
             accuracy = _percent([r["eval"]["after"]["accuracy"] for r in runs[arm]])
         else:
             step = accuracy = "not run"
-        lines.append(f"| {c} | {step} s | {accuracy} | {seconds} s | {gain} |")
+        lines.append(f"| {c} | {step} | {accuracy} | {seconds} s | {gain} |")
     lines.append(
         "\nHere on a machine that other work shared, so seconds say little; the paper's are of 1.5B on eight A800."
     )
