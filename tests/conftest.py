@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -22,6 +23,11 @@ from torl_mega.process.start import start as start_process
 from torl_mega.serving.sglang_server import wait_ready
 
 LINES_SHOWN = 40
+
+
+def pytest_configure() -> None:
+    """A background job is born ignoring Ctrl-C, and so would be what the tests start and interrupt."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(wrapper=True)
