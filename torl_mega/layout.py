@@ -210,9 +210,8 @@ def describe_model(hf: Mapping[str, Any]) -> ModelShape:
     name = names[0]
     _refuse_variants(hf, name)
     try:
-        count = (
-            {"num_experts": hf["num_local_experts"]} if "num_local_experts" in hf else {}
-        )  # transformers writes either
+        # transformers writes either name
+        count = {"num_experts": hf["num_local_experts"]} if "num_local_experts" in hf else {}
         hf = {"max_position_embeddings": 32768, **_DEFAULTS[name], **count, **hf}
         hidden, heads = int(hf["hidden_size"]), int(hf["num_attention_heads"])
         rope = _rope(hf)

@@ -44,9 +44,8 @@ class Loop:
     num_mini_batches: int
     eval_every: int  # 0 = only before and after
     save_every: int  # 0 = only at the end
-    record: Callable[[int, Sequence[TrainSample]], None] = lambda step, samples: (
-        None
-    )  # what the trainer found before its update
+    # keeps what the trainer found before its update
+    record: Callable[[int, Sequence[TrainSample]], None] = lambda step, samples: None
 
     def run(self, start: int, *, evaluate_first: bool) -> bool:
         """Runs the steps from `start` on; the servers hold version `start`. Returns True when the run is complete, False

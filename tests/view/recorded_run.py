@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from torl_mega.data.tokenizer import Tokenizer
+from torl_mega.rollout.benchmark_table import transcript
 from torl_mega.rollout.recorder import step_path, trainer_path, write_step
 from torl_mega.types import (
     ExecutionStatus,
@@ -112,22 +113,4 @@ def add_evaluation(folder: Path, name: str, groups: Sequence[Group]) -> None:
     with (folder / "eval" / f"{name}.jsonl").open("w") as out:
         for group in groups:
             for trajectory, reward in zip(group.trajectories, group.rewards, strict=True):
-                problem = group.prompt.problem
-                row = {
-                    "problem_id": problem.problem_id,
-                    "source": problem.source,
-                    "sample": trajectory.sample_index,
-                    "problem": problem.problem,
-                    "gold": problem.answer,
-                    "extracted": reward.extracted,
-                    "correct": reward.correct,
-                    "grader": reward.status.value,
-                    "stop_reason": trajectory.stop_reason.value,
-                    "num_tokens": len(trajectory.response_ids),
-                    "tool_calls": [
-                        {"status": c.status.value, "code": c.code, "observation": c.observation}
-                        for c in trajectory.tool_calls
-                    ],
-                    "response": trajectory.response_text,
-                }
-                out.write(json.dumps(row) + "\n")
+                out.write(json.dumps(transcript(trajectory, reward)) + "\n")

@@ -90,11 +90,12 @@ def _write_transcripts(path: Path, collected: CollectedGroups) -> None:
     with replacing(path) as out:
         for group in collected.groups:
             for trajectory, reward in zip(group.trajectories, group.rewards, strict=True):
-                line = json.dumps(_transcript(trajectory, reward), ensure_ascii=False) + "\n"
+                line = json.dumps(transcript(trajectory, reward), ensure_ascii=False) + "\n"
                 out.write(line.encode("utf-8", "backslashreplace"))
 
 
-def _transcript(trajectory: Trajectory, reward: Reward) -> dict[str, Any]:
+def transcript(trajectory: Trajectory, reward: Reward) -> dict[str, Any]:
+    """One line of `eval/*.jsonl`."""
     problem = trajectory.prompt.problem
     return {
         "problem_id": problem.problem_id,

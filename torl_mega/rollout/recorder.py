@@ -73,10 +73,10 @@ def write_scores(folder: Path, step: int, samples: Sequence[TrainSample]) -> Non
     for item in samples:
         if item.old_logprobs is None or item.entropy is None:
             return
-        sampled = item.sample.policy_versions >= 0
-        trained = item.sample.loss_mask[sampled]
-        logprobs.append(np.where(trained, item.old_logprobs[sampled], np.nan))
-        entropies.append(np.where(trained, item.entropy[sampled], np.nan))
+        drawn = item.sample.policy_versions >= 0  # trained on or not
+        trained = item.sample.loss_mask[drawn]
+        logprobs.append(np.where(trained, item.old_logprobs[drawn], np.nan))
+        entropies.append(np.where(trained, item.entropy[drawn], np.nan))
     if logprobs:
         with replacing(trainer_path(step_path(folder, step))) as out:
             flat = np.concatenate(logprobs).astype(np.float32), np.concatenate(entropies).astype(np.float16)
