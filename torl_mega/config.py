@@ -391,6 +391,9 @@ class AlgoConfig(Section):
     """RL steps after which the reference becomes the current policy; 0 = the starting weights for ever."""
     entropy_coef: float = Field(ge=0)
     """Weight of the entropy bonus. Source: script:10."""
+    router_replay: Literal["off", "rollout", "old"] = "off"
+    """Models with experts: every pass of the trainer takes, token by token, the experts that the server took (R3, 2510.11370), or
+    those of the old-log-prob pass (R2, 2507.18071 §5.3). Their weights still come from the trainer's own router."""
     router_aux_coef: float = Field(default=0.0, ge=0)
     """Weight of the loss that makes routers choose all experts alike, per sequence and layer (DeepSeek-V3 2412.19437, 2.1.2). 0 in
     GRPO: it pulls against the reward."""
@@ -727,7 +730,7 @@ class Config(Section):
         on_policy = self.updates_per_step == 1 and self.rollout.max_staleness == 0
         charged = algo.kl_coef > 0 and algo.kl_in == "reward"
         corrected = algo.correction != "none" or algo.correction_veto is not None
-        return algo.old_logprobs == "always" or charged or corrected or not on_policy
+        return algo.old_logprobs == "always" or charged or corrected or not on_policy or algo.router_replay == "old"
 
     @property
     def max_train_tokens(self) -> int:

@@ -332,6 +332,14 @@ def check_layout(hf_config: Mapping[str, Any], parallel: ParallelConfig, world_s
     return problems
 
 
+def check_router_replay(hf_config: Mapping[str, Any], mode: str) -> list[str]:
+    """What stands against `algo.router_replay` = `mode`."""
+    shape = describe_model(hf_config)
+    if mode == "off" or shape.experts is not None:
+        return []
+    return [f"algo.router_replay = {mode}: a {shape.architecture} has no experts; take off"]
+
+
 def _expert_problems(shape: ModelShape, parallel: ParallelConfig, world_size: int) -> list[str]:
     """What stands against this layout in the MLPs."""
     tp, ep, etp, experts = parallel.tensor, parallel.expert, parallel.expert_tensor, shape.experts

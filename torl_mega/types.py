@@ -121,6 +121,9 @@ class GenerationRequest:
     seed: int  # unique per (run, step, prompt, sample, turn); counts where the server is deterministic
     route_key: str  # requests that share it share a prefix
     stop_token_ids: tuple[int, ...] = ()  # end a generation as EOS does, beside those of the model's own files
+    routes_from: int | None = (
+        None  # first position whose experts are wanted, at most P - 1 after the first turn; None = none
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +135,8 @@ class Generation:
     policy_versions: tuple[int, ...]  # [T] version of the weights that sampled each token
     text: str  # decoded, stop string included
     finish: FinishReason
+    routes: np.ndarray | None = field(default=None, compare=False)
+    """[P + T - 1 - routes_from, layers, k] the experts that each token went to; the last token has not gone through the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +162,8 @@ class Turn:
     tool_call: ToolCall | None = None
     observation_ids: tuple[int, ...] = ()  # [O] inserted, never trained
     more_calls: tuple[ToolCall, ...] = ()  # the second and later calls of one turn, in a chat
+    routes: np.ndarray | None = field(default=None, compare=False)
+    """[n, layers, k] the experts of the tokens that follow those of earlier turns' routes, up to the last but one of this turn."""
 
     @property
     def tool_calls(self) -> tuple[ToolCall, ...]:
@@ -194,6 +201,18 @@ class Trajectory:
     def policy_versions(self) -> tuple[int, ...]:
         """[T] over response_ids; -1 on inserted tokens."""
         return tuple(v for t in self.turns for v in (*t.policy_versions, *(-1,) * len(t.observation_ids)))
+
+    @property
+    def routes(self) -> np.ndarray | None:
+        """[P + T, layers, k] int16, the experts that the servers took for each token of prompt and response, -1 where none is
+        known: the last sampled token and what was inserted after it. None where they were not asked for."""
+        parts = [turn.routes for turn in self.turns]
+        if not parts or any(part is None for part in parts):
+            return None
+        known = np.concatenate([part for part in parts if part is not None]).astype(np.int16)
+        table = np.full((len(self.prompt.token_ids) + len(self.response_ids), *known.shape[1:]), -1, np.int16)
+        table[: len(known)] = known
+        return table
 
     @property
     def tool_calls(self) -> tuple[ToolCall, ...]:
@@ -268,6 +287,7 @@ class Sample:
     advantage: float
     group: int = 0  # number of its prompt's group in the step
     reward: float = 0.0  # what the advantage was computed from
+    routes: np.ndarray | None = None  # [T, layers, k] int16 experts that every pass takes, -1 = the router's own choice
 
     @property
     def sampled(self) -> np.ndarray:

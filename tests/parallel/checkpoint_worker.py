@@ -28,8 +28,8 @@ from torl_mega.trainer.weights.hf_io import HfReader
 from torl_mega.types import TrainSample
 
 
-def one_step(trainer: Any, n: int) -> None:
-    samples = ref.make_samples(n)
+def one_step(trainer: Any, model: tuple[str, bool], n: int) -> None:
+    samples = ref.step_samples(*model, n)
     scored = trainer.old_logprobs(samples)
     shifts = ref.noise(n, samples)
     trainer.forward_backward(
@@ -38,19 +38,19 @@ def one_step(trainer: Any, n: int) -> None:
     trainer.optim_step()
 
 
-def save(layout: Layout, model_path: Path, path: Path, aux: tuple[str, ...]) -> None:
+def save(layout: Layout, model_path: Path, path: Path, model: tuple[str, bool]) -> None:
     """One rank's part: HF's bits are all there, then two steps and a checkpoint."""
     from torl_mega.trainer.megatron_trainer import MegatronTrainer
 
-    config = config_for(layout, model_path, aux)
+    config = config_for(layout, model_path, aux_of(*model))
     parallel.init_distributed(config.parallel, config.trainer)
     trainer = MegatronTrainer(config)
     start = dict(trainer.weights())
     if parallel.is_rank0():
         reader = HfReader(model_path, trainer.shape)
         assert all((t == reader.get(name)).all() for name, t in start.items()), f"{layout.name} changes HF's bits"
-    one_step(trainer, 0)
-    one_step(trainer, 1)
+    one_step(trainer, model, 0)
+    one_step(trainer, model, 1)
     trainer.save(path, extra={"steps_done": 2})
     dist.barrier()
     parallel.destroy()
@@ -68,7 +68,7 @@ def load_all(
     for saved_in, path in checkpoints:
         trainer = MegatronTrainer(config)
         assert trainer.load(path) == {"steps_done": 2}
-        one_step(trainer, 2)
+        one_step(trainer, hf_run[1:], 2)
         weights = dict(trainer.weights())
         if hf:
             gap = largest((weights[k], hf.weights[k]) for k in weights)
@@ -86,7 +86,7 @@ def main(results: Path, work: Path, cases: Path) -> None:
     model_path = work / f"{family}_{'tied' if tied else 'untied'}"
     checkpoints = [(Layout(**fields), work / f"ck_{n}" / "step_000002") for n, fields in enumerate(savers)]
     for layout, path in checkpoints:
-        run_ranks(layout.world_size, partial(save, layout, model_path, path, aux_of(family, tied)), LAYOUT_LIMIT_S)
+        run_ranks(layout.world_size, partial(save, layout, model_path, path, (family, tied)), LAYOUT_LIMIT_S)
     for fields in loaders:
         layout = Layout(**fields)
         load = partial(load_all, layout, model_path, checkpoints, (work, family, tied), results)

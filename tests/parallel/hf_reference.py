@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ MOE: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+MOE_LAYERS = 4
 AUX_COEF = {("qwen2moe", False): 0.05, ("qwen3moe", True): 0.05}  # by model; 0 for all others
 
 
@@ -43,7 +44,7 @@ def make_model(
     """A small random HF model with non-trivial biases and norms, so that a wrong mapping shows."""
     import transformers
 
-    layers = layers or (4 if family in MOE else 8)
+    layers = layers or (MOE_LAYERS if family in MOE else 8)
 
     shared = {
         "vocab_size": VOCAB,
@@ -121,6 +122,24 @@ def make_samples(seed: int, count: int = 14, longest: int = 40) -> list[Sample]:
     return samples
 
 
+def step_samples(family: str, tied: bool, n: int) -> list[Sample]:
+    """The samples of step `n`. Of a model with experts those of later steps say which experts their tokens take, and of one
+    model those of the first step too, so that its gradients are compared."""
+    samples = make_samples(n)
+    if family not in MOE or (n == 0 and (family, tied) != ("qwen3moe", True)):
+        return samples
+    return [with_routes(sample, family, 100 * n + i) for i, sample in enumerate(samples)]
+
+
+def with_routes(sample: Sample, family: str, seed: int) -> Sample:
+    """Drawn by lot, -1 for the last token, as servers leave it, and for all of one sample in five."""
+    rng, length = np.random.default_rng(seed), len(sample.token_ids)
+    count, top_k = MOE[family]["num_experts"], MOE[family]["num_experts_per_tok"]
+    routes = rng.permuted(np.tile(np.arange(count), (length, MOE_LAYERS, 1)), axis=-1)[..., :top_k].astype(np.int16)
+    routes[-1:] = -1
+    return replace(sample, routes=np.full_like(routes, -1) if seed % 5 == 4 else routes)
+
+
 def noise(seed: int, samples: list[Sample]) -> list[np.ndarray]:
     """What is added to log-probs to make old ones, so that ratios are off 1 and some are clipped."""
     rng = np.random.default_rng(seed + 1000)
@@ -135,6 +154,28 @@ class Step:
     grad_norm: float
 
 
+class GivenRoutes:
+    """In the place of a router's forward (TopKRouter of modeling_qwen3_moe.py and modeling_qwen2_moe.py): the experts of a
+    sequence are given, their weights are the router's."""
+
+    def __init__(self, gate: Any, layer: int) -> None:
+        self.gate, self.layer = gate, layer
+        self.routes: np.ndarray | None = None  # [T, layers, k]
+        self.chosen = torch.zeros(0)  # [T, k] of the last sequence
+
+    def __call__(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits = hidden.reshape(-1, self.gate.hidden_dim) @ self.gate.weight.T
+        probabilities = torch.exp(logits - logits.logsumexp(-1, keepdim=True))
+        self.chosen = probabilities.topk(self.gate.top_k).indices
+        for token, layers in enumerate(self.routes if self.routes is not None else ()):
+            if layers[self.layer, 0] >= 0:
+                self.chosen[token] = torch.from_numpy(layers[self.layer])
+        weights = torch.stack([row[chosen] for row, chosen in zip(probabilities, self.chosen, strict=True)])
+        if self.gate.norm_topk_prob:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return logits, weights, self.chosen
+
+
 class Reference:
     """HF model and AdamW (weight decay on matrices only) trained on the same samples by the formulas written out."""
 
@@ -144,8 +185,15 @@ class Reference:
         vectors = [p for p in model.parameters() if p.dim() == 1]
         groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, **OPTIM)
+        self.routers: list[GivenRoutes] = []
+        for number, layer in enumerate(model.model.layers):
+            if hasattr(layer.mlp, "gate") and hasattr(layer.mlp, "experts"):
+                self.routers.append(GivenRoutes(layer.mlp.gate, number))
+                layer.mlp.gate.forward = self.routers[-1]
 
     def logits(self, sample: Sample) -> torch.Tensor:
+        for router in self.routers:
+            router.routes = sample.routes
         wanted = {"output_router_logits": True} if self.aux_coef else {}
         output = self.model(torch.from_numpy(sample.token_ids)[None], **wanted)
         self.router_logits = output.router_logits if self.aux_coef else ()
@@ -154,9 +202,9 @@ class Reference:
     def balance(self) -> torch.Tensor | float:
         """Of the last sequence, summed over layers."""
         total: Any = 0.0
-        for logits in self.router_logits:
-            probabilities, count, top_k = logits.softmax(-1), logits.size(-1), self.model.config.num_experts_per_tok
-            chosen = torch.bincount(probabilities.topk(top_k).indices.flatten(), minlength=count)
+        for logits, router in zip(self.router_logits, self.routers, strict=True):
+            probabilities, count = logits.softmax(-1), logits.size(-1)
+            chosen = torch.bincount(router.chosen.flatten(), minlength=count)
             total = total + count * (chosen / chosen.sum() * probabilities.mean(0)).sum()
         return total
 
@@ -209,9 +257,14 @@ class HfRun:
         runner = Reference(model, AUX_COEF.get((family, tied), 0.0))
         self.steps: list[Step] = []
         with torch.no_grad():
-            self.logits = [runner.logits(s) for s in make_samples(0)]
+            self.logits = [runner.logits(s) for s in step_samples(family, tied, 0)]
+        self.routes: list[np.ndarray] = []  # [T, layers, k] what the routers took of themselves in the first step
+        with torch.no_grad():
+            for sample in make_samples(0) if runner.routers else []:
+                runner.logits(sample)
+                self.routes.append(torch.stack([router.chosen for router in runner.routers], 1).numpy())
         for n in range(STEPS):
-            samples = make_samples(n)
+            samples = step_samples(family, tied, n)
             step = runner.backward(samples, noise(n, samples))
             if n == 0:
                 self.gradients = stored((k, p.grad.clone()) for k, p in model.named_parameters())

@@ -65,6 +65,11 @@ def aux_of(family: str, tied: bool) -> tuple[str, ...]:
     return (f"algo.router_aux_coef={ref.AUX_COEF.get((family, tied), 0.0)}",)
 
 
+def replay_of(family: str, tied: bool) -> tuple[str, ...]:
+    """Of one model the update takes the experts of the old-log-prob pass; those that samples name come first."""
+    return ("algo.router_replay=old",) if (family, tied) == ("qwen3moe", False) else ()
+
+
 def all_logits(trainer: Any, samples: list[Any]) -> list[torch.Tensor]:
     """Full logits per sample, through the trainer's own packing, schedule and deferred head."""
     from megatron.core import parallel_state as ps
@@ -122,15 +127,15 @@ def largest(pairs: Any) -> float:
 def run_case(layout: Layout, family: str, tied: bool, hf: ref.HfRun | None, model_path: Path) -> dict[str, float]:
     from torl_mega.trainer.megatron_trainer import MegatronTrainer
 
-    trainer = MegatronTrainer(config_for(layout, model_path, aux_of(family, tied)))
+    trainer = MegatronTrainer(config_for(layout, model_path, (*aux_of(family, tied), *replay_of(family, tied))))
     found: dict[str, float] = dict.fromkeys(
-        ("logits", "logprobs", "entropy", "loss", "grad", "grad_norm", "weights"), 0.0
+        ("logits", "logprobs", "entropy", "loss", "grad", "grad_norm", "weights", "routes"), 0.0
     )
-    logits = all_logits(trainer, ref.make_samples(0))
+    logits = all_logits(trainer, ref.step_samples(family, tied, 0))
     if hf:
         found["logits"] = largest((a[:-1], b[:-1]) for a, b in zip(logits, hf.logits, strict=True))
     for n in range(ref.STEPS):
-        samples = ref.make_samples(n)
+        samples = ref.step_samples(family, tied, n)
         scored = trainer.old_logprobs(samples)
         shifted = [
             TrainSample(t.sample, t.old_logprobs + shift, t.entropy)
@@ -139,6 +144,9 @@ def run_case(layout: Layout, family: str, tied: bool, hf: ref.HfRun | None, mode
         metrics = trainer.forward_backward(shifted)
         gradients = {k: g.clone() for k, g in gather_gradients(trainer)} if n == 0 else {}
         norm = trainer.optim_step()["grad_norm"]
+        if hf and n == 0 and trainer.config.algo.router_replay == "old":  # what the update took is what HF takes
+            taken = [np.sort(t.sample.routes) for t in scored]
+            found["routes"] = sum(int((a != np.sort(b)).sum()) for a, b in zip(taken, hf.routes, strict=True))
         if hf:
             step = hf.steps[n]
             arrays = lambda x: [torch.from_numpy(a) for a in x]  # noqa: E731

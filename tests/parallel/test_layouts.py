@@ -27,6 +27,7 @@ LIMITS = {
     "entropy": 4e-6,
     "loss": 1e-6,
     "grad_norm": 1e-5,
+    "routes": 0,  # experts that the old-log-prob pass took and HF did not
 }
 WORKER = Path(__file__).with_name("layout_worker.py")
 

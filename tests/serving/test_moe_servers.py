@@ -1,4 +1,5 @@
-"""Experts on their way to a real server of two tensor ranks: every one arrives where it belongs, and what does not is named."""
+"""Experts and a real server of two tensor ranks: it tells which ones it took, every one that is sent arrives where it belongs, and
+what does not is named."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import asyncio
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +16,31 @@ import torch
 from live_server import LiveServer, write_config
 from tiny_model import make_tiny_moe
 
+from torl_mega.algo.correction import mismatch
+from torl_mega.config import Config
 from torl_mega.config_file import load_config
-from torl_mega.errors import WeightSyncError
+from torl_mega.errors import GenerationError, WeightSyncError
 from torl_mega.layout import describe_model, read_hf_config
+from torl_mega.rollout.samples import make_samples
+from torl_mega.serving.client import SGLangClient
 from torl_mega.serving.probe import prompt_logprobs
 from torl_mega.serving.sglang_server import wait_ready
 from torl_mega.serving.sync.buckets import Bucket
 from torl_mega.serving.sync.weights import ServerSink, make_transport, make_weight_sink
+from torl_mega.trainer import parallel
 from torl_mega.trainer.weights.hf_io import HfReader
 from torl_mega.trainer.weights.hf_mapping import all_names
+from torl_mega.types import (
+    GenerationRequest,
+    GraderStatus,
+    Group,
+    Problem,
+    Prompt,
+    Reward,
+    StopReason,
+    Trajectory,
+    Turn,
+)
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "parallel"))
@@ -43,7 +60,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(model: Path, start_server: Callable[..., LiveServer]) -> Iterator[LiveServer]:
-    server = start_server(model / "tiny.yaml", "serving.tensor=2")
+    server = start_server(model / "tiny.yaml", "serving.tensor=2", "algo.router_replay=rollout")
     asyncio.run(wait_ready(server.url, 280, process=server.sidecar, log_path=server.log))
     yield server
     server.sidecar.stop()
@@ -58,6 +75,59 @@ def weights(model: Path) -> dict[str, torch.Tensor]:
 
 def logprobs(server: LiveServer) -> np.ndarray:
     return np.asarray(asyncio.run(prompt_logprobs(server.url, PROBE)))[1:]
+
+
+async def two_turns(url: str, config: Config) -> Trajectory:
+    """As an episode asks for them, with a tool's words between them."""
+    turns: list[Turn] = []
+    shape = describe_model(read_hf_config(config.model.path))
+    async with SGLangClient([url], config.serving, vocab_size=shape.vocab, shape=shape) as client:
+        for observation in ((99, 100, 101), ()):
+            so_far = [*PROBE, *(i for turn in turns for i in (*turn.token_ids, *turn.observation_ids))]
+            known = sum(len(turn.routes) for turn in turns if turn.routes is not None)
+            asked = GenerationRequest(tuple(so_far), 12, 1.0, 1.0, (), len(turns), "p", routes_from=known)
+            answer = await client.generate(asked)
+            sampled = answer.token_ids, answer.logprobs, answer.policy_versions
+            turns.append(Turn(*sampled, answer.text, observation_ids=observation, routes=answer.routes))
+    problem = Problem("moe/0", "?", "42", "moe")
+    return Trajectory(Prompt(problem, PROBE), 0, tuple(turns), StopReason.LENGTH)
+
+
+def test_routes_of_two_turns_are_those_of_hf_and_are_replayed(server: LiveServer, model: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(model / "tiny.yaml", ["algo.router_replay=rollout"])
+    trajectory = asyncio.run(two_turns(server.url, config))
+    routes = trajectory.routes
+    assert routes is not None
+    ids = torch.tensor([[*PROBE, *trajectory.response_ids]])
+    assert routes.shape == (ids.size(1), 2, 2)
+    logits = AutoModelForCausalLM.from_pretrained(model)(ids, output_router_logits=True).router_logits
+    wanted = torch.stack([layer.topk(2).indices for layer in logits], 1).numpy()
+    assert np.array_equal(np.sort(routes[:-1]), np.sort(wanted[:-1]))
+    assert (routes[-1] == -1).all()
+
+    reward = Reward(1.0, True, GraderStatus.OK, "42", {"answer": 1.0})
+    (sample,) = make_samples([Group(trajectory.prompt, (trajectory,), (reward,))], config.algo)
+    parallel.init_distributed(config.parallel, config.trainer)
+    try:
+        from torl_mega.trainer.megatron_trainer import MegatronTrainer
+
+        trainer = MegatronTrainer(config)
+        gaps = [
+            mismatch(trainer.old_logprobs([s]))["max_abs_logprob_diff"] for s in (sample, replace(sample, routes=None))
+        ]
+    finally:
+        parallel.destroy()
+    assert gaps[0] <= gaps[1] <= 1e-4  # in fp32 both take the same experts
+
+
+def test_a_server_that_was_not_told_to_keep_routes_is_named(live_server: LiveServer, model: Path) -> None:
+    config = load_config(model / "tiny.yaml", ["serving.max_retries=0"])
+    with pytest.raises(
+        GenerationError, match="no routed_experts; start the server with --enable-return-routed-experts"
+    ):
+        asyncio.run(two_turns(live_server.url, config))
 
 
 def test_spread_and_cut_experts_arrive(server: LiveServer, model: Path, tmp_path: Path) -> None:

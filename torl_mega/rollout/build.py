@@ -18,7 +18,7 @@ from torl_mega.data.golds import judge_golds, read_golds
 from torl_mega.data.prompts import PromptSource
 from torl_mega.data.tokenizer import Tokenizer
 from torl_mega.errors import ConfigError, Preempted
-from torl_mega.layout import read_hf_config
+from torl_mega.layout import describe_model, read_hf_config
 from torl_mega.process.stop_flag import StopFlag
 from torl_mega.reward.function import make_reward
 from torl_mega.rollout.collector import LiveCollector
@@ -94,8 +94,9 @@ def build_collector(
     tool, encode = tool_and_prompts(config, tokenizer, sandbox)
     prompts = PromptSource(config.data, encode, seed=config.seed)  # a wrong data file shows before any wait
     benchmarks = load_benchmarks(config.eval, config.data, encode)
-    vocab_size = int(read_hf_config(config.model.path)["vocab_size"])  # the model's: it may sample padding ids
-    client = SGLangClient(addresses("TORL_SERVERS"), config.serving, vocab_size=vocab_size)
+    shape = describe_model(read_hf_config(config.model.path))
+    # the model's vocabulary: it may sample padding ids
+    client = SGLangClient(addresses("TORL_SERVERS"), config.serving, vocab_size=shape.vocab, shape=shape)
     reward = make_reward(config.reward, max_response_tokens=config.rollout.max_response_tokens)
     for part in (client, sandbox, reward):
         run(part.start())
@@ -125,7 +126,13 @@ def build_collector(
             client,
             tool,
             tokenizer.encode,
-            EpisodeSettings(rollout.temperature, rollout.top_p, rollout.max_response_tokens, rollout.max_tool_calls),
+            EpisodeSettings(
+                rollout.temperature,
+                rollout.top_p,
+                rollout.max_response_tokens,
+                rollout.max_tool_calls,
+                routes=config.algo.router_replay == "rollout",
+            ),
         ),
         scheduler=EpisodeScheduler(
             reward,

@@ -109,7 +109,7 @@ class LiveCollector:
         """Attempts at the problems of all benchmarks that are sampled like this, at once."""
         usual = self.episode.settings
         top_p = usual.top_p if sampling.top_p is None else sampling.top_p
-        settings = dataclasses.replace(usual, temperature=sampling.temperature, top_p=top_p)
+        settings = dataclasses.replace(usual, temperature=sampling.temperature, top_p=top_p, routes=False)
         return self.scheduler.collect(
             dataclasses.replace(self.episode, settings=settings),
             [p for b, other in zip(self.benchmarks, each, strict=True) if other == sampling for p in b.prompts],

@@ -32,6 +32,7 @@ class EpisodeSettings:
     top_p: float
     max_response_tokens: int  # sampled plus inserted
     max_tool_calls: int  # C; after so many calls the stop string is not set
+    routes: bool = False  # keep the experts that each token went to (algo.router_replay = rollout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +75,17 @@ class Episode:
                     seed=sampling_seed(seed, prompt.problem.problem_id, sample_index, len(turns)),
                     route_key=prompt.problem.problem_id,
                     stop_token_ids=() if chat is None else chat.end_ids,
+                    routes_from=sum(len(t.routes) for t in turns if t.routes is not None) if s.routes else None,
                 )
             )
             answered = time.monotonic()
-            turn = Turn(generation.token_ids, generation.logprobs, generation.policy_versions, generation.text)
+            turn = Turn(
+                generation.token_ids,
+                generation.logprobs,
+                generation.policy_versions,
+                generation.text,
+                routes=generation.routes,
+            )
             response.extend(turn.token_ids)
             room = s.max_response_tokens - len(response)
             if generation.finish is FinishReason.STOP_STRING:

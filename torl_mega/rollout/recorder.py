@@ -6,6 +6,7 @@ can be trained again from its own log. Log-probs are written with 9 significant 
 
 from __future__ import annotations
 
+import binascii
 import io
 import itertools
 import json
@@ -204,7 +205,23 @@ def _turn_to_json(turn: Turn) -> dict[str, Any]:
         "tool_call": None if turn.tool_call is None else _call_to_json(turn.tool_call),
         **({"more_calls": [_call_to_json(call) for call in turn.more_calls]} if turn.more_calls else {}),
         "observation_ids": list(turn.observation_ids),
+        **({} if turn.routes is None else {"routes": _routes_to_json(turn.routes)}),
     }
+
+
+def _routes_to_json(routes: np.ndarray) -> dict[str, Any]:
+    """Experts by number, a byte each where that suffices: {"shape": [n, layers, k], "dtype": "u1", "base64": …}."""
+    packed = routes.astype("u1" if routes.size == 0 or routes.max() < 256 else "<u2")
+    return {
+        "shape": list(routes.shape),
+        "dtype": packed.dtype.str.lstrip("|<"),
+        "base64": binascii.b2a_base64(packed.tobytes(), newline=False).decode(),
+    }
+
+
+def _routes_from_json(packed: Mapping[str, Any]) -> np.ndarray:
+    raw = binascii.a2b_base64(packed["base64"])
+    return np.frombuffer(raw, "<" + packed["dtype"]).reshape(packed["shape"]).astype(np.int32)
 
 
 def _call_to_json(call: ToolCall) -> dict[str, Any]:
@@ -238,6 +255,7 @@ def _turn_from_json(row: Mapping[str, Any]) -> Turn:
         tool_call=None if row["tool_call"] is None else _call_from_json(row["tool_call"]),
         observation_ids=tuple(row["observation_ids"]),
         more_calls=tuple(_call_from_json(call) for call in row.get("more_calls", ())),
+        routes=_routes_from_json(row["routes"]) if "routes" in row else None,
     )
 
 

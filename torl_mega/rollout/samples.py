@@ -8,6 +8,7 @@ import numpy as np
 
 from torl_mega.algo.advantage import bounded_penalty, step_advantages
 from torl_mega.config import AlgoConfig
+from torl_mega.errors import DataError
 from torl_mega.rollout.filters import is_trained, own_reward
 from torl_mega.types import Group, Sample, Trajectory
 
@@ -25,11 +26,31 @@ def make_samples(groups: Sequence[Group], config: AlgoConfig) -> list[Sample]:
             advantage = bounded_penalty(float(advantages_G[index]), reward.value - own, config.penalty_bound)
             trained = has_signal and is_trained(trajectory, config)
             mask = np.array(trajectory.loss_mask, bool) | config.train_on_observations
-            samples.append(_sample(trajectory, advantage, own, number, mask=mask & trained))
+            routes = _routes(trajectory) if config.router_replay == "rollout" else None
+            samples.append(_sample(trajectory, advantage, own, number, mask=mask & trained, routes=routes))
     return samples
 
 
-def _sample(trajectory: Trajectory, advantage: float, reward: float, group: int, *, mask: np.ndarray) -> Sample:
+def _routes(trajectory: Trajectory) -> np.ndarray:
+    """Raises DataError for a recording without them."""
+    routes = trajectory.routes
+    if routes is None:
+        raise DataError(
+            f"algo.router_replay = rollout, but no experts are recorded for {trajectory.prompt.problem.problem_id}; record the "
+            "run with that setting, or take off or old"
+        )
+    return routes
+
+
+def _sample(
+    trajectory: Trajectory,
+    advantage: float,
+    reward: float,
+    group: int,
+    *,
+    mask: np.ndarray,
+    routes: np.ndarray | None,
+) -> Sample:
     prompt = trajectory.prompt.token_ids
     response = trajectory.response_ids
     num_prompt = len(prompt)
@@ -47,4 +68,5 @@ def _sample(trajectory: Trajectory, advantage: float, reward: float, group: int,
         advantage=advantage,
         group=group,
         reward=reward,
+        routes=routes,
     )

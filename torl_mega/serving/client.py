@@ -23,13 +23,15 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 import aiohttp
+import numpy as np
 import orjson
 
 from torl_mega.config import ServingConfig
 from torl_mega.errors import GenerationError
+from torl_mega.layout import ModelShape
 from torl_mega.process.secret import authorization
 from torl_mega.serving.fleet import Fleet, Server
-from torl_mega.serving.generation import BadAnswer, GenerationPart, parse_answer, seam_suffixes
+from torl_mega.serving.generation import BadAnswer, GenerationPart, RoutesWanted, parse_answer, seam_suffixes
 from torl_mega.types import FinishReason, Generation, GenerationRequest
 
 KEEPALIVE_S = 2.0  # uvicorn closes idle connections after 5 s; writing on one of those is a reset
@@ -51,10 +53,13 @@ class _Busy(Exception):
 class SGLangClient:
     """A `Generator` over servers known by URL. Use as an async context manager, or `start` and `close`."""
 
-    def __init__(self, urls: Sequence[str], config: ServingConfig, *, vocab_size: int) -> None:
+    def __init__(
+        self, urls: Sequence[str], config: ServingConfig, *, vocab_size: int, shape: ModelShape | None = None
+    ) -> None:
+        """`shape`: of the model, for requests that want to know the experts of their tokens."""
         self.counters: Counter[str] = Counter()
         self._config = config
-        self._vocab_size = vocab_size
+        self._vocab_size, self._shape = vocab_size, shape
         self._fleet = Fleet(urls, self.counters, self._accepts, hang_timeout_s=config.hang_timeout_s)
         self._session: aiohttp.ClientSession | None = None
         self._oldest: int | None = None
@@ -151,6 +156,7 @@ class SGLangClient:
         """One POST, whose prompt goes on with what earlier parts sampled. Raises on anything but a usable answer."""
         done = tuple(i for part in parts for i in part.token_ids)
         suffixes = seam_suffixes("".join(part.text for part in parts), request.stop)
+        routes = self._routes_wanted(request, parts)
         rid = uuid.uuid4().hex
         body = {
             "rid": rid,
@@ -169,6 +175,7 @@ class SGLangClient:
             "return_logprob": True,
             # a namespace of the prefix cache: what weights older than `oldest` computed is never read, flushed or not
             "extra_key": None if self._newest is None else str(self._newest),
+            **({} if routes is None else {"return_routed_experts": True, "routed_experts_start_len": routes.start}),
         }
         with server.holding() as lost:
             answer = asyncio.ensure_future(self._post(self._config.router or server.url, "/generate", body))
@@ -192,9 +199,19 @@ class SGLangClient:
             raise _Busy
         if status != 200:
             raise BadAnswer("server_error", f"HTTP {status}: {_message(payload)}")
-        part = parse_answer(payload, request, suffixes, budget=request.max_new_tokens - len(done))
+        part = parse_answer(payload, request, suffixes, budget=request.max_new_tokens - len(done), routes=routes)
         self._check_versions(part)
         return part
+
+    def _routes_wanted(self, request: GenerationRequest, parts: Sequence[GenerationPart]) -> RoutesWanted | None:
+        """The experts that are not known yet, those of the last token of an earlier part too."""
+        if request.routes_from is None:
+            return None
+        assert self._shape is not None
+        assert self._shape.experts is not None, "a model without experts has no routes"
+        known = sum(len(part.routes) for part in parts if part.routes is not None)
+        num_input = len(request.token_ids) + sum(len(part.token_ids) for part in parts)
+        return RoutesWanted(request.routes_from + known, num_input, self._shape.num_layers, self._shape.experts)
 
     def _accepts(self, version: int) -> bool:
         if self._newest is None or self._oldest is None:
@@ -237,6 +254,7 @@ def _joined(parts: list[GenerationPart], finish: FinishReason | None = None) -> 
         policy_versions=tuple(v for p in parts for v in p.policy_versions),
         text="".join(p.text for p in parts),
         finish=finish or parts[-1].finish,
+        routes=np.concatenate(routes) if (routes := [p.routes for p in parts if p.routes is not None]) else None,
     )
 
 

@@ -6,13 +6,16 @@ beside, each finite and not above zero, and version spans that cover all tokens.
 
 from __future__ import annotations
 
+import binascii
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import orjson
 
+from torl_mega.layout import Experts
 from torl_mega.types import FinishReason, GenerationRequest
 
 UNKNOWN_VERSION = -1  # of a server that no sync has reached: it names its weights `default`
@@ -36,6 +39,7 @@ class GenerationPart:
     policy_versions: tuple[int, ...]  # [T]
     text: str
     finish: FinishReason
+    routes: np.ndarray | None = None  # [rows, layers, k] int32
 
 
 def seam_suffixes(text: str, stops: Sequence[str]) -> tuple[str, ...]:
@@ -50,7 +54,38 @@ def seam_suffixes(text: str, stops: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def parse_answer(payload: bytes, request: GenerationRequest, suffixes: Sequence[str], *, budget: int) -> GenerationPart:
+@dataclass(frozen=True, slots=True)
+class RoutesWanted:
+    """Which experts an answer must name: those of the positions from `start` to the last but one, of `layers` layers."""
+
+    start: int
+    num_input: int  # tokens of the request
+    layers: int
+    experts: Experts
+
+    def parse(self, meta: Mapping[str, Any], num_sampled: int) -> np.ndarray:
+        """[rows, layers, k] int32 of an answer's `routed_experts` (srt/state_capturer/routed_experts.py). Raises BadAnswer."""
+        encoded = meta.get("routed_experts")
+        if encoded is None:
+            raise BadAnswer("bad_answer", "no routed_experts; start the server with --enable-return-routed-experts")
+        shape = (self.num_input + num_sampled - 1 - self.start, self.layers, self.experts.top_k)
+        try:
+            routes = np.frombuffer(binascii.a2b_base64(encoded), np.int32).reshape(shape)
+        except (ValueError, TypeError) as exc:
+            raise BadAnswer("bad_answer", f"routed_experts that are not {list(shape)}: {exc}") from None
+        if routes.size and not (routes.min() >= 0 and routes.max() < self.experts.count):
+            raise BadAnswer("bad_answer", f"routed_experts {routes.min()} to {routes.max()} of {self.experts.count}")
+        return routes
+
+
+def parse_answer(
+    payload: bytes,
+    request: GenerationRequest,
+    suffixes: Sequence[str],
+    *,
+    budget: int,
+    routes: RoutesWanted | None = None,
+) -> GenerationPart:
     """Parses and checks one answer, of at most `budget` tokens. Raises BadAnswer when it contradicts itself or the request."""
     try:
         tree = orjson.loads(payload)
@@ -75,7 +110,8 @@ def parse_answer(payload: bytes, request: GenerationRequest, suffixes: Sequence[
     finish = _finish(reason, text, request.stop, suffixes)
     if finish is FinishReason.ABORT and reason.get("err_type") is not None:
         raise BadAnswer("server_error", f"aborted by an error: {reason}")
-    return GenerationPart(ids, logprobs, versions, text, finish)
+    experts = routes.parse(meta, len(ids)) if routes is not None and ids else None
+    return GenerationPart(ids, logprobs, versions, text, finish, experts)
 
 
 def _versions(meta: dict[str, Any], num_tokens: int) -> tuple[int, ...]:

@@ -64,6 +64,8 @@ def launch_command(config: Config, *, host: str, port: int, on_gpu: bool, room: 
     command += ["--context-length", str(context), "--log-level-http", "warning"]
     if config.model.fp32_head:
         command += ["--enable-fp32-lm-head"]
+    if config.algo.router_replay == "rollout":
+        command += ["--enable-return-routed-experts"]
     if serving.weight_dtype == "fp8_block":
         command += _fp8_arguments(on_gpu=on_gpu)
     if (tokens := room.kv_tokens or serving.max_total_tokens) is not None:

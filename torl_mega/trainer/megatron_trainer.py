@@ -35,19 +35,20 @@ from torl_mega.algo.weights import loss_weights, token_shares
 from torl_mega.config import Config
 from torl_mega.errors import ConfigError, GuardError
 from torl_mega.interfaces import NamedTensor
-from torl_mega.layout import check_layout, describe_model, read_hf_config
+from torl_mega.layout import check_layout, check_router_replay, describe_model, read_hf_config
 from torl_mega.trainer import router
 from torl_mega.trainer.cpu import backend as cpu_backend
 from torl_mega.trainer.layer_spec import choose_spec
-from torl_mega.trainer.micro_batch import MicroBatch, build_micro_batch
+from torl_mega.trainer.micro_batch import MicroBatch, build_micro_batch, packing_metrics
 from torl_mega.trainer.model import build_chunks, transformer_config
 from torl_mega.trainer.optimizer import build_optimizer, finalize_without_division, wrap_ddp
 from torl_mega.trainer.packing import MicroBatchPlan, plan_micro_batches
-from torl_mega.trainer.parallel import is_rank0, raise_together, share, world_size
+from torl_mega.trainer.parallel import is_rank0, raise_together, share, sum_over_ranks, world_size
 from torl_mega.trainer.parking import Parking
 from torl_mega.trainer.pipeline import schedule_arguments
 from torl_mega.trainer.precision import check_precision, this_machine, token_multiple
 from torl_mega.trainer.reference import Reference
+from torl_mega.trainer.routes import Chosen, with_routes
 from torl_mega.trainer.vocab_parallel import token_logprobs
 from torl_mega.trainer.weights import checkpoint
 from torl_mega.trainer.weights.hf_io import HfReader, write_hf
@@ -65,6 +66,7 @@ class MegatronTrainer:
         self.config = config
         self.hf_config = share(lambda: read_hf_config(config.model.path))
         problems = check_layout(self.hf_config, config.parallel, world_size())
+        problems += check_router_replay(self.hf_config, config.algo.router_replay)
         if problems:
             raise ConfigError("; ".join(problems))
         check_precision(config.trainer.precision, this_machine())
@@ -112,14 +114,18 @@ class MegatronTrainer:
         the reference's where there is a KL, which is charged to the advantages if it belongs to the reward."""
         self._move_reference()
         algo, nothing = self.config.algo, [None] * len(samples)
-        logprobs, entropies = self._score(samples) if self.config.needs_old_logprobs else (nothing, nothing)
+        chosen: list[Chosen] | None = [] if algo.router_replay == "old" else None
+        scored = self._score(samples, chosen) if self.config.needs_old_logprobs else (nothing, nothing)
+        logprobs, entropies = scored
+        if chosen is not None:
+            samples = with_routes(samples, chosen, self.shape, self.device)
         reference: Sequence[Any] = nothing
         if self._reference is not None:
             self._settle_weights()
             with self._reference.in_model():
                 reference, _ = self._score(samples)
-        scored = [TrainSample(*fields) for fields in zip(samples, logprobs, entropies, reference, strict=True)]
-        return charge_kl(scored, algo) if algo.kl_coef and algo.kl_in == "reward" else scored
+        items = [TrainSample(*fields) for fields in zip(samples, logprobs, entropies, reference, strict=True)]
+        return charge_kl(items, algo) if algo.kl_coef and algo.kl_in == "reward" else items
 
     def score(self, sample: Sample, *, temperature: float) -> np.ndarray:
         """[T] log-probs of one sample's tokens under another temperature than the rollout's."""
@@ -184,7 +190,7 @@ class MegatronTrainer:
         metrics = self._reduce_metrics(self.run_schedule(micros, loss_of, forward_only=False))
         if self.shape.experts is not None:
             metrics |= router.load_metrics([_unwrap(chunk) for chunk in self.model], self.shape.num_layers)
-        return {**metrics, **_packing_metrics(samples, plan, micros)}
+        return {**metrics, **packing_metrics(samples, plan, micros)}
 
     def optim_step(self) -> Mapping[str, float]:
         """Clips the gradients, steps, advances the schedule. An update whose gradient is not a number is skipped: weights and
@@ -251,8 +257,11 @@ class MegatronTrainer:
 
     # ------------------------------------------------------------------------------------------------ passes
 
-    def _score(self, samples: Sequence[Sample]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Per sample [T] log-probs and entropies, 0 where not sampled; the same on every rank."""
+    def _score(
+        self, samples: Sequence[Sample], chosen: list[Chosen] | None = None
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Per sample [T] log-probs and entropies, 0 where not sampled; the same on every rank. `chosen` is given what the routers
+        of this rank took."""
         found: list[tuple[np.ndarray, torch.Tensor, torch.Tensor]] = []
 
         def keep(micro: MicroBatch, logprobs: torch.Tensor, entropies: torch.Tensor) -> Any:
@@ -261,18 +270,13 @@ class MegatronTrainer:
 
         _, micros = self.pack(samples)
         with torch.no_grad():
-            self.run_schedule(micros, keep, forward_only=True)
+            self.run_schedule(micros, keep, forward_only=True, chosen=chosen)
         offsets = _offsets(samples)
         flat = torch.zeros(2, int(offsets[-1]), dtype=torch.float32)
         if parallel_state.get_tensor_model_parallel_rank() == 0:
             for where, logprobs, entropies in found:
                 flat[0, where], flat[1, where] = logprobs.cpu(), entropies.cpu()
-        if world_size() > 1:
-            # each token has exactly one non-zero summand, so the sum is exact
-            on_device = flat.to(self.device)
-            dist.all_reduce(on_device)
-            flat = on_device.cpu()
-        values = flat.numpy()
+        values = sum_over_ranks(flat, self.device).numpy()
         pieces = [slice(int(a), int(b)) for a, b in pairwise(offsets)]
         return [values[0, p].copy() for p in pieces], [values[1, p].copy() for p in pieces]
 
@@ -312,6 +316,7 @@ class MegatronTrainer:
         *,
         forward_only: bool,
         head: Callable[[Any, MicroBatch, torch.Tensor], Any] | None = None,
+        chosen: list[Chosen] | None = None,
     ) -> list[dict[str, Any]]:
         """Drives Megatron's schedule over this rank's micro-batches; the metrics of each, on the last stage.
 
@@ -327,8 +332,12 @@ class MegatronTrainer:
 
         def forward_step(iterator: Iterator[MicroBatch], model: Any) -> Any:
             micro = next(iterator)
+            if chosen is not None:
+                chosen.append((micro.place, {}))
             # an attribute of its own of Megatron's record, which is handed to every layer
-            micro.packed.router_inputs = router.RouterInputs(micro.sequence, micro.lengths, self._aux_weight)  # type: ignore[attr-defined]
+            micro.packed.router_inputs = router.RouterInputs(  # type: ignore[attr-defined]
+                micro.sequence, micro.lengths, self._aux_weight, micro.routes, chosen[-1][1] if chosen else None
+            )
             output = model(micro.token_ids, None, None, packed_seq_params=micro.packed)
             return output, partial(loss_func, micro, _unwrap(model))
 
@@ -436,15 +445,3 @@ def _unwrap(model: Any) -> Any:
     while hasattr(model, "module"):
         model = model.module
     return model
-
-
-def _packing_metrics(samples: Sequence[Sample], plan: MicroBatchPlan, micros: Sequence[MicroBatch]) -> dict[str, float]:
-    """Totals of the mini-batch; the padding's fraction is rank 0's (other ranks differ in the last few tokens only)."""
-    real, padding = sum(m.num_tokens for m in micros), sum(m.num_padding for m in micros)
-    return {
-        "num_tokens": float(sum(len(s.token_ids) for s in samples)),
-        "num_trained_tokens": float(sum(int(s.loss_mask.sum()) for s in samples)),
-        "num_micro_batches": float(len(micros)),
-        "padding_share": share(lambda: padding / max(real + padding, 1)),
-        "dp_imbalance": plan.imbalance,
-    }

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from torl_mega.trainer.packing import MicroBatchPlan
+from torl_mega.trainer.parallel import share
 from torl_mega.types import Sample
 
 
@@ -30,6 +32,10 @@ class MicroBatch:
     where: np.ndarray  # [n] index of each target in the concatenation of the batch's samples
     sequence: torch.Tensor  # [t] int64 number of each token's sequence, -1 on padding
     lengths: torch.Tensor  # [sequences] tokens of each, all context ranks together
+    place: np.ndarray  # [t] index of each token in the concatenation of the batch's samples, -1 on padding
+    routes: (
+        torch.Tensor | None
+    )  # [t, layers, k] int16 experts to take, -1 = the router's own choice; None = all are its own
     num_tokens: int  # real tokens, all context ranks together
     num_padding: int
 
@@ -55,11 +61,15 @@ def build_micro_batch(
         padded.append(tail or align * total_align)
     bounds = np.concatenate([[0], np.cumsum(padded)])
     ids, owner = np.zeros(bounds[-1], np.int64), np.full(bounds[-1], -1, np.int64)
+    origin, routes = owner.copy(), _no_routes(samples, len(ids))
     rows, targets, where = [], [], []
     for slot, i in enumerate(members):
         start, sample = int(bounds[slot]), samples[i]
         ids[start : start + lengths[slot]] = sample.token_ids
         owner[start : start + lengths[slot]] = slot
+        origin[start : start + lengths[slot]] = np.arange(offsets[i], offsets[i] + lengths[slot])
+        if routes is not None and sample.routes is not None:
+            routes[start : start + lengths[slot]] = sample.routes
         sampled = np.flatnonzero(sample.loss_mask)
         rows.append(start + sampled - 1)
         targets.append(sample.token_ids[sampled])
@@ -75,7 +85,7 @@ def build_micro_batch(
         new[held] = np.arange(len(held))
         keep = new[row] >= 0
         ids, row, target, place = ids[held], new[row[keep]], target[keep], place[keep]
-        owner = owner[held]
+        owner, origin, routes = owner[held], origin[held], None if routes is None else routes[held]
     return MicroBatch(
         token_ids=torch.from_numpy(ids)[None].to(device),
         packed=_packed_params(np.asarray(padded), bounds, context_size, device, local),
@@ -84,9 +94,17 @@ def build_micro_batch(
         where=place,
         sequence=torch.from_numpy(owner).to(device),
         lengths=torch.tensor(lengths or [1], dtype=torch.float32, device=device),
+        place=origin,
+        routes=None if routes is None else torch.from_numpy(routes).to(device),
         num_tokens=sum(lengths),
         num_padding=int(bounds[-1]) - sum(lengths),
     )
+
+
+def _no_routes(samples: Sequence[Sample], num_tokens: int) -> np.ndarray | None:
+    """[num_tokens, layers, k] of -1; None where no sample of the batch has routes."""
+    known = next((s.routes for s in samples if s.routes is not None), None)
+    return None if known is None else np.full((num_tokens, *known.shape[1:]), -1, np.int16)
 
 
 def _tail(total: int, align: int, total_align: int) -> int:
@@ -117,3 +135,15 @@ def _packed_params(
         return GroupedSeqParams(**common)
     groups, restore = length_groups(lengths, device)
     return GroupedSeqParams(**common, groups=groups, restore=restore)
+
+
+def packing_metrics(samples: Sequence[Sample], plan: MicroBatchPlan, micros: Sequence[MicroBatch]) -> dict[str, float]:
+    """Totals of the mini-batch; the padding's fraction is rank 0's (other ranks differ in the last few tokens only)."""
+    real, padding = sum(m.num_tokens for m in micros), sum(m.num_padding for m in micros)
+    return {
+        "num_tokens": float(sum(len(s.token_ids) for s in samples)),
+        "num_trained_tokens": float(sum(int(s.loss_mask.sum()) for s in samples)),
+        "num_micro_batches": float(len(micros)),
+        "padding_share": share(lambda: padding / max(real + padding, 1)),
+        "dp_imbalance": plan.imbalance,
+    }

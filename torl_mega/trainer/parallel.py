@@ -146,6 +146,15 @@ def share(make: Callable[[], T]) -> T:
     return result
 
 
+def sum_over_ranks(parts: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Collective: the sum of every rank's tensor on the CPU; exact where each number is one rank's and 0 on the others."""
+    if world_size() == 1:
+        return parts
+    on_device = parts.to(device)
+    dist.all_reduce(on_device)
+    return on_device.cpu()
+
+
 def gather(value: T) -> list[T]:
     """Collective: every rank's value on rank 0, by rank; empty elsewhere."""
     if world_size() == 1:

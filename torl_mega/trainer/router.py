@@ -3,6 +3,9 @@
     hidden states [t, H] ─► logits ─► softmax over all experts, fp32 ─► the k largest ─► / their sum, if the model says so
                                                                               └► weights [t, E] and map [t, E] for Megatron
 
+With `RouterInputs.routes` the k experts of a token are those named there (router replay), and their weights still come from the
+probabilities, so the router has its gradient.
+
 Contract: the probabilities are those of `transformers` (modeling_qwen3_moe.py, modeling_qwen2_moe.py of 5.19): softmax in fp32
 over all experts, then the choice. No token is dropped. The balance loss, off at coefficient 0, is taken per sequence (2412.19437,
 section 2.1.2), so that packing and layout do not change it:
@@ -25,6 +28,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.transformer.moe.router import TopKRouter
 
 from torl_mega.layout import Experts
@@ -37,6 +41,8 @@ class RouterInputs:
     sequence: torch.Tensor  # [t] int64 number of each token's sequence in the micro-batch, -1 on padding
     lengths: torch.Tensor  # [sequences] tokens of each, all context ranks together
     aux_weight: float = 0.0  # coefficient of the balance loss / tokens of the mini-batch
+    routes: torch.Tensor | None = None  # [t, layers, k] int16 experts to take, -1 = the router's own choice
+    chosen: dict[int, torch.Tensor] | None = None  # where each layer (from 0) leaves what it took, [t of this rank, k]
 
 
 class HfRouter(TopKRouter):
@@ -46,6 +52,7 @@ class HfRouter(TopKRouter):
     fp32: bool
     inputs: RouterInputs  # of the micro-batch that is on its way through the layer
     load: torch.Tensor  # [E] tokens that went to each expert since it was last set to zero, padding left out
+    replayed: torch.Tensor  # [2] likewise, choices that were given, and those of them that it would not have made
 
     def forward(self, input: torch.Tensor, padding_mask: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
         """[s, 1, H] -> weights [s, E] and which experts are chosen [s, E]."""
@@ -54,7 +61,8 @@ class HfRouter(TopKRouter):
         dtype = torch.float32 if self.fp32 else hidden.dtype
         logits = F.linear(hidden.to(dtype), self.weight.to(dtype))
         probabilities = logits.softmax(-1, dtype=torch.float32)
-        top, chosen = probabilities.topk(self.experts.top_k, dim=-1)
+        chosen = self._chosen(probabilities)
+        top = probabilities.gather(1, chosen)
         if self.experts.normalized:
             top = top / top.sum(-1, keepdim=True)
         used = torch.zeros_like(probabilities, dtype=torch.bool).scatter(1, chosen, True)
@@ -63,9 +71,24 @@ class HfRouter(TopKRouter):
         weights = torch.zeros_like(probabilities).scatter(1, chosen, top)
         return weights.to(logits.dtype), used
 
+    def _chosen(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """[s, k] the experts of each token: the k most probable, or those that were given."""
+        own = probabilities.topk(self.experts.top_k, dim=-1).indices
+        chosen, inputs, layer = own, self.inputs, self.layer_number - 1
+        if inputs.routes is not None:
+            given = part_of(inputs.routes)[:, layer].long()
+            known = given[:, :1] >= 0
+            chosen = torch.where(known, given, own)
+            if torch.is_grad_enabled():
+                kept = (given[:, :, None] == own[:, None]).any(-1) | ~known
+                self.replayed += torch.stack([known.sum() * given.size(1), (~kept).sum()])
+        if inputs.chosen is not None:
+            inputs.chosen[layer] = chosen
+        return chosen
+
     def _balanced(self, top: torch.Tensor, probabilities: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
         """`top`, with the gradient of the balance loss hung on; counts the load."""
-        inputs, sequence = self.inputs, self._mine(self.inputs.sequence)
+        inputs, sequence = self.inputs, part_of(self.inputs.sequence)
         real = sequence >= 0
         self.load += (used & real[:, None]).sum(0)
         if not inputs.aux_weight:
@@ -79,11 +102,14 @@ class HfRouter(TopKRouter):
         loss = (fractions[rows] * probabilities[real]).sum() * self.experts.count * inputs.aux_weight
         return _WithLoss.apply(top, loss)
 
-    def _mine(self, per_token: torch.Tensor) -> torch.Tensor:
-        """The part of this tensor rank, which under sequence parallelism sees a part of the tokens."""
-        if not self.config.sequence_parallel:
-            return per_token
-        return per_token.chunk(self.tp_group.size())[self.tp_group.rank()]
+
+def part_of(per_token: torch.Tensor) -> torch.Tensor:
+    """This tensor rank's part of what is per token of all of them; with experts their tokens are always split (layout.py)."""
+    size, rank = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_tensor_model_parallel_rank(),
+    )
+    return per_token.chunk(size)[rank]
 
 
 class _WithLoss(torch.autograd.Function):
@@ -108,6 +134,7 @@ def install(chunks: Sequence[Any], experts: Experts, *, fp32: bool) -> None:
         router.__class__ = HfRouter
         router.experts, router.fp32 = experts, fp32
         router.load = torch.zeros(experts.count, dtype=torch.int64, device=router.weight.device)
+        router.replayed = router.load.new_zeros(2)
         layer.register_forward_pre_hook(_tell_router, with_kwargs=True)
 
 
@@ -118,17 +145,23 @@ def _tell_router(layer: Any, args: Any, kwargs: Any) -> None:
 def load_metrics(chunks: Sequence[Any], num_layers: int) -> dict[str, float]:
     """Collective: how evenly tokens went to experts since the last call. `experts/max_load`: the busiest expert of any layer
     against the mean; `experts/entropy`: of the choices, mean over layers, 1 when even; `experts/idle`: experts that no token
-    went to."""
+    went to; `experts/replay_changes`, of choices that were replayed: those that the trainer would not have made."""
     routers = [layer.mlp.router for layer in _layers(chunks)]
     table = routers[0].load.new_zeros(num_layers, routers[0].experts.count)
     for router in routers:
         table[router.layer_number - 1] = router.load
         router.load.zero_()
+    replayed = torch.stack([router.replayed for router in routers]).sum(0)
+    for router in routers:
+        router.replayed.zero_()
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(table)  # every token was on one rank
+        dist.all_reduce(replayed)
     share = table.double() / table.sum(-1, keepdim=True).clamp(min=1)
     entropy = -(share * share.clamp(min=1e-30).log()).sum(-1) / torch.tensor(float(share.size(1))).log()
+    given, changed = replayed.tolist()
     return {
+        **({"experts/replay_changes": changed / given} if given else {}),
         "experts/max_load": float(share.max()) * share.size(1),
         "experts/entropy": float(entropy.mean()),
         "experts/idle": float((table == 0).double().mean()),
