@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import binascii
 import time
 from collections import deque
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
+import numpy as np
 import pytest
 from live_server import LiveServer
 from stub import Behaviour, Stub
 
 from torl_mega.config import ServingConfig
 from torl_mega.errors import GenerationError, StaleServers
+from torl_mega.layout import describe_model
+from torl_mega.planner.known_models import KNOWN
 from torl_mega.serving.client import SGLangClient
 from torl_mega.types import FinishReason, GenerationRequest
 
@@ -139,6 +145,62 @@ def test_a_partial_answer_goes_on_from_its_tokens() -> None:
             assert [len(body["input_ids"]) for body in stub.bodies] == [3, 7, 7, 10]
             assert [body["sampling_params"]["max_new_tokens"] for body in stub.bodies] == [10, 6, 6, 3]
             assert client.counters == {"generation_continued": 2}
+
+    asyncio.run(run())
+
+
+MOE = replace(describe_model(KNOWN["Qwen3-30B-A3B-Base"]), num_layers=2)
+
+
+def with_routes(stub: Stub, *acts: Behaviour) -> None:
+    """Each answer names the experts of the positions that it was asked for: position p went to p % 128 and the next seven."""
+
+    def edit(tree: dict[str, Any]) -> None:
+        body = stub.bodies[-1]
+        assert body["return_routed_experts"] is True
+        end = len(body["input_ids"]) + len(tree["output_ids"]) - 1
+        positions = np.arange(body["routed_experts_start_len"], end, dtype=np.int32)
+        routes = np.broadcast_to((positions[:, None, None] + np.arange(8)) % 128, (len(positions), 2, 8))
+        packed = binascii.b2a_base64(routes.astype(np.int32).tobytes(), newline=False)
+        tree["meta_info"]["routed_experts"] = packed.decode()
+
+    for act in acts:
+        act.edit = edit
+    stub.script = deque(acts)
+
+
+def test_the_experts_of_a_partial_answer_go_on_where_they_ended() -> None:
+    async def run() -> None:
+        async with Stub() as stub, SGLangClient([stub.url], FAST, vocab_size=100, shape=MOE) as client:
+            with_routes(stub, Behaviour("abort", tokens=4), Behaviour("abort", tokens=0), Behaviour())
+            generation = await client.generate(ask(routes_from=2))
+            assert generation.routes is not None
+            assert generation.routes[:, 0, 0].tolist() == list(
+                range(2, 12)
+            )  # 3 + 10 tokens, of which the last has none
+            assert generation.routes[:, 1, 7].tolist() == list(range(9, 19))
+            assert [body["routed_experts_start_len"] for body in stub.bodies] == [2, 6, 6]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (None, "no routed_experts; start the server with --enable-return-routed-experts"),
+        ("AAAA", r"routed_experts that are not \[12, 2, 8\]"),
+        (base64.b64encode(np.full(12 * 2 * 8, 128, np.int32).tobytes()).decode(), "routed_experts 128 to 128 of 128"),
+    ],
+)
+def test_experts_that_cannot_be_are_refused(value: str | None, said: str) -> None:
+    def edit(tree: dict[str, Any]) -> None:
+        tree["meta_info"]["routed_experts"] = value
+
+    async def run() -> None:
+        async with Stub(script=deque([Behaviour(edit=edit)] * 9)) as stub:
+            async with SGLangClient([stub.url], FAST, vocab_size=100, shape=MOE) as client:
+                with pytest.raises(GenerationError, match=said):
+                    await client.generate(ask(routes_from=0))
 
     asyncio.run(run())
 

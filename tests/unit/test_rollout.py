@@ -260,6 +260,38 @@ def test_recorded_groups_come_back_equal(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize(("largest", "dtype"), [(255, "u1"), (299, "u2")])
+def test_the_experts_of_tokens_are_recorded_and_trained_on(tmp_path, largest, dtype):
+    (group,) = collect(Script(CALL, " \\boxed{42}"), group_size=1).groups
+    (trajectory,) = group.trajectories
+    rng, known, turns = np.random.default_rng(0), 0, []
+    for turn in trajectory.turns:  # the tokens up to the last but one of each turn
+        end = len(trajectory.prompt.token_ids) + sum(len(t.token_ids) + len(t.observation_ids) for t in turns)
+        end += len(turn.token_ids) - 1
+        turns.append(dataclasses.replace(turn, routes=rng.integers(0, largest + 1, (end - known, 3, 2))))
+        known = end
+    turns[0].routes[0] = largest
+    trajectory = dataclasses.replace(trajectory, turns=tuple(turns))
+    assert len(turns) == 2
+    write_step(tmp_path, 0, [dataclasses.replace(group, trajectories=(trajectory,))], [0.0])
+    (again,) = read_groups(step_path(tmp_path, 0))
+    assert [row["turns"][0]["routes"]["dtype"] for row in read_rows(step_path(tmp_path, 0))] == [dtype]
+    (sample,) = make_samples([again], load_config("conf/base.yaml", ["algo.router_replay=rollout"]).algo)
+    assert sample.routes.shape == (len(sample.token_ids), 3, 2)
+    assert np.array_equal(sample.routes[:known], np.concatenate([turn.routes for turn in turns]))
+    assert known == len(sample.token_ids) - 1
+    assert (sample.routes[known:] == -1).all()
+    assert make_samples([again], load_config("conf/base.yaml").algo)[0].routes is None
+
+
+def test_a_recording_without_experts_is_not_replayed():
+    collected = collect(Script("only words"), group_size=1)
+    with pytest.raises(
+        DataError, match=r"algo\.router_replay = rollout, but no experts are recorded for .*; record the run"
+    ):
+        make_samples(collected.groups, load_config("conf/base.yaml", ["algo.router_replay=rollout"]).algo)
+
+
 def test_when_attempts_ran_and_what_the_trainer_found_are_recorded(tmp_path):
     before = time.time()
     collected = collect(Script(CALL, " \\boxed{42}", "\\boxed{42}<|endoftext|>"), group_size=2)
