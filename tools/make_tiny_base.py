@@ -1,6 +1,7 @@
 """Makes the quickstart's base model: a 0.4M-parameter Qwen2 that has seen arithmetic answered in text and in Python.
 
     python tools/make_tiny_base.py --out conf/quickstart            make it (minutes, one core)
+    python tools/make_tiny_base.py --out conf/quickstart_moe --experts 8      a Qwen3-MoE, its weights in bfloat16
     python tools/make_tiny_base.py --check conf/quickstart          measure it against its card's ranges
 
 What it learns to be is what a base model is to ToRL: it knows the form of a tool call, does not favour it, often gets
@@ -32,11 +33,14 @@ from tiny_base_traces import HELD_OUT_SEED, TEMPLATE, Mix, Piece, trace, trainin
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from torch.nn.utils import clip_grad_norm_
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2Tokenizer,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
@@ -103,6 +107,33 @@ def make_model(eos: int, vocab_size: int = VOCAB_SIZE) -> Qwen2ForCausalLM:
     )
 
 
+def make_moe(eos: int, experts: int) -> Qwen3MoeForCausalLM:
+    """The same with `experts` experts in each layer, of which a token takes two, as wide together as the dense MLP."""
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=128,
+            intermediate_size=320,
+            moe_intermediate_size=160,
+            num_experts=experts,
+            num_experts_per_tok=2,
+            norm_topk_prob=True,
+            router_aux_loss_coef=0.01,
+            experts_implementation="eager",
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=4096,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=eos,
+            pad_token_id=eos,
+        )
+    )
+
+
 def encode_trace(tokenizer: Any, problem: Problem, pieces: list[Piece]) -> tuple[list[int], list[int]]:
     """Token ids [T] and labels [T] (-100 where the policy does not write), the closing EOS included."""
     ids = tokenizer.encode(TEMPLATE.format(problem=problem.problem))
@@ -131,14 +162,12 @@ def batches(tokenizer: Any, recipe: Recipe, seed: int) -> Iterator[tuple[torch.T
         yield padded(rows, tokenizer.eos_token_id)
 
 
-def train(model: Qwen2ForCausalLM, tokenizer: Any, recipe: Recipe, seed: int) -> None:
+def train(model: Any, tokenizer: Any, recipe: Recipe, seed: int) -> None:
     data = islice(batches(tokenizer, recipe, seed), recipe.num_steps)
     fit(model, data, num_steps=recipe.num_steps, lr=recipe.lr)
 
 
-def fit(
-    model: Qwen2ForCausalLM, data: Iterator[tuple[torch.Tensor, torch.Tensor]], *, num_steps: int, lr: float
-) -> None:
+def fit(model: Any, data: Iterator[tuple[torch.Tensor, torch.Tensor]], *, num_steps: int, lr: float) -> None:
     """AdamW over (ids [B, T], labels [B, T]), one cycle of the learning rate."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=num_steps, pct_start=0.05)
@@ -163,12 +192,12 @@ pipeline_tag: text-generation
 ---
 # The quickstart's base model
 
-A Qwen2 of {num_parameters:,} parameters (2 layers, hidden size 128, vocabulary {vocab_size}), pre-trained from random
+A {kind} of {num_parameters:,} parameters (2 layers, hidden size 128, vocabulary {vocab_size}), pre-trained from random
 weights for {num_steps} steps of {batch_size} generated traces of two-digit arithmetic. Made by
 
-    python tools/make_tiny_base.py --out conf/quickstart --seed {seed}
+    python tools/make_tiny_base.py --out conf/{folder} --seed {seed}{options}
 
-and measured by `python tools/make_tiny_base.py --check conf/quickstart`. No data or weights of anybody else went into
+and measured by `python tools/make_tiny_base.py --check conf/{folder}`. No data or weights of anybody else went into
 it. It is a stand-in for a base model in a test of the whole training loop, and good for nothing else.
 
 The prompt is `Q: 37*45-12=?\\nA:`. Of the traces, {text:.0%} answer in text, nearly always wrong; {good:.0%} write a
@@ -187,14 +216,20 @@ it gives a model within the ranges.
 """
 
 
-def card(model: Qwen2ForCausalLM, recipe: Recipe, seed: int, measured: dict[str, Quality]) -> str:
+def card(model: Any, recipe: Recipe, seed: int, measured: dict[str, Quality]) -> str:
     rows = [
         f"| {decoding} | {quantity} | {asdict(measured[decoding])[quantity]:.3f} | {low:.2f} to {high:.2f} |"
         for decoding, ranges in RANGES.items()
         for quantity, (low, high) in ranges.items()
     ]
     mix = asdict(recipe.mix)
+    experts = getattr(model.config, "num_experts", 0)
     return CARD.format(
+        kind=f"Qwen3-MoE with {experts} experts a layer, two for each token, its weights in bfloat16,"
+        if experts
+        else "Qwen2",
+        folder="quickstart_moe" if experts else "quickstart",
+        options=f" --experts {experts}" if experts else "",
         num_parameters=sum(p.numel() for p in model.parameters()),
         vocab_size=VOCAB_SIZE,
         num_steps=recipe.num_steps,
@@ -208,7 +243,7 @@ def card(model: Qwen2ForCausalLM, recipe: Recipe, seed: int, measured: dict[str,
     )
 
 
-def write(out: Path, model: Qwen2ForCausalLM, tokenizer: Any, readme: str) -> None:
+def write(out: Path, model: Any, tokenizer: Any, readme: str) -> None:
     """Writes the folder beside `out` and swaps it in; whatever else lay in `out` goes."""
     fresh = temporary_for(out)
     shutil.rmtree(fresh, ignore_errors=True)
@@ -224,20 +259,24 @@ def write(out: Path, model: Qwen2ForCausalLM, tokenizer: Any, readme: str) -> No
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def make(out: Path, recipe: Recipe, seed: int) -> list[str]:
-    """Makes the model and writes it; returns what misses the card's ranges (then nothing is written)."""
+def make(out: Path, recipe: Recipe, seed: int, experts: int) -> list[str]:
+    """Makes the model and writes it; returns what misses the card's ranges (then nothing is written). `experts`: 0 = dense."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     tokenizer = make_tokenizer(seed)
     torch.manual_seed(seed)
-    model = make_model(tokenizer.eos_token_id)
+    model: Any = make_moe(tokenizer.eos_token_id, experts) if experts else make_model(tokenizer.eos_token_id)
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id, do_sample=True
     )
+    model.config.output_router_logits = bool(experts)  # its loss then holds the balance loss
     train(model, tokenizer, recipe, seed)
+    model.config.output_router_logits = False
+    if experts:
+        model = model.to(torch.bfloat16).float()  # what is shipped is what is measured
     measured, missed = faults(model, tokenizer)
     if not missed:
-        write(out, model, tokenizer, card(model, recipe, seed, measured))
+        write(out, model.to(torch.bfloat16) if experts else model, tokenizer, card(model, recipe, seed, measured))
     return missed
 
 
@@ -246,7 +285,7 @@ def check(folder: Path) -> list[str]:
     if not (folder / "config.json").is_file():
         return [f"{folder} holds no model; make one with `python tools/make_tiny_base.py --out {folder}`"]
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    measured, missed = faults(Qwen2ForCausalLM.from_pretrained(folder).eval(), tokenizer)
+    measured, missed = faults(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), tokenizer)
     for decoding, quality in measured.items():
         print(decoding, json.dumps(asdict(quality)))
     return missed
@@ -257,9 +296,12 @@ def main(argv: list[str] | None = None) -> int:
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--out", type=Path, metavar="DIR", help="make the model and put it there")
     action.add_argument("--check", type=Path, metavar="DIR", help="measure the model there against its card's ranges")
+    parser.add_argument(
+        "--experts", type=int, default=0, metavar="N", help="experts in each layer (default 0: a dense model)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of weights, traces and tokenizer corpus (default 0)")
     args = parser.parse_args(argv)
-    missed = check(args.check) if args.check else make(args.out, Recipe(), args.seed)
+    missed = check(args.check) if args.check else make(args.out, Recipe(), args.seed, args.experts)
     for line in missed:
         print(f"make_tiny_base: {line}", file=sys.stderr)
     return 1 if missed else 0

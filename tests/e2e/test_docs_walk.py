@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,16 +40,39 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(words: tuple[str, ...], folder: Path) -> subprocess.CompletedProcess[str]:
+def environment(folder: Path) -> dict[str, str]:
     path = f"{BIN}:{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(folder / "examples"), "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    return {**os.environ, "PATH": path, "PYTHONPATH": str(folder / "examples"), "CUDA_VISIBLE_DEVICES": ""}
+
+
+def run(words: tuple[str, ...], folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        words, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=900, check=False
+    )
+
+
+def look_and_leave(words: tuple[str, ...], folder: Path) -> None:
+    """A command that serves a page until Ctrl-C: the page is there at the address that it prints, and Ctrl-C ends it well."""
+    with subprocess.Popen(words, cwd=folder, env=environment(folder), stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        try:
+            printed = (re.search(r"http://127\.0\.0\.1:\d+\S*", line) for line in server.stdout)
+            address = next(found[0] for found in printed if found)
+            with urllib.request.urlopen(address, timeout=30) as page:
+                assert b"<html" in page.read()
+            server.send_signal(signal.SIGINT)
+            assert server.wait(20) == 0
+        finally:
+            server.kill()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1000)
 @pytest.mark.parametrize("command", slow_commands(), ids=lambda command: f"{command.where} {' '.join(command.words)}")
 def test_it_runs(command: Command, checkout: Path) -> None:
+    if "--follow" in command.words:
+        look_and_leave(command.words, checkout)
+        return
     done = run(command.words, checkout)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
 
