@@ -41,6 +41,21 @@ def make_tiny_moe(folder: Path, *, seed: int = 0, layers: int = 2, experts: int 
     return _write(Qwen3MoeForCausalLM(config), folder, eos)
 
 
+def make_tiny_qwen2_moe(folder: Path, *, seed: int = 0) -> Path:
+    """A Qwen2-MoE: a shared expert with its gate beside eight others, whose weights are not divided by their sum."""
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    eos = _write_tokenizer(folder)
+    config = Qwen2MoeConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=128, moe_intermediate_size=32, num_experts=8,
+        num_experts_per_tok=2, shared_expert_intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=False, bos_token_id=None, eos_token_id=eos,
+        pad_token_id=eos, dtype="float32",
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    return _write(Qwen2MoeForCausalLM(config), folder, eos)
+
+
 def _write_tokenizer(folder: Path) -> int:
     """Returns the id of the end token."""
     from tokenizers import pre_tokenizers

@@ -3,7 +3,8 @@
     everywhere         weights: verification (held_weights.py), reception in place (weight_receive.py); letting go of
                        memory (sleep.py); stop_strings.py; the run's secret (door.py)
     without a GPU too  a CPU platform with SGLang's pure torch kernels (native_cpu.py), attention for whole batches
-                       (cpu_attention.py), seeds that count (seeded_sampling.py), a quick start (cpu_start.py)
+                       (cpu_attention.py), a shared expert's gate (cpu_moe.py), seeds that count
+                       (seeded_sampling.py), a quick start (cpu_start.py)
 
 Contract: this package runs inside SGLang and imports nothing of torl_mega but itself; nothing heavy at the top of this
 module. SGLang's out-of-tree interface changed between 0.5.21 and 0.5.23, so SGLang is pinned exactly.
@@ -57,7 +58,7 @@ def _cpu_hooks() -> None:
     """What SGLang lacks on a CPU: batched attention, seeds that count in sampling, a quick start, no pinned memory."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from torl_mega.serving.plugin import cpu_attention, cpu_start, seeded_sampling
+    from torl_mega.serving.plugin import cpu_attention, cpu_moe, cpu_start, seeded_sampling
 
     around = {
         "sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch": seeded_sampling.from_schedule_batch,
@@ -67,6 +68,7 @@ def _cpu_hooks() -> None:
     replace: dict[str, Any] = {
         "mem_cache.pool_host.common._cuda_host_register": _no_host_register,
         "layers.sampler.multinomial_with_seed": seeded_sampling.multinomial_with_seed,
+        "models.qwen2_moe.fused_gate_sigmoid_mul_add": cpu_moe.gate_sigmoid_mul_add,
         "layers.attention.torch_native_backend.TorchNativeAttnBackend": cpu_attention.BatchedAttention,
         "entrypoints.http_server._freeze_gc_after_server_warmup": cpu_start.no_freeze,
     }
