@@ -255,6 +255,9 @@ class ServingConfig(Section):
     """SGLang servers started on one machine without GPUs; elsewhere `cluster` says how many."""
     tensor: PositiveInt = 1
     """Tensor-parallel size of each server."""
+    expert: PositiveInt = 1
+    """Ranks of a server over which the experts of each layer are spread, whole; of the others each rank holds a cut. Divides
+    `tensor`."""
     urls: tuple[Url, ...] = ()
     """Servers that run already; when given, none is started."""
     router: Url | None = None

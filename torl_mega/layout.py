@@ -332,6 +332,20 @@ def check_layout(hf_config: Mapping[str, Any], parallel: ParallelConfig, world_s
     return problems
 
 
+def check_served_experts(hf_config: Mapping[str, Any], tensor: int, expert: int) -> list[str]:
+    """What stands against `serving.expert` = `expert` in servers of `tensor` ranks."""
+    shape = describe_model(hf_config)
+    if expert == 1:
+        return []
+    if shape.experts is None:
+        return [f"serving.expert = {expert}: a {shape.architecture} has no experts; take 1"]
+    if tensor % expert or shape.experts.count % expert:
+        return [
+            f"serving.expert = {expert} does not divide serving.tensor = {tensor} and the model's {shape.experts.count} experts"
+        ]
+    return []
+
+
 def check_router_replay(hf_config: Mapping[str, Any], mode: str) -> list[str]:
     """What stands against `algo.router_replay` = `mode`."""
     shape = describe_model(hf_config)

@@ -51,17 +51,31 @@ PROBE = (48, 25, 220, 16, 10, 17, 28, 30)
 EXPERT = "model.layers.1.mlp.experts."
 
 
-@pytest.fixture(scope="module", params=["qwen3moe", pytest.param("qwen2moe", marks=pytest.mark.slow)])
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    make = make_tiny_moe if request.param == "qwen3moe" else make_tiny_qwen2_moe
-    folder = make(tmp_path_factory.mktemp("tiny_moe"))
+MODELS = {"qwen3moe": make_tiny_moe, "qwen2moe": make_tiny_qwen2_moe}
+CASES = [
+    ("qwen3moe", 1),
+    pytest.param(("qwen2moe", 1), marks=pytest.mark.slow),
+    pytest.param(("qwen3moe", 2), marks=pytest.mark.slow),
+]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}, {case[1]} expert ranks")
+def case(request: pytest.FixtureRequest) -> tuple[str, int]:
+    """The family, and the ranks that a server spreads its experts over; at 1 it cuts each of them in two."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(case: tuple[str, int], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = MODELS[case[0]](tmp_path_factory.mktemp("tiny_moe"))
     write_config(folder, folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def server(model: Path, start_server: Callable[..., LiveServer]) -> Iterator[LiveServer]:
-    server = start_server(model / "tiny.yaml", "serving.tensor=2", "algo.router_replay=rollout")
+def server(case: tuple[str, int], model: Path, start_server: Callable[..., LiveServer]) -> Iterator[LiveServer]:
+    spread = f"serving.expert={case[1]}"
+    server = start_server(model / "tiny.yaml", "serving.tensor=2", spread, "algo.router_replay=rollout")
     asyncio.run(wait_ready(server.url, 280, process=server.sidecar, log_path=server.log))
     yield server
     server.sidecar.stop()

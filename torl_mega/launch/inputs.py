@@ -11,7 +11,7 @@ from torl_mega.config import Config
 from torl_mega.data.problem_files import is_missing
 from torl_mega.errors import CheckpointError, ConfigError, DataError
 from torl_mega.import_path import is_import_path, load
-from torl_mega.layout import check_layout, check_router_replay, read_hf_config
+from torl_mega.layout import check_layout, check_router_replay, check_served_experts, read_hf_config
 from torl_mega.rollout.benchmark_table import SOURCE_NOTE
 from torl_mega.rollout.evaluate import absent_benchmarks
 from torl_mega.run.files import write_json
@@ -28,9 +28,11 @@ def check_inputs(config: Config, num_ranks: int | None) -> None:
     check_installed(config.logging)
     hf_config = read_hf_config(config.model.path)
     problems = check_layout(hf_config, config.parallel, num_ranks) if num_ranks else []
-    problems = problems or check_fp8_serving(hf_config, config) + check_router_replay(
-        hf_config, config.algo.router_replay
-    )
+    problems = problems or [
+        *check_fp8_serving(hf_config, config),
+        *check_served_experts(hf_config, config.serving.tensor, config.serving.expert),
+        *check_router_replay(hf_config, config.algo.router_replay),
+    ]
     if problems:
         raise ConfigError("; ".join(problems))
     replay = config.rollout.replay

@@ -57,6 +57,8 @@ def launch_command(config: Config, *, host: str, port: int, on_gpu: bool, room: 
     _check_context(Path(config.model.path), config.max_context_tokens)
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", config.model.path, "--host", host]
     command += ["--port", str(port), "--dtype", config.model.dtype, "--tp-size", str(serving.tensor)]
+    if serving.expert > 1:
+        command += ["--ep-size", str(serving.expert)]
     # left to itself SGLang draws one, perhaps one that another server here will listen on once it has loaded
     command += ["--nccl-port", str(ranks_port(port))]
     # servers of one run must not draw the same numbers, or a group spread over two of them repeats itself

@@ -3,7 +3,7 @@
     everywhere         weights: verification (held_weights.py), reception in place (weight_receive.py); letting go of
                        memory (sleep.py); stop_strings.py; the run's secret (door.py)
     without a GPU too  a CPU platform with SGLang's pure torch kernels (native_cpu.py), attention for whole batches
-                       (cpu_attention.py), a shared expert's gate (cpu_moe.py), seeds that count
+                       (cpu_attention.py), experts (cpu_moe.py), seeds that count
                        (seeded_sampling.py), a quick start (cpu_start.py)
 
 Contract: this package runs inside SGLang and imports nothing of torl_mega but itself; nothing heavy at the top of this
@@ -62,6 +62,7 @@ def _cpu_hooks() -> None:
 
     around = {
         "sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch": seeded_sampling.from_schedule_batch,
+        "layers.moe.fused_moe_native.moe_forward_native": cpu_moe.of_this_rank,
         "entrypoints.engine.Engine._launch_scheduler_processes": cpu_start.forked,
         "entrypoints.engine.Engine._launch_detokenizer_subprocesses": cpu_start.forked,
     }
