@@ -377,6 +377,32 @@ def test_the_search_is_right_and_takes_seconds(conf: Path) -> None:
         assert again.time == candidate.analysis.time
 
 
+def test_the_search_spreads_experts_where_there_are_some() -> None:
+    hardware = Hardware(4, 8, "h100")
+    moe, dense = load_config("conf/moe_30b_a3b.yaml"), load_config("conf/torl_7b.yaml")
+    assert {c["parallel.expert"] for c in _candidates(moe, hardware, 128)} == {1, 2, 4, 8, 16, 32, 64, 128}
+    assert {c["parallel.expert"] for c in _candidates(dense, hardware)} == {1}
+    assert all("parallel.expert" not in " ".join(c.overrides) for c in search(dense, hardware, ASSUME))
+    # one stage: a rank that held all experts would hold 30B parameters
+    spread = {
+        c.analysis.fits and "parallel.expert=1" not in c.overrides for c in search(moe, hardware, ASSUME, nearest=True)
+    }
+    assert spread == {True}
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("serving.expert=2", "serving.expert = 2: a Qwen2ForCausalLM has no experts; take 1"),
+        ("algo.router_replay=rollout", "algo.router_replay = rollout: a Qwen2ForCausalLM has no experts; take off"),
+    ],
+)
+def test_what_needs_experts_is_refused_without(override: str, said: str) -> None:
+    assert said in analyse(load_config("conf/torl_7b.yaml", [override]), Hardware(4, 8, "h100"), ASSUME).problems
+    moe = load_config("conf/moe_30b_a3b.yaml", [override, "serving.tensor=2"])
+    assert analyse(moe, Hardware(4, 8, "h100"), ASSUME).fits
+
+
 @pytest.mark.slow
 def test_the_search_on_a_thousand_nodes_takes_seconds_too() -> None:
     large = [

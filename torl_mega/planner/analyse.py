@@ -13,7 +13,7 @@ from typing import Any
 
 from torl_mega.config import Config
 from torl_mega.errors import ConfigError
-from torl_mega.layout import ModelShape, check_layout, describe_model
+from torl_mega.layout import ModelShape, check_layout, check_router_replay, check_served_experts, describe_model
 from torl_mega.planner import memory, steptime
 from torl_mega.planner.hardware import GIB, Assumptions, Gpu
 from torl_mega.planner.hardware import gpu as gpu_row
@@ -125,6 +125,8 @@ def _settings(
         problems.append(
             f"serving.tensor = {serving.tensor} does not divide the model's {heads} attention and {groups} key/value heads"
         )
+    problems += check_served_experts(hf, serving.tensor, serving.expert)
+    problems += check_router_replay(hf, config.algo.router_replay)
     if config.trainer.precision != "default" and gpu.fp8 is None:
         problems.append(
             f"trainer.precision = {config.trainer.precision} needs FP8, which {gpu.name} does not have; take default"

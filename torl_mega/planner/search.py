@@ -1,17 +1,21 @@
 """Tries every sensible layout for a config on given hardware and ranks those that fit by predicted step time.
 
 Contract: `search` returns override lists that can be pasted behind `torl train CONF`; each was analysed in full.
-Limits: context and virtual pipeline parallelism are left as the config has them; tensor sizes stay inside a node.
+Limits: context, virtual pipeline and expert tensor parallelism are left as the config has them; tensor sizes stay inside a node.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torl_mega.config import Config
+from torl_mega.errors import ConfigError
+from torl_mega.layout import describe_model
 from torl_mega.planner.analyse import Analysis, Hardware, Placed, analyse, placed
 from torl_mega.planner.hardware import Assumptions
+from torl_mega.planner.known_models import hf_config
 
 Overrides = dict[str, object]
 PLACES = ("cluster.placement", "cluster.server_nodes", "cluster.server_gpus_per_node", "serving.tensor")
@@ -42,7 +46,7 @@ def search(
     those that change the fewest settings, and among them the fastest."""
     found = []
     places: dict[tuple[object, ...], Placed] = {}  # of thousands of nodes: made once, not for every layout
-    for overrides in _candidates(config, hardware):
+    for overrides in _candidates(config, hardware, _num_experts(config)):
         changed = _changed(config, overrides)
         key = tuple(overrides[name] for name in PLACES)
         if key not in places:
@@ -56,7 +60,9 @@ def search(
     return sorted(found, key=lambda c: (round(c.step_s, 1), len(c.overrides)))[:keep]
 
 
-def _candidates(config: Config, hardware: Hardware) -> Iterator[Overrides]:
+def _candidates(config: Config, hardware: Hardware, num_experts: int = 0) -> Iterator[Overrides]:
+    """`num_experts`: of a layer, 0 in a dense model."""
+    spreads = [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if num_experts and num_experts % n == 0] or [1]
     sizes = [n for n in (1, 2, 4, 8, 16) if n <= hardware.gpus]
     longest = config.max_train_tokens
     budgets = sorted({n for n in (8192, 16384, 32768, config.trainer.micro_batch_tokens) if n >= longest})
@@ -73,7 +79,7 @@ def _candidates(config: Config, hardware: Hardware) -> Iterator[Overrides]:
         shared = split["cluster.placement"] == "colocated"
         fractions = sorted({0.2, 0.3, 0.4, 0.5, 0.6, 0.7, config.serving.mem_fraction}) if shared else [0.75]
         for tensor in sizes:
-            for pipeline in (1, 2, 4, 8):
+            for pipeline, expert in itertools.product((1, 2, 4, 8), spreads):
                 for budget in budgets:
                     for recompute in ("none", "full"):
                         for serve in sizes:
@@ -82,6 +88,7 @@ def _candidates(config: Config, hardware: Hardware) -> Iterator[Overrides]:
                                     **split,
                                     "parallel.tensor": tensor,
                                     "parallel.pipeline": pipeline,
+                                    "parallel.expert": expert,
                                     "parallel.data": "auto",
                                     "parallel.sequence": tensor > 1,
                                     "trainer.micro_batch_tokens": budget,
@@ -89,6 +96,14 @@ def _candidates(config: Config, hardware: Hardware) -> Iterator[Overrides]:
                                     "serving.tensor": serve,
                                     "serving.mem_fraction": fraction,
                                 }
+
+
+def _num_experts(config: Config) -> int:
+    try:
+        experts = describe_model(hf_config(config.model.path)).experts
+    except ConfigError:  # which every analysis says
+        return 0
+    return experts.count if experts else 0
 
 
 def _changed(config: Config, overrides: Overrides) -> Config:
