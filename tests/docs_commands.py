@@ -41,7 +41,7 @@ OUTSIDE_PROGRAMS = {
 }
 SECONDS = {"config", "plan"}  # subcommands that import no engine
 RUNS_HERE = re.compile(
-    r"conf/quickstart(_tools)?\.yaml|examples/\w+\.yaml|runs/(look|quickstart\w*|sampled|replayed)(/|$)"
+    r"conf/quickstart(_tools|_moe)?\.yaml|examples/\w+\.yaml|runs/(look|quickstart\w*|sampled|replayed)(/|$)"
 )
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveFloat, PositiveInt, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveFloat, PositiveInt, Tag, field_validator, model_validator
 
 from torl_mega.import_path import is_import_path
 
@@ -433,6 +433,12 @@ class AlgoConfig(Section):
     train_on_observations: bool = False
     """Train on what the tools say as on what was sampled: a control of the paper's claim that masking it keeps training stable
     (§2.3.2), not a recipe."""
+
+    @field_validator("router_replay", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: object) -> object:
+        """YAML reads off as false."""
+        return "off" if value is False else value
 
     @model_validator(mode="after")
     def _options_fit(self) -> Self:

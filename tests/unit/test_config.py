@@ -131,3 +131,9 @@ def test_hash_covers_the_recipe_and_not_the_name():
     one = config_hash(load_config(QUICKSTART))
     assert one == config_hash(load_config(QUICKSTART, ["name=other"]))
     assert one != config_hash(load_config(QUICKSTART, ["optim.lr=1e-5"]))
+
+
+@pytest.mark.parametrize("value", ["off", "'off'", "rollout", "old"])
+def test_router_replay_takes_each_of_its_words(value):
+    """YAML reads a plain off as false."""
+    assert load_config("conf/moe_30b_a3b.yaml", [f"algo.router_replay={value}"]).algo.router_replay == value.strip("'")
