@@ -1,6 +1,7 @@
 """How fast a verified weight sync is, against a bare broadcast of the same tensors over the same wire.
 
     python tools/bench_sync.py [--megabytes 2048] [--bucket-mb 512] [--repeat 3] [--json]
+    python tools/bench_sync.py --experts 128 --bucket-mb 16     as many names as Qwen3-30B-A3B has, of a few kilobytes each
     python tools/bench_sync.py --pairs 4 [...]      4 servers, each beside a rank: every rank hands over, or rank 0 alone
 
 Makes a random Qwen2 of about the asked size, serves it with the real SGLang on this machine, and times `update` of all
@@ -68,6 +69,21 @@ def make_model(folder: Path, megabytes: int) -> dict[str, torch.Tensor]:
     model = Qwen2ForCausalLM(config)
     model.save_pretrained(folder)
     return {name: weight.detach() for name, weight in model.named_parameters()}
+
+
+def make_experts(folder: Path, experts: int) -> dict[str, torch.Tensor]:
+    """A random fp32 Qwen3-MoE of 48 layers of tiny experts, by the names of its checkpoint."""
+    from safetensors.torch import load_file
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        vocab_size=1024, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_experts=experts,
+        num_experts_per_tok=2, norm_topk_prob=True, num_hidden_layers=48, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, max_position_embeddings=256, tie_word_embeddings=False, bos_token_id=None, eos_token_id=0,
+        dtype="float32",
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
 
 
 def bare_broadcast(weights: dict[str, torch.Tensor], repeat: int) -> list[float]:
@@ -191,6 +207,7 @@ def run_as_rank(folder: Path, urls: list[str], bucket_mb: int, repeat: int) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=2048)
+    parser.add_argument("--experts", type=int, default=0, help="of each of 48 layers, in the place of a dense model")
     parser.add_argument("--bucket-mb", type=int, default=512)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--json", action="store_true")
@@ -203,7 +220,8 @@ def main() -> None:
         run_as_rank(args.as_rank_of, args.urls, args.bucket_mb, args.repeat)
         return
     with tempfile.TemporaryDirectory() as temporary:
-        weights = make_model(Path(temporary), args.megabytes)
+        folder = Path(temporary)
+        weights = make_experts(folder, args.experts) if args.experts else make_model(folder, args.megabytes)
         if args.pairs:
             del weights
             print(json.dumps(colocated(Path(temporary), args.pairs, args.bucket_mb, args.repeat)))
@@ -215,6 +233,7 @@ def main() -> None:
     best = min(stats, key=lambda s: s["sync_s"])
     report = {
         "bytes": num_bytes,
+        "tensors": len(weights),
         "bucket_mb": args.bucket_mb,
         "bare_gib_per_s": num_bytes / bare / 2**30,
         "sync_gib_per_s": num_bytes / best["sync_s"] / 2**30,
