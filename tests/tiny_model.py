@@ -26,15 +26,24 @@ def make_tiny_model(folder: Path, *, seed: int = 0, num_kv_heads: int = 2, tied:
     return _write(Qwen2ForCausalLM(config), folder, eos)
 
 
-def make_tiny_moe(folder: Path, *, seed: int = 0, layers: int = 2, experts: int = 8, ffn: int = 32) -> Path:
+def make_tiny_moe(
+    folder: Path,
+    *,
+    seed: int = 0,
+    layers: int = 2,
+    experts: int = 8,
+    ffn: int = 32,
+    hidden: int = 64,
+    head_dim: int = 32,
+) -> Path:
     """The same with experts, of which each token takes two: a Qwen3-MoE."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     eos = _write_tokenizer(folder)
     config = Qwen3MoeConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=64, intermediate_size=128, moe_intermediate_size=ffn, num_experts=experts,
+        vocab_size=VOCAB_SIZE, hidden_size=hidden, intermediate_size=128, moe_intermediate_size=ffn, num_experts=experts,
         num_experts_per_tok=2, norm_topk_prob=True, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=32, max_position_embeddings=2048, tie_word_embeddings=False, bos_token_id=None, eos_token_id=eos,
+        head_dim=head_dim, max_position_embeddings=2048, tie_word_embeddings=False, bos_token_id=None, eos_token_id=eos,
         pad_token_id=eos, dtype="float32",
     )  # fmt: skip
     torch.manual_seed(seed)

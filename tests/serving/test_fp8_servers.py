@@ -11,7 +11,7 @@ import pytest
 import torch
 from live_server import LiveServer, write_config
 from safetensors.torch import load_file
-from tiny_model import make_tiny_model
+from tiny_model import make_tiny_model, make_tiny_moe
 
 from torl_mega.config import Config
 from torl_mega.config_file import load_config
@@ -23,10 +23,19 @@ from torl_mega.serving.sync.control import Deadline
 from torl_mega.serving.sync.weights import ServerSink, make_transport, make_weight_sink
 
 
+@pytest.fixture(scope="module", params=["dense", pytest.param("experts", marks=pytest.mark.slow)])
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Whole blocks of q, k, v (256, 128, 128 rows) and gate, up (384)."""
-    return make_tiny_model(tmp_path_factory.mktemp("fp8_model"), hidden_size=256, intermediate_size=384)
+def model(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Whole blocks of q, k, v (256, 128, 128 rows) and gate, up (384, or 128 of
+    each expert)."""
+    folder = tmp_path_factory.mktemp("fp8_model")
+    if kind == "experts":
+        return make_tiny_moe(folder, hidden=256, ffn=128, head_dim=64)
+    return make_tiny_model(folder, hidden_size=256, intermediate_size=384)
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +60,14 @@ def weights(model: Path) -> dict[str, torch.Tensor]:
 
 
 def test_the_server_holds_the_bytes_of_values_and_scales(
-    fp8_server: LiveServer, config: Config, weights: dict[str, torch.Tensor]
+    fp8_server: LiveServer, config: Config, weights: dict[str, torch.Tensor], kind: str
 ) -> None:
     sink = make_weight_sink(config.serving, [fp8_server.url])
     sent = dict(quantize_stream(weights.items()))
-    assert sum(name.endswith("_scale_inv") for name in sent) == 2 * 7
+    assert sum(name.endswith("_scale_inv") for name in sent) == 2 * (4 + 8 * 3 if kind == "experts" else 7)
+    assert all(
+        name in sent and sent[name].dtype == torch.bfloat16 for name in weights if name.endswith("mlp.gate.weight")
+    )
     for number in (3, 4):  # the second one goes into weights that the server has processed once
         stats = sink.update(iter(weights.items()), version=number)
         assert fp8_server.version() == str(number)
@@ -66,12 +78,12 @@ def test_the_server_holds_the_bytes_of_values_and_scales(
 
 
 @pytest.mark.parametrize(
-    "victim", ["self_attn.v_proj.weight_scale_inv", "mlp.gate_proj.weight", "self_attn.o_proj.weight"]
+    "victim", ["self_attn.v_proj.weight_scale_inv", "mlp.{}gate_proj.weight", "mlp.{}down_proj.weight_scale_inv"]
 )
 def test_one_wrong_bit_is_found_by_name(
-    fp8_server: LiveServer, config: Config, weights: dict[str, torch.Tensor], victim: str
+    fp8_server: LiveServer, config: Config, weights: dict[str, torch.Tensor], victim: str, kind: str
 ) -> None:
-    name = f"model.layers.1.{victim}"
+    name = "model.layers.1." + victim.format("experts.5." if kind == "experts" else "")
     transport = make_transport(config.serving, torch.device("cpu"), {})
     send = transport.send
 

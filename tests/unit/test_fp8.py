@@ -17,6 +17,7 @@ from torl_mega.config_file import load_config
 from torl_mega.errors import ConfigError, ServerError
 from torl_mega.interfaces import NamedTensor
 from torl_mega.launch import local
+from torl_mega.planner.known_models import KNOWN
 from torl_mega.serving.fp8 import Fp8Sink, quantize_blocks, quantize_stream
 from torl_mega.serving.fp8_format import check_fp8_serving
 from torl_mega.serving.sglang_server import launch_command
@@ -122,6 +123,26 @@ def test_settings_that_exclude_fp8_servers(overrides: tuple[str, ...], complaint
 )
 def test_models_whose_layers_are_not_whole_blocks(hf: dict[str, Any], tensor: int, complaint: str | None) -> None:
     problems = check_fp8_serving(hf, load_config("conf/torl_1.5b.yaml", [*FP8, f"serving.tensor={tensor}"]))
+    assert len(problems) == (0 if complaint is None else 1), problems
+    assert complaint is None or re.search(complaint, problems[0])
+
+
+@pytest.mark.parametrize(
+    ("tensor", "expert", "complaint"),
+    [
+        (2, 1, None),
+        (
+            4,
+            1,
+            r"moe_intermediate_size on each of the 4 ranks that cut an expert .* found 192; take a larger serving\.expert",
+        ),
+        (4, 2, None),
+        (4, 4, None),
+    ],
+)
+def test_experts_are_cut_in_whole_blocks_or_spread(tensor: int, expert: int, complaint: str | None) -> None:
+    served = [*FP8, f"serving.tensor={tensor}", f"serving.expert={expert}"]
+    problems = check_fp8_serving(KNOWN["Qwen3-30B-A3B-Base"], load_config("conf/moe_30b_a3b.yaml", served))
     assert len(problems) == (0 if complaint is None else 1), problems
     assert complaint is None or re.search(complaint, problems[0])
 

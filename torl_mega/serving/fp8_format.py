@@ -26,16 +26,20 @@ def check_fp8_serving(hf_config: Mapping[str, Any], config: Config) -> list[str]
     if config.serving.weight_dtype == "model":
         return []
     tensor, shape = config.serving.tensor, describe_model(hf_config)
-    if shape.experts is not None:
-        return [
-            f"serving.weight_dtype = fp8_block is not supported for a {shape.architecture}; take weight_dtype = model"
-        ]
-    return [
+    problems = [
         f"serving.weight_dtype = fp8_block needs {what} on each of serving.tensor = {tensor} ranks to be a multiple of "
         f"{BLOCK}, found {size / tensor:g}; take a smaller serving.tensor or weight_dtype = model"
         for what, size in _sharded_sizes(shape, tensor).items()
         if size % (BLOCK * tensor)
     ]
+    cut = tensor // config.serving.expert  # ranks that cut an expert (Fp8MoEMethod.create_fp8_moe_weight_)
+    if shape.experts is not None and shape.experts.ffn % (BLOCK * cut):
+        problems.append(
+            f"serving.weight_dtype = fp8_block needs moe_intermediate_size on each of the {cut} ranks that cut an expert to be a "
+            f"multiple of {BLOCK}, found {shape.experts.ffn / cut:g}; take a larger serving.expert, a smaller serving.tensor or "
+            "weight_dtype = model"
+        )
+    return problems
 
 
 def _sharded_sizes(shape: ModelShape, tensor: int) -> dict[str, int]:
@@ -43,5 +47,6 @@ def _sharded_sizes(shape: ModelShape, tensor: int) -> dict[str, int]:
     return {
         "the rows of q_proj": shape.q_width,
         "the rows of k_proj": max(shape.num_kv_groups, tensor) * shape.head_dim,  # heads repeat above their number
-        "intermediate_size": shape.ffn,
+        **({"intermediate_size": shape.ffn} if shape.experts is None else {}),
+        **({"shared_expert_intermediate_size": shape.experts.shared_ffn} if shape.experts else {}),
     }
