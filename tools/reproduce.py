@@ -17,7 +17,8 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,17 @@ CURVES = (
     "accuracy reward code_ratio pass_ratio pass_ratio_correct pass_ratio_incorrect executed_code_ratio code_before_answer_ratio "
     "response_length entropy k3 group_zero_signal_ratio num_trained_tokens rollout_s train_s step_s"
 ).split()
+NUM_EXAMPLES = 3
 EDGE = 5  # steps at either end of a run whose trajectories are looked at
 LIBRARIES = ("torch", "megatron-core", "sglang", "transformers")
 _NUMBER = re.compile(r"-?\d+(?:/\d+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    address: str  # behind the # of the viewer's page
+    trajectory: Trajectory
+    reward: Reward
 
 
 def conf_of(arm: str) -> str:
@@ -92,28 +101,42 @@ def _rounded(measures: dict[str, Any]) -> dict[str, float]:
     return {name: round(value, 5) for name, value in measures.items() if isinstance(value, int | float)}
 
 
-def _attempts(folder: Path, steps: Iterable[int]) -> list[tuple[Trajectory, Reward]]:
-    groups = [group for step in steps for group in read_groups(step_path(folder / "trajectories", step))]
-    return [pair for group in groups for pair in zip(group.trajectories, group.rewards, strict=True)]
+def _attempts(folder: Path, steps: Iterable[int]) -> list[Attempt]:
+    return [
+        Attempt(f"step={step}&group={number}&sample={trajectory.sample_index}", trajectory, reward)
+        for step in steps
+        for number, group in enumerate(read_groups(step_path(folder / "trajectories", step)))
+        for trajectory, reward in zip(group.trajectories, group.rewards, strict=True)
+    ]
 
 
-def behaviour(attempts: Sequence[tuple[Trajectory, Reward]]) -> dict[str, int]:
+def behaviour(attempts: Sequence[Attempt]) -> dict[str, Any]:
     """Counts: answers with a program that failed, those in which another program then ended OK; answers whose number in prose
-    before their first program is not what that printed, those whose final answer is what it printed."""
-    failed = repaired = differed = followed = 0
-    for trajectory, reward in attempts:
-        ran = programs(trajectory)
-        first = next((i for i, call in enumerate(ran) if call.status is not ExecutionStatus.OK), None)
-        if first is not None:
-            failed += 1
-            repaired += any(c.status is ExecutionStatus.OK and c.code != ran[first].code for c in ran[first + 1 :])
-        said, printed = said_before(trajectory), printed_first(trajectory)
-        if said is not None and printed is not None and said != printed:
-            differed += 1
-            followed += reward.extracted == printed
-    return {
-        "answers": len(attempts), "failed": failed, "repaired": repaired, "differed": differed, "followed": followed
-    }  # fmt: skip
+    before their first program is not what that printed, those whose final answer is what it printed. Of the second and fourth
+    kind the first examples, by their address in the viewer's page."""
+    counts = dict.fromkeys(("answers", "failed", "repaired", "differed", "followed"), 0)
+    examples: dict[str, list[dict[str, str]]] = {"repaired": [], "followed": []}
+    for attempt in attempts:
+        for kind in ("answers", *kinds_of(attempt)):
+            counts[kind] += 1
+            if kind in examples and len(examples[kind]) < NUM_EXAMPLES:
+                problem, text = attempt.trajectory.prompt.problem.problem, attempt.trajectory.response_text
+                examples[kind].append({"address": attempt.address, "problem": problem, "text": text})
+    return {**counts, "examples": examples}
+
+
+def kinds_of(attempt: Attempt) -> Iterator[str]:
+    trajectory, ran = attempt.trajectory, programs(attempt.trajectory)
+    first = next((i for i, call in enumerate(ran) if call.status is not ExecutionStatus.OK), None)
+    if first is not None:
+        yield "failed"
+        if any(c.status is ExecutionStatus.OK and c.code != ran[first].code for c in ran[first + 1 :]):
+            yield "repaired"
+    said, printed = said_before(trajectory), printed_first(trajectory)
+    if said is not None and printed is not None and said != printed:
+        yield "differed"
+        if attempt.reward.extracted == printed:
+            yield "followed"
 
 
 def said_before(trajectory: Trajectory) -> str | None:

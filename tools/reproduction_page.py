@@ -276,7 +276,27 @@ def behaviour_table(runs: Runs) -> str:
             before, after = (f"{hit} of {total}" for hit, total in counts)
             lines.append(f"| {NAMES[arm]} | {name} | {before} | {after} | {p:.2g} |")
     lines.append("\nWith C = 1 a second program is written but never run, so only C = 2 can show the first one.")
+    for arm in (arm for arm in ("torl", "c2") if runs[arm]):
+        for name, (hits, _) in kinds.items():
+            lines += _examples(name, arm, hits, runs[arm])
     return "\n".join(lines) + "\n"
+
+
+def _examples(name: str, arm: str, kind: str, runs: Sequence[Run]) -> list[str]:
+    """One answer after RL, in full, and where the viewer shows it and others."""
+    found = [(r["seed"], e) for r in runs for e in r["behaviour"]["after"].get("examples", {}).get(kind, ())]
+    if not found:
+        return []
+    shown = next((e for _, e in found if "````" not in e["text"]), found[0][1])
+    pages = [f"`runs/reproduction/{arm}__seed{seed}/view/index.html#{e['address']}`" for seed, e in found[:3]]
+    return [
+        f"\n**{NAMES[arm]}: {name}**, after RL, in the viewer (`torl view runs/reproduction/{arm}__seed{found[0][0]}`): "
+        f"{', '.join(pages)}. The first one:\n",
+        "````",
+        shown["problem"],
+        shown["text"].rstrip(),
+        "````",
+    ]
 
 
 def controls(runs: Runs) -> str:

@@ -94,8 +94,23 @@ def test_behaviours_are_counted() -> None:
     followed = attempt(turn(" It is 6. Check:" + block.format("print(5)"), ok, "print(5)", "5"), turn("So \\boxed{5}."))
     agreed = attempt(turn(" It is 5. Check:" + block.format("print(5)"), ok, "print(5)", "5"), turn("So \\boxed{5}."))
     plain = attempt(turn(" 2+3=5. So \\boxed{5}."))
-    counts = reproduce.behaviour([(t, right) for t in (repaired, repeated, followed, agreed, plain)])
+    answers = (repaired, repeated, followed, agreed, plain)
+    counts = reproduce.behaviour([reproduce.Attempt(f"group={n}", t, right) for n, t in enumerate(answers)])
+    examples = counts.pop("examples")
     assert counts == {"answers": 5, "failed": 2, "repaired": 1, "differed": 1, "followed": 1}
+    assert {kind: [e["address"] for e in found] for kind, found in examples.items()} == {
+        "repaired": ["group=0"],
+        "followed": ["group=2"],
+    }
+    assert examples["followed"][0]["text"] == followed.response_text
+
+
+EXAMPLES = {
+    "repaired": [],
+    "followed": [
+        {"address": "step=39&group=3&sample=5", "problem": "2 and 3?", "text": " 6. Check: `5`. So \\boxed{5}."}
+    ],
+}
 
 
 def data(arm: str, seed: int, before: float, after: float) -> dict[str, Any]:
@@ -109,7 +124,7 @@ def data(arm: str, seed: int, before: float, after: float) -> dict[str, Any]:
         "arm": arm, "seed": seed, "command": f"torl train conf/paper_small/{arm}.yaml seed={seed}", "config_hash": "0",
         "machine": {"cpu": "a chip", "cores": 2, "python": "3.11"}, "versions": {"torch": "2"}, "wall_s": 60.0,
         "max_abs_logprob_diff": 1e-5, "curves": dict.fromkeys(reproduce.CURVES, rising), "eval": evaluation,
-        "behaviour": {"before": counts, "after": counts | {"repaired": 20}},
+        "behaviour": {"before": counts, "after": counts | {"repaired": 20, "examples": EXAMPLES}},
     }  # fmt: skip
 
 
@@ -122,6 +137,8 @@ def test_the_page_is_made_of_the_data_and_says_what_failed(tmp_path: Path) -> No
             (folder / f"{arm}_{seed}.json").write_text(json.dumps(data(arm, seed, 0.2, after)))
     page.write(folder, docs)
     text = (docs / "reproduction.md").read_text()
+    assert "`runs/reproduction/torl__seed1/view/index.html#step=39&group=3&sample=5`" in text
+    assert "````\n2 and 3?\n 6. Check: `5`. So \\boxed{5}.\n````" in text
     assert (
         "| (a) tool RL beats RL without | lower 95 % bound of the paired difference > 0.15 | +0.520 ± 0.025, 3 seeds | held |"
         in text
