@@ -55,11 +55,25 @@ program for each family, so nothing here is discovered from nothing; answers are
 """
 
 
+REAL = """## The real thing
+
+The same recipe at the paper's size, whose settings are compared with the released script's in [recipe.md](recipe.md); from an empty
+machine to step 1: [first cluster run](first_cluster_run.md).
+
+* runs: `sbatch launch/torl_1.5b.slurm`, `sbatch launch/torl_7b.slurm`; the arms above by `TORL_OVERRIDES`:
+  `rollout.max_tool_calls=0` or `=2`, `reward.code_error=-0.5`
+* data: `data/torl_train.parquet` of the released code; a file of that name without 28,740 problems is named at the start
+* benchmarks: `data/aime24.jsonl` (30 problems), `aime25` (30), `math500` (500), `olympiadbench` (675), `amc23` (40), every 4 steps;
+  files that are absent and other counts are named too
+* end points: `torl report RUN --paper 7b` (or `1.5b`) draws those of Table 3 and §3.3.1 beside the run's curves
+"""
+
+
 def write(data: Path, docs: Path) -> None:
     runs = read(data)
     parts = [
         HEAD, provenance(runs), accuracy_table(runs), cost_table(runs), figures(runs, docs / "img"), tests_table(runs),
-        behaviour_table(runs), controls(runs),
+        behaviour_table(runs), controls(runs), REAL,
     ]  # fmt: skip
     (docs / "reproduction.md").write_text("\n".join(parts).rstrip() + "\n")
 
@@ -91,6 +105,8 @@ def provenance(runs: Runs) -> str:
         "",
         f"On {'; '.join(machines) or 'nothing yet'}; {'; '.join(versions)}. Minutes are those of the steps, without the start.",
     ]
+    hours = sum(r["wall_s"] for r in every) / 3600
+    lines.append(f"The {len(every)} runs took {hours:.1f} hours of steps, and each about half a minute to start.")
     if missing:
         lines.append(f"**Not run:** {'; '.join(missing)}.")
     worst = max((r["max_abs_logprob_diff"] for r in every), default=0.0)
