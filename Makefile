@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 HAVE_CUDA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
 
-.PHONY: quickstart install test test-slow test-gpu gpu-evidence lint format docs mcore-next te gpu-sources trl tiny-base paper-base reproduce reproduce-fast clean
+.PHONY: quickstart install test test-slow test-gpu gpu-evidence lint format docs mcore-next te gpu-sources trl tiny-base moe-base paper-base reproduce reproduce-fast clean
 
 quickstart: install
 	$(BIN)/torl train conf/quickstart$(if $(HAVE_CUDA),_gpu).yaml
@@ -80,7 +80,11 @@ build/trl/.installed: pyproject.toml
 	touch $@
 
 tiny-base: install
-	$(BIN)/python tools/make_tiny_base.py
+	$(BIN)/python tools/make_tiny_base.py --out conf/quickstart
+
+# the quickstart's base with experts; about six minutes of one core
+moe-base: install
+	$(BIN)/python tools/make_tiny_base.py --out conf/quickstart_moe --experts 8
 
 # the base of the paper in small; about half an hour of one core
 paper-base: install
