@@ -792,6 +792,16 @@ class Config(Section):
                 f"trainer.micro_batch_tokens = {self.trainer.micro_batch_tokens} cannot hold one sequence of "
                 f"data.max_prompt_tokens + rollout.max_response_tokens = {self.max_train_tokens} tokens"
             )
+        if self.algo.router_replay == "rollout" and self.serving.router is not None:
+            raise ValueError(
+                "algo.router_replay = rollout cannot go through serving.router: sglang-router drops the request for the experts; "
+                "take serving.router = null, or router_replay = old"
+            )
+        if self.algo.router_replay == "rollout" and self.rollout.max_staleness > 1 and self.rollout.pause == "retract":
+            raise ValueError(
+                "algo.router_replay = rollout with rollout.max_staleness > 1 needs rollout.pause = in_place: an attempt that is "
+                "retracted keeps its log-probs, but SGLang tells the experts of its second time through the model"
+            )
         if self.serving.weight_dtype == "fp8_block" and self.model.dtype != "bfloat16":
             raise ValueError(f"serving.weight_dtype = fp8_block needs model.dtype = bfloat16, found {self.model.dtype}")
         if self.serving.weight_dtype == "fp8_block" and self.serving.transport == "disk":

@@ -19,11 +19,12 @@ from tiny_model import make_tiny_moe, make_tiny_qwen2_moe
 from torl_mega.algo.correction import mismatch
 from torl_mega.config import Config
 from torl_mega.config_file import load_config
-from torl_mega.errors import GenerationError, WeightSyncError
+from torl_mega.errors import GenerationError, ServerError, WeightSyncError
 from torl_mega.layout import describe_model, read_hf_config
 from torl_mega.rollout.samples import make_samples
 from torl_mega.serving.client import SGLangClient
-from torl_mega.serving.probe import prompt_logprobs
+from torl_mega.serving.generation import RoutesWanted
+from torl_mega.serving.probe import prompt_logprobs, prompt_routes
 from torl_mega.serving.sglang_server import wait_ready
 from torl_mega.serving.sync.buckets import Bucket
 from torl_mega.serving.sync.weights import ServerSink, make_transport, make_weight_sink
@@ -108,6 +109,12 @@ async def two_turns(url: str, config: Config) -> Trajectory:
     return Trajectory(Prompt(problem, PROBE), 0, tuple(turns), StopReason.LENGTH)
 
 
+def routes_wanted(model: Path) -> RoutesWanted:
+    shape = describe_model(read_hf_config(model))
+    assert shape.experts is not None
+    return RoutesWanted(0, len(PROBE), shape.num_layers, shape.experts)
+
+
 def test_routes_of_two_turns_are_those_of_hf_and_are_replayed(server: LiveServer, model: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -121,6 +128,10 @@ def test_routes_of_two_turns_are_those_of_hf_and_are_replayed(server: LiveServer
     wanted = torch.stack([layer.topk(2).indices for layer in logits], 1).numpy()
     assert np.array_equal(np.sort(routes[:-1]), np.sort(wanted[:-1]))
     assert (routes[-1] == -1).all()
+
+    probed = asyncio.run(prompt_routes(server.url, PROBE, routes_wanted(model)))
+    assert np.array_equal(np.sort(probed[:-1]), np.sort(wanted[: len(PROBE) - 1]))
+    assert (probed[-1] == -1).all()
 
     reward = Reward(1.0, True, GraderStatus.OK, "42", {"answer": 1.0})
     (sample,) = make_samples([Group(trajectory.prompt, (trajectory,), (reward,))], config.algo)
@@ -139,10 +150,11 @@ def test_routes_of_two_turns_are_those_of_hf_and_are_replayed(server: LiveServer
 
 def test_a_server_that_was_not_told_to_keep_routes_is_named(live_server: LiveServer, model: Path) -> None:
     config = load_config(model / "tiny.yaml", ["serving.max_retries=0"])
-    with pytest.raises(
-        GenerationError, match="no routed_experts; start the server with --enable-return-routed-experts"
-    ):
+    said = "no routed_experts; start the server with --enable-return-routed-experts"
+    with pytest.raises(GenerationError, match=said):
         asyncio.run(two_turns(live_server.url, config))
+    with pytest.raises(ServerError, match=said):
+        asyncio.run(prompt_routes(live_server.url, PROBE, routes_wanted(model)))
 
 
 def test_spread_and_cut_experts_arrive(

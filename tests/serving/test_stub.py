@@ -152,7 +152,7 @@ def test_a_partial_answer_goes_on_from_its_tokens() -> None:
 MOE = replace(describe_model(KNOWN["Qwen3-30B-A3B-Base"]), num_layers=2)
 
 
-def with_routes(stub: Stub, *acts: Behaviour) -> None:
+def with_routes(stub: Stub, *acts: Behaviour, num_retractions: int = 0) -> None:
     """Each answer names the experts of the positions that it was asked for: position p went to p % 128 and the next seven."""
 
     def edit(tree: dict[str, Any]) -> None:
@@ -162,7 +162,7 @@ def with_routes(stub: Stub, *acts: Behaviour) -> None:
         positions = np.arange(body["routed_experts_start_len"], end, dtype=np.int32)
         routes = np.broadcast_to((positions[:, None, None] + np.arange(8)) % 128, (len(positions), 2, 8))
         packed = binascii.b2a_base64(routes.astype(np.int32).tobytes(), newline=False)
-        tree["meta_info"]["routed_experts"] = packed.decode()
+        tree["meta_info"] |= {"routed_experts": packed.decode(), "num_retractions": num_retractions}
 
     for act in acts:
         act.edit = edit
@@ -174,12 +174,19 @@ def test_the_experts_of_a_partial_answer_go_on_where_they_ended() -> None:
         async with Stub() as stub, SGLangClient([stub.url], FAST, vocab_size=100, shape=MOE) as client:
             with_routes(stub, Behaviour("abort", tokens=4), Behaviour("abort", tokens=0), Behaviour())
             generation = await client.generate(ask(routes_from=2))
+            assert "routes_of_retracted" not in client.counters
             assert generation.routes is not None
             assert generation.routes[:, 0, 0].tolist() == list(
                 range(2, 12)
             )  # 3 + 10 tokens, of which the last has none
             assert generation.routes[:, 1, 7].tolist() == list(range(9, 19))
             assert [body["routed_experts_start_len"] for body in stub.bodies] == [2, 6, 6]
+            with_routes(stub, Behaviour())
+            stub.script.appendleft(Behaviour("abort", tokens=5))  # taken back, then aborted in the queue: no experts
+            assert (await client.generate(ask(routes_from=2))).token_ids == tuple(range(3, 13))
+            with_routes(stub, Behaviour(), num_retractions=1)
+            await client.generate(ask(routes_from=2))
+            assert client.counters["routes_of_retracted"] == 1
 
     asyncio.run(run())
 
@@ -189,6 +196,7 @@ def test_the_experts_of_a_partial_answer_go_on_where_they_ended() -> None:
     [
         (None, "no routed_experts; start the server with --enable-return-routed-experts"),
         ("AAAA", r"routed_experts that are not \[12, 2, 8\]"),
+        (base64.b64encode(np.zeros(12 * 2 * 8, np.int32).tobytes()).decode(), "routed_experts name an expert twice"),
         (base64.b64encode(np.full(12 * 2 * 8, 128, np.int32).tobytes()).decode(), "routed_experts 128 to 128 of 128"),
     ],
 )

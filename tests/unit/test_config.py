@@ -137,3 +137,16 @@ def test_hash_covers_the_recipe_and_not_the_name():
 def test_router_replay_takes_each_of_its_words(value):
     """YAML reads a plain off as false."""
     assert load_config("conf/moe_30b_a3b.yaml", [f"algo.router_replay={value}"]).algo.router_replay == value.strip("'")
+
+
+def test_routes_are_not_asked_for_through_a_router_that_drops_them():
+    behind = ["algo.router_replay=rollout", "serving.urls=[http://a:1]", "serving.router=http://b:2"]
+    with pytest.raises(ConfigError, match=r"router_replay = rollout cannot go through serving\.router"):
+        load_config("conf/moe_30b_a3b.yaml", behind)
+
+
+def test_routes_are_not_replayed_of_attempts_that_are_retracted_in_a_sync():
+    ahead = ["algo.router_replay=rollout", "rollout.max_staleness=2"]
+    with pytest.raises(ConfigError, match=r"rollout\.max_staleness > 1 needs rollout\.pause = in_place"):
+        load_config("conf/moe_30b_a3b.yaml", ahead)
+    assert load_config("conf/moe_30b_a3b.yaml", [*ahead, "rollout.pause=in_place"]).rollout.max_staleness == 2

@@ -221,7 +221,7 @@ def _routes_to_json(routes: np.ndarray) -> dict[str, Any]:
 
 def _routes_from_json(packed: Mapping[str, Any]) -> np.ndarray:
     raw = binascii.a2b_base64(packed["base64"])
-    return np.frombuffer(raw, "<" + packed["dtype"]).reshape(packed["shape"]).astype(np.int32)
+    return np.frombuffer(raw, "<" + packed["dtype"]).reshape(packed["shape"]).astype(np.int16)
 
 
 def _call_to_json(call: ToolCall) -> dict[str, Any]:

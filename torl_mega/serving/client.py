@@ -201,6 +201,8 @@ class SGLangClient:
             raise BadAnswer("server_error", f"HTTP {status}: {_message(payload)}")
         part = parse_answer(payload, request, suffixes, budget=request.max_new_tokens - len(done), routes=routes)
         self._check_versions(part)
+        if part.retracted and part.routes is not None:
+            self.counters["routes_of_retracted"] += 1
         return part
 
     def _routes_wanted(self, request: GenerationRequest, parts: Sequence[GenerationPart]) -> RoutesWanted | None:

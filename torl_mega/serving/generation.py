@@ -39,7 +39,8 @@ class GenerationPart:
     policy_versions: tuple[int, ...]  # [T]
     text: str
     finish: FinishReason
-    routes: np.ndarray | None = None  # [rows, layers, k] int32
+    routes: np.ndarray | None = None  # [rows, layers, k] int16
+    retracted: bool = False  # it went through the model twice; log-probs are of the first time, experts of the second
 
 
 def seam_suffixes(text: str, stops: Sequence[str]) -> tuple[str, ...]:
@@ -64,10 +65,13 @@ class RoutesWanted:
     experts: Experts
 
     def parse(self, meta: Mapping[str, Any], num_sampled: int) -> np.ndarray:
-        """[rows, layers, k] int32 of an answer's `routed_experts` (srt/state_capturer/routed_experts.py). Raises BadAnswer."""
+        """[rows, layers, k] int16 of an answer's `routed_experts` (srt/state_capturer/routed_experts.py). Raises BadAnswer."""
         encoded = meta.get("routed_experts")
         if encoded is None:
-            raise BadAnswer("bad_answer", "no routed_experts; start the server with --enable-return-routed-experts")
+            raise BadAnswer(
+                "bad_answer",
+                "no routed_experts; start the server with --enable-return-routed-experts",
+            )
         shape = (self.num_input + num_sampled - 1 - self.start, self.layers, self.experts.top_k)
         try:
             routes = np.frombuffer(binascii.a2b_base64(encoded), np.int32).reshape(shape)
@@ -75,7 +79,14 @@ class RoutesWanted:
             raise BadAnswer("bad_answer", f"routed_experts that are not {list(shape)}: {exc}") from None
         if routes.size and not (routes.min() >= 0 and routes.max() < self.experts.count):
             raise BadAnswer("bad_answer", f"routed_experts {routes.min()} to {routes.max()} of {self.experts.count}")
-        return routes
+        ordered = np.sort(routes)
+        if (ordered[..., 1:] == ordered[..., :-1]).any():
+            raise BadAnswer(
+                "bad_answer",
+                "routed_experts name an expert twice: this MoE backend does not tell its choices; take another "
+                "--moe-runner-backend, e.g. triton",
+            )
+        return routes.astype(np.int16)
 
 
 def parse_answer(
@@ -110,8 +121,11 @@ def parse_answer(
     finish = _finish(reason, text, request.stop, suffixes)
     if finish is FinishReason.ABORT and reason.get("err_type") is not None:
         raise BadAnswer("server_error", f"aborted by an error: {reason}")
+    if routes is not None and finish is FinishReason.ABORT and "routed_experts" not in meta:
+        ids = ()  # aborted in the queue, after it had been taken back: nobody knows the experts of what it had sampled
+        logprobs, versions, text = (), (), ""
     experts = routes.parse(meta, len(ids)) if routes is not None and ids else None
-    return GenerationPart(ids, logprobs, versions, text, finish, experts)
+    return GenerationPart(ids, logprobs, versions, text, finish, experts, bool(meta.get("num_retractions")))
 
 
 def _versions(meta: dict[str, Any], num_tokens: int) -> tuple[int, ...]:

@@ -1,12 +1,14 @@
 """Before step 0: do trainer and servers mean the same thing by the same tokens?
 
 A tokenizer that differs, or weights that were mapped wrongly, never show as an error later, only as a policy that does not
-learn. So a probe text must survive encoding and decoding on both sides, and must get the same log-probs from both.
+learn. So a probe text must survive encoding and decoding on both sides, and must get the same log-probs from both; with
+algo.router_replay = rollout by the experts that the server took.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import aiohttp
@@ -16,7 +18,9 @@ from torl_mega.config import Config
 from torl_mega.data.tokenizer import PROBE_TEXT
 from torl_mega.errors import ServerError
 from torl_mega.interfaces import Share, Trainer, Turns
+from torl_mega.layout import describe_model, read_hf_config
 from torl_mega.process.secret import authorization
+from torl_mega.serving.generation import BadAnswer, RoutesWanted
 from torl_mega.types import Sample
 
 TIMEOUT_S = 120.0
@@ -49,9 +53,22 @@ def check_engines(trainer: Trainer, rank0: ServerSide | None, config: Config, sh
         return
     mask = np.arange(len(ids)) > 0  # nothing predicts the first token
     sample = Sample(np.array(ids, np.int64), mask, np.zeros(len(ids), np.float32), np.full(len(ids), -1, np.int32), 0.0)
+    if config.algo.router_replay == "rollout":
+        turns.sample()
+        sample = replace(sample, routes=share(lambda: rank0 and _routes(rank0, ids, config)))
+        turns.sync()
     ours = trainer.score(sample, temperature=1.0)  # as the servers' prompt log-probs are, whatever they sample at
     turns.sample()
     share(lambda: rank0 and _compare(rank0, ids, ours, config))
+
+
+def _routes(rank0: ServerSide, ids: Sequence[int], config: Config) -> np.ndarray:
+    """[T, layers, k] the experts that the first server takes; every server must tell its own."""
+    shape = describe_model(read_hf_config(config.model.path))
+    assert shape.experts is not None
+    wanted = RoutesWanted(0, len(ids), shape.num_layers, shape.experts)
+    first, *_ = [rank0.run(prompt_routes(url, ids, wanted)) for url in rank0.server_urls]
+    return first
 
 
 def _compare(rank0: ServerSide, ids: Sequence[int], trainer_logprobs: np.ndarray, config: Config) -> None:
@@ -109,6 +126,19 @@ async def prompt_logprobs(url: str, token_ids: Sequence[int]) -> np.ndarray:
     if [triple[1] for triple in triples] != list(token_ids):
         raise ServerError(f"{url} gave log-probs of {len(triples)} other tokens than the {len(token_ids)} of the probe")
     return np.array([0.0, *(triple[0] for triple in triples[1:])], np.float32)
+
+
+async def prompt_routes(url: str, token_ids: Sequence[int], wanted: RoutesWanted) -> np.ndarray:
+    """[T, layers, k] int16 experts of each token, -1 for the last. Raises ServerError for a server that does not tell them."""
+    sampling = {"temperature": 1.0, "max_new_tokens": 0}
+    answer = await ask(
+        url, "/generate", {"input_ids": list(token_ids), "sampling_params": sampling, "return_routed_experts": True}
+    )
+    try:
+        routes = wanted.parse(answer["meta_info"], 0)
+    except BadAnswer as exc:
+        raise ServerError(f"{url}: {exc}") from None
+    return np.concatenate([routes, np.full_like(routes[:1], -1)])
 
 
 async def ask(url: str, path: str, body: dict[str, Any] | None = None) -> Any:

@@ -68,6 +68,8 @@ def launch_command(config: Config, *, host: str, port: int, on_gpu: bool, room: 
         command += ["--enable-fp32-lm-head"]
     if config.algo.router_replay == "rollout":
         command += ["--enable-return-routed-experts"]
+        if on_gpu:  # what 0.5.23 takes by itself on Blackwell routes inside its kernel and tells zeros
+            command += ["--moe-runner-backend", "triton"]
     if serving.weight_dtype == "fp8_block":
         command += _fp8_arguments(on_gpu=on_gpu)
     if (tokens := room.kv_tokens or serving.max_total_tokens) is not None:

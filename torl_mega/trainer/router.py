@@ -83,7 +83,7 @@ class HfRouter(TopKRouter):
                 kept = (given[:, :, None] == own[:, None]).any(-1) | ~known
                 self.replayed += torch.stack([known.sum() * given.size(1), (~kept).sum()])
         if inputs.chosen is not None:
-            inputs.chosen[layer] = chosen
+            inputs.chosen[layer] = chosen.to(torch.int16)
         return chosen
 
     def _balanced(self, top: torch.Tensor, probabilities: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
