@@ -189,6 +189,13 @@ def trainer_memory(
     )
 
 
+def route_bytes(shape: ModelShape, config: Config, tokens: float) -> float:
+    """Host memory of one rank for the experts that `tokens` went to (algo.router_replay), as int16."""
+    if shape.experts is None or config.algo.router_replay == "off":
+        return 0.0
+    return 2.0 * tokens * shape.num_layers * shape.experts.top_k
+
+
 def server_weight_bytes(shape: ModelShape, config: Config) -> float:
     """Bytes of the weights of one server, over all its ranks; fp8_block takes one byte per element of the linear layers."""
     width = dtype_bytes(config)

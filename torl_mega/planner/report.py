@@ -12,7 +12,7 @@ from rich.table import Table
 from torl_mega.config import Config
 from torl_mega.planner.analyse import Analysis
 from torl_mega.planner.hardware import GIB, Assumptions
-from torl_mega.planner.memory import dtype_bytes
+from torl_mega.planner.memory import dtype_bytes, route_bytes
 from torl_mega.planner.placement import takes_turns
 from torl_mega.planner.search import Candidate
 
@@ -107,6 +107,12 @@ def _placement(config: Config, analysis: Analysis) -> list[str]:
                 f"  ranks and servers take turns: {parked / GIB:,.1f} GiB of each node's host memory hold what ranks let go of"
             )
         lines.append(f"  a save: at most {save / GIB:,.1f} GiB of each training node's host memory, as much is written")
+        work = analysis.work
+        if work and analysis.shape and (routes := route_bytes(analysis.shape, config, work.tokens)):
+            lines.append(
+                f"  router replay: {routes * ranks / GIB:,.1f} GiB of each training node's host memory for the experts of a step's "
+                "tokens, up to three times that while rank 0 shares them"
+            )
     if config.rollout.replay is not None:
         return [*lines, f"  no servers, no sandbox: replays {config.rollout.replay}"]
     if place.num_servers:
