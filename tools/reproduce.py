@@ -114,7 +114,7 @@ def behaviour(attempts: Sequence[Attempt]) -> dict[str, Any]:
     """Counts: answers with a program that failed, those in which another program then ended OK; answers whose number in prose
     before their first program is not what that printed, those whose final answer is what it printed. Of the second and fourth
     kind the first examples, by their address in the viewer's page."""
-    counts = dict.fromkeys(("answers", "failed", "repaired", "differed", "followed"), 0)
+    counts: dict[str, int] = dict.fromkeys(("answers", "failed", "repaired", "differed", "followed"), 0)
     examples: dict[str, list[dict[str, str]]] = {"repaired": [], "followed": []}
     for attempt in attempts:
         for kind in ("answers", *kinds_of(attempt)):

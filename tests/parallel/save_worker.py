@@ -36,6 +36,8 @@ NO_FILE, TINY_FILE, SMALL_FILE = (
     100_000,
 )  # bytes: the first is less than the state that ranks have in common
 
+MODEL = ("qwen2", True)  # of the states that are gathered
+
 
 def trainer_for(layout: Layout, model: Path, *overrides: str) -> Any:
     from torl_mega.trainer.megatron_trainer import MegatronTrainer
@@ -105,8 +107,8 @@ def gathered(model: Path, path: Path, out: Path) -> None:
     from torl_mega.trainer.weights import checkpoint, checkpoint_files
 
     trainer = trainer_for(Layout(data=2), model)
-    one_step(trainer, 0)
-    one_step(trainer, 1)
+    one_step(trainer, MODEL, 0)
+    one_step(trainer, MODEL, 1)
     (part,) = getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer])
     metadata = checkpoint._metadata()
     state = checkpoint._training_state(trainer.model, trainer.optimizer, trainer.schedule, metadata, loading=False)

@@ -74,6 +74,7 @@ class HfRouter(TopKRouter):
     def _chosen(self, probabilities: torch.Tensor) -> torch.Tensor:
         """[s, k] the experts of each token: the k most probable, or those that were given."""
         own = probabilities.topk(self.experts.top_k, dim=-1).indices
+        assert self.layer_number is not None
         chosen, inputs, layer = own, self.inputs, self.layer_number - 1
         if inputs.routes is not None:
             given = part_of(inputs.routes)[:, layer].long()
