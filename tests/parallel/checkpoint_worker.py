@@ -17,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import hf_reference as ref
+import torch
 import torch.distributed as dist
 from forked import run_ranks
 from layout_cases import Layout
@@ -52,6 +53,9 @@ def save(layout: Layout, model_path: Path, path: Path, model: tuple[str, bool]) 
     one_step(trainer, model, 0)
     one_step(trainer, model, 1)
     trainer.save(path, extra={"steps_done": 2})
+    weights = dict(trainer.weights())
+    if parallel.is_rank0():
+        torch.save(weights, path.parent / "weights.pt")
     dist.barrier()
     parallel.destroy()
 
@@ -68,6 +72,13 @@ def load_all(
     for saved_in, path in checkpoints:
         trainer = MegatronTrainer(config)
         assert trainer.load(path) == {"steps_done": 2}
+        loaded = dict(trainer.weights())
+        if hf:
+            saved = torch.load(path.parent / "weights.pt")
+            assert loaded.keys() == saved.keys()
+            assert all(torch.equal(loaded[k], saved[k]) for k in saved), (
+                f"{saved_in.name} to {layout.name} changes bits"
+            )
         one_step(trainer, hf_run[1:], 2)
         weights = dict(trainer.weights())
         if hf:
