@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torl_mega.config import ParallelConfig
+from torl_mega.config import AlgoConfig, ParallelConfig
 from torl_mega.errors import ConfigError
 
 MOE_ARCHITECTURES = ("Qwen3MoeForCausalLM", "Qwen2MoeForCausalLM")
@@ -341,17 +341,20 @@ def check_served_experts(hf_config: Mapping[str, Any], tensor: int, expert: int)
         return [f"serving.expert = {expert}: a {shape.architecture} has no experts; take 1"]
     if tensor % expert or shape.experts.count % expert:
         return [
-            f"serving.expert = {expert} does not divide serving.tensor = {tensor} and the model's {shape.experts.count} experts"
+            f"serving.expert = {expert} does not divide serving.tensor = {tensor} and the model's {shape.experts.count} "
+            "experts; take a number that divides both"
         ]
     return []
 
 
-def check_router_replay(hf_config: Mapping[str, Any], mode: str) -> list[str]:
-    """What stands against `algo.router_replay` = `mode`."""
-    shape = describe_model(hf_config)
-    if mode == "off" or shape.experts is not None:
-        return []
-    return [f"algo.router_replay = {mode}: a {shape.architecture} has no experts; take off"]
+def check_router_settings(hf_config: Mapping[str, Any], algo: AlgoConfig) -> list[str]:
+    """What stands against the settings of routers."""
+    shape, problems = describe_model(hf_config), []
+    if shape.experts is None and algo.router_replay != "off":
+        problems.append(f"algo.router_replay = {algo.router_replay}: a {shape.architecture} has no experts; take off")
+    if shape.experts is None and algo.router_aux_coef:
+        problems.append(f"algo.router_aux_coef = {algo.router_aux_coef}: a {shape.architecture} has no experts; take 0")
+    return problems
 
 
 def _expert_problems(shape: ModelShape, parallel: ParallelConfig, world_size: int) -> list[str]:

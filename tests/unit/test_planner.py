@@ -394,6 +394,7 @@ def test_the_search_spreads_experts_where_there_are_some() -> None:
     ("override", "said"),
     [
         ("serving.expert=2", "serving.expert = 2: a Qwen2ForCausalLM has no experts; take 1"),
+        ("algo.router_aux_coef=0.1", "algo.router_aux_coef = 0.1: a Qwen2ForCausalLM has no experts; take 0"),
         ("algo.router_replay=rollout", "algo.router_replay = rollout: a Qwen2ForCausalLM has no experts; take off"),
     ],
 )

@@ -13,10 +13,21 @@ import pytest
 from torl_mega.algo.correction import correction_weights, mismatch
 from torl_mega.config_file import load_config
 from torl_mega.errors import DataError, GenerationError, Preempted, StaleServers
+from torl_mega.layout import describe_model
+from torl_mega.planner.known_models import KNOWN
 from torl_mega.rollout import build
 from torl_mega.rollout.episode import Episode, EpisodeSettings, sampling_seed
 from torl_mega.rollout.python_tool import Limits, PythonTool
-from torl_mega.rollout.recorder import read_groups, read_rows, step_path, trainer_path, write_scores, write_step
+from torl_mega.rollout.recorder import (
+    parse_rows,
+    read_groups,
+    read_rows,
+    step_path,
+    trainer_path,
+    write_scores,
+    write_step,
+)
+from torl_mega.rollout.replay import check_routes
 from torl_mega.rollout.samples import make_samples
 from torl_mega.rollout.scheduler import EpisodeScheduler, lost_trajectories
 from torl_mega.types import (
@@ -354,3 +365,43 @@ def test_a_stop_before_the_servers_are_waited_for_is_not_lost(monkeypatch):
     with pytest.raises(Preempted):
         build.wait_for_servers(load_config("conf/quickstart.yaml"), run)
     run.close()
+
+
+def moe_trajectory(change=None):
+    """An attempt of one turn and the routes of Qwen3-30B-A3B for its tokens, of which `change` makes others."""
+    (group,) = collect(Script("only words"), group_size=1).groups
+    (trajectory,) = group.trajectories
+    (turn,) = trajectory.turns
+    rows = len(trajectory.prompt.token_ids) + len(turn.token_ids) - 1
+    routes = np.broadcast_to(np.arange(8), (rows, 48, 8)).copy()
+    turn = dataclasses.replace(turn, routes=routes if change is None else change(routes))
+    return dataclasses.replace(trajectory, turns=(turn,))
+
+
+DAMAGED = {
+    "none": (lambda routes: None, "found none"),
+    "another model's": (lambda routes: routes[:, :4], r"found \[\d+, 4, 8\]"),
+    "too few": (lambda routes: routes[3:], r"found \[\d+, 48, 8\]"),
+    "no expert": (lambda routes: routes + 121, "found numbers 121 to 128"),
+    "twice": (lambda routes: routes * 0, "found one of them twice"),
+}
+
+
+@pytest.mark.parametrize(("change", "said"), DAMAGED.values(), ids=DAMAGED)
+def test_recorded_experts_that_are_not_the_models_are_refused(change, said, tmp_path):
+    shape = describe_model(KNOWN["Qwen3-30B-A3B-Base"])
+    check_routes(moe_trajectory(), shape, tmp_path)
+    with pytest.raises(
+        DataError, match=rf"attempt 0 at .*, turn 0: .*different ones of 128 experts recorded, {said}; replay"
+    ):
+        check_routes(moe_trajectory(change), shape, tmp_path)
+
+
+@pytest.mark.parametrize("packed", [{"dtype": "f4", "shape": [1, 2, 2]}, {"dtype": "u1", "shape": [1, 4]}])
+def test_recorded_experts_of_another_form_are_named_with_their_line(tmp_path, packed):
+    (group,) = collect(Script("only words"), group_size=1).groups
+    write_step(tmp_path, 0, [dataclasses.replace(group, trajectories=(moe_trajectory(),))], [0.0])
+    (row,) = read_rows(step_path(tmp_path, 0))
+    row["turns"][0]["routes"] |= packed
+    with pytest.raises(DataError, match=r"1: not a trajectory: ValueError routes of type"):
+        list(parse_rows(step_path(tmp_path, 0), [row]))

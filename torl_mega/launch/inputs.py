@@ -11,7 +11,7 @@ from torl_mega.config import Config
 from torl_mega.data.problem_files import is_missing
 from torl_mega.errors import CheckpointError, ConfigError, DataError
 from torl_mega.import_path import is_import_path, load
-from torl_mega.layout import check_layout, check_router_replay, check_served_experts, read_hf_config
+from torl_mega.layout import check_layout, check_router_settings, check_served_experts, read_hf_config
 from torl_mega.rollout.benchmark_table import SOURCE_NOTE
 from torl_mega.rollout.evaluate import absent_benchmarks
 from torl_mega.run.files import write_json
@@ -31,7 +31,7 @@ def check_inputs(config: Config, num_ranks: int | None) -> None:
     problems = problems or [
         *check_fp8_serving(hf_config, config),
         *check_served_experts(hf_config, config.serving.tensor, config.serving.expert),
-        *check_router_replay(hf_config, config.algo.router_replay),
+        *check_router_settings(hf_config, config.algo),
     ]
     if problems:
         raise ConfigError("; ".join(problems))
@@ -40,6 +40,10 @@ def check_inputs(config: Config, num_ranks: int | None) -> None:
         raise DataError(
             f"rollout.replay = {replay!r} is no run with trajectories/; give the folder of one, e.g. runs/quickstart"
         )
+    if num_ranks and replay is not None:
+        from torl_mega.rollout.replay import check_recording  # torch comes with it
+
+        check_recording(config)
     absent = absent_benchmarks(config.eval)  # may be left out, but not all of them
     wanted = [spec for spec in config.eval.data if spec not in absent] or config.eval.data
     train = config.data.specs if config.data.source is None else ()  # what a user's reader takes is for it to say

@@ -13,7 +13,7 @@ from typing import Any
 
 from torl_mega.config import Config
 from torl_mega.errors import ConfigError
-from torl_mega.layout import ModelShape, check_layout, check_router_replay, check_served_experts, describe_model
+from torl_mega.layout import ModelShape, check_layout, check_router_settings, check_served_experts, describe_model
 from torl_mega.planner import memory, steptime
 from torl_mega.planner.hardware import GIB, Assumptions, Gpu
 from torl_mega.planner.hardware import gpu as gpu_row
@@ -126,7 +126,7 @@ def _settings(
             f"serving.tensor = {serving.tensor} does not divide the model's {heads} attention and {groups} key/value heads"
         )
     problems += check_served_experts(hf, serving.tensor, serving.expert)
-    problems += check_router_replay(hf, config.algo.router_replay)
+    problems += check_router_settings(hf, config.algo)
     if config.trainer.precision != "default" and gpu.fp8 is None:
         problems.append(
             f"trainer.precision = {config.trainer.precision} needs FP8, which {gpu.name} does not have; take default"
@@ -208,6 +208,10 @@ def _warnings(config: Config, placement: Placement, server: ServerMemory, work: 
     if config.trainer.precision == "fp8_hybrid_delayed":
         found.append(
             "trainer.precision = fp8_hybrid_delayed is unfit for RL: scoring and update run with different scales; take fp8_current"
+        )
+    if config.parallel.expert > 1 and config.trainer.precision != "default":
+        found.append(
+            f"trainer.precision = {config.trainer.precision}: no run has trained experts in FP8 yet; take default"
         )
     imbalance = abs(time.rollout_s - (time.train_s + time.logprob_s)) / time.step_s
     if config.cluster.placement == "disaggregated" and config.rollout.max_staleness == 0:

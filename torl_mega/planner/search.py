@@ -57,7 +57,17 @@ def search(
             found.append(Candidate(tuple(texts), analysis))
     if nearest:
         return sorted(found, key=lambda c: (len(c.overrides), c.step_s))[:keep]
-    return sorted(found, key=lambda c: (round(c.step_s, 1), len(c.overrides)))[:keep]
+    ranked = sorted(found, key=lambda c: (round(c.step_s, 1), len(c.overrides)))
+    kept: dict[tuple[object, ...], Candidate] = {}
+    for candidate in ranked:
+        kept.setdefault(_without_fraction(candidate), candidate)
+    return list(kept.values())[:keep]
+
+
+def _without_fraction(candidate: Candidate) -> tuple[object, ...]:
+    """Layouts that are alike in this differ by a share of memory that costs no time."""
+    rest = (text for text in candidate.overrides if not text.startswith("serving.mem_fraction="))
+    return (*rest, round(candidate.step_s, 1))
 
 
 def _candidates(config: Config, hardware: Hardware, num_experts: int = 0) -> Iterator[Overrides]:

@@ -220,8 +220,13 @@ def _routes_to_json(routes: np.ndarray) -> dict[str, Any]:
 
 
 def _routes_from_json(packed: Mapping[str, Any]) -> np.ndarray:
+    """[n, layers, k] int32. Raises ValueError, KeyError or TypeError for what `_routes_to_json` does not write."""
+    if packed["dtype"] not in ("u1", "u2") or len(packed["shape"]) != 3:
+        raise ValueError(
+            f"routes of type {packed['dtype']} and shape {packed['shape']}; expected u1 or u2 and three sizes"
+        )
     raw = binascii.a2b_base64(packed["base64"])
-    return np.frombuffer(raw, "<" + packed["dtype"]).reshape(packed["shape"]).astype(np.int16)
+    return np.frombuffer(raw, "<" + packed["dtype"]).reshape(packed["shape"]).astype(np.int32)
 
 
 def _call_to_json(call: ToolCall) -> dict[str, Any]:

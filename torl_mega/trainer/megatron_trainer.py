@@ -35,7 +35,7 @@ from torl_mega.algo.weights import loss_weights, token_shares
 from torl_mega.config import Config
 from torl_mega.errors import ConfigError, GuardError
 from torl_mega.interfaces import NamedTensor
-from torl_mega.layout import check_layout, check_router_replay, describe_model, read_hf_config
+from torl_mega.layout import check_layout, check_router_settings, describe_model, read_hf_config
 from torl_mega.trainer import router
 from torl_mega.trainer.cpu import backend as cpu_backend
 from torl_mega.trainer.layer_spec import choose_spec
@@ -66,7 +66,7 @@ class MegatronTrainer:
         self.config = config
         self.hf_config = share(lambda: read_hf_config(config.model.path))
         problems = check_layout(self.hf_config, config.parallel, world_size())
-        problems += check_router_replay(self.hf_config, config.algo.router_replay)
+        problems += check_router_settings(self.hf_config, config.algo)
         if problems:
             raise ConfigError("; ".join(problems))
         check_precision(config.trainer.precision, this_machine())

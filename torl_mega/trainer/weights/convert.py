@@ -151,11 +151,18 @@ def _progress(tensors: Iterator[NamedTensor], shape: ModelShape, what: str) -> I
 
 def add_layout_arguments(parser: argparse.ArgumentParser, doing: str) -> None:
     """The options of a layout; `doing`: read or write."""
-    parser.add_argument("--tp", type=int, default=1, help=f"tensor-parallel size to {doing} with")
-    parser.add_argument("--pp", type=int, default=1, help=f"pipeline stages to {doing} with")
-    parser.add_argument("--vpp", type=int, default=1, help="model chunks per stage")
-    parser.add_argument("--ep", type=int, default=1, help="ranks over which the experts of a layer are spread")
-    parser.add_argument("--etp", type=int, default=1, help="ranks over which one expert is cut")
+    parser.add_argument("--tp", type=_size, default=1, help=f"tensor-parallel size to {doing} with")
+    parser.add_argument("--pp", type=_size, default=1, help=f"pipeline stages to {doing} with")
+    parser.add_argument("--vpp", type=_size, default=1, help="model chunks per stage")
+    parser.add_argument("--ep", type=_size, default=1, help="ranks over which the experts of a layer are spread")
+    parser.add_argument("--etp", type=_size, default=1, help="ranks over which one expert is cut")
+
+
+def _size(text: str) -> int:
+    """A size of an option. Raises argparse.ArgumentTypeError."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of ranks; take 1 or more")
+    return int(text)
 
 
 def layout_of(args: argparse.Namespace) -> ParallelConfig:
