@@ -76,16 +76,6 @@ def test_parameters_of_models_with_experts_are_those_of_the_published_ones() -> 
         assert held == rest + vocab + large.num_layers * large.expert_matrices // 8
 
 
-def test_experts_are_not_served_in_fp8_blocks() -> None:
-    from torl_mega.config_file import load_config
-    from torl_mega.serving.fp8_format import check_fp8_serving
-
-    config = load_config("conf/moe_30b_a3b.yaml", ["serving.weight_dtype=fp8_block"])
-    (found,) = check_fp8_serving(QWEN_30B_A3B, config)
-    assert "not supported for a Qwen3MoeForCausalLM" in found
-    assert check_fp8_serving(QWEN_30B_A3B, load_config("conf/moe_30b_a3b.yaml")) == []
-
-
 @pytest.mark.parametrize(
     ("model", "parallel", "world", "complaint"),
     [

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
+
 from torl_mega.process.temporary import OWNER as LOCK
 from torl_mega.process.temporary import temporary_folder
 
@@ -57,7 +59,10 @@ def test_what_killed_owners_left_goes_at_the_next_start_and_nothing_else(tmp_pat
             assert not left.exists()
             assert {*others, held, still, Path(folder), tmp_path / "torl-link"} == set(tmp_path.iterdir())
     finally:
-        subprocess.run(["kill", "-KILL", str(orphan), str(its_child), str(child)], check=True)
+        children = [psutil.Process(pid) for pid in (orphan, its_child, child)]
+        for process in children:
+            process.kill()
+        psutil.wait_procs([children[0], children[2]], timeout=20)  # their locks go with the last of their files
         outlived.communicate()
         end(alive)
     with temporary_folder(str(tmp_path)):
