@@ -76,12 +76,13 @@ def make_experts(folder: Path, experts: int) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    config = Qwen3MoeConfig(
-        vocab_size=1024, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_experts=experts,
-        num_experts_per_tok=2, norm_topk_prob=True, num_hidden_layers=48, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=16, max_position_embeddings=256, tie_word_embeddings=False, bos_token_id=None, eos_token_id=0,
-        dtype="float32",
-    )  # fmt: skip
+    sizes: dict[str, Any] = {
+        "vocab_size": 1024, "hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16, "num_experts": experts,
+        "num_experts_per_tok": 2, "norm_topk_prob": True, "num_hidden_layers": 48, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "tie_word_embeddings": False,
+        "bos_token_id": None, "eos_token_id": 0, "dtype": "float32",
+    }  # fmt: skip
+    config = Qwen3MoeConfig(**sizes)
     Qwen3MoeForCausalLM(config).save_pretrained(folder)
     return load_file(folder / "model.safetensors")
 

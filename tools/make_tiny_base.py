@@ -109,29 +109,25 @@ def make_model(eos: int, vocab_size: int = VOCAB_SIZE) -> Qwen2ForCausalLM:
 
 def make_moe(eos: int, experts: int) -> Qwen3MoeForCausalLM:
     """The same with `experts` experts in each layer, of which a token takes two, as wide together as the dense MLP."""
-    return Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(
-            vocab_size=VOCAB_SIZE,
-            hidden_size=128,
-            intermediate_size=320,
-            moe_intermediate_size=160,
-            num_experts=experts,
-            num_experts_per_tok=2,
-            norm_topk_prob=True,
-            router_aux_loss_coef=0.01,
-            experts_implementation="eager",
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=32,
-            max_position_embeddings=4096,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-            tie_word_embeddings=False,
-            bos_token_id=None,
-            eos_token_id=eos,
-            pad_token_id=eos,
-        )
-    )
+    sizes: dict[str, Any] = {
+        "hidden_size": 128,
+        "intermediate_size": 320,
+        "moe_intermediate_size": 160,
+        "num_experts": experts,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "router_aux_loss_coef": 0.01,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 4096,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "tie_word_embeddings": False,
+        "experts_implementation": "eager",
+    }
+    ends = {"bos_token_id": None, "eos_token_id": eos, "pad_token_id": eos}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=VOCAB_SIZE, **sizes, **ends))
 
 
 def encode_trace(tokenizer: Any, problem: Problem, pieces: list[Piece]) -> tuple[list[int], list[int]]:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from tiny_base_traces import HELD_OUT_SEED, TEMPLATE, interpret
-from transformers import Qwen2ForCausalLM
 
 from torl_mega.data.arithmetic import problems
 from torl_mega.data.tokenizer import PROBE_TEXT
@@ -35,7 +34,7 @@ class Attempt:
 
 @torch.no_grad()
 def attempts(
-    model: Qwen2ForCausalLM,
+    model: Any,
     tokenizer: Any,
     batch: list[Problem],
     *,
@@ -109,7 +108,7 @@ RANGES = {
 }
 
 
-def measure(model: Qwen2ForCausalLM, tokenizer: Any, *, greedy: bool) -> Quality:
+def measure(model: Any, tokenizer: Any, *, greedy: bool) -> Quality:
     torch.manual_seed(0)
     done = attempts(model, tokenizer, list(islice(problems(HELD_OUT_SEED), NUM_MEASURED)), greedy=greedy)
     called = sum(a.called for a in done)
@@ -120,7 +119,7 @@ def measure(model: Qwen2ForCausalLM, tokenizer: Any, *, greedy: bool) -> Quality
     )
 
 
-def faults(model: Qwen2ForCausalLM, tokenizer: Any) -> tuple[dict[str, Quality], list[str]]:
+def faults(model: Any, tokenizer: Any) -> tuple[dict[str, Quality], list[str]]:
     """Measured quality by decoding, and one line for every range that it misses."""
     measured = {name: measure(model, tokenizer, greedy=name == "greedy") for name in RANGES}
     missed = [
