@@ -25,6 +25,8 @@ from layout_worker import config_for
 
 from torl_mega.trainer import parallel
 
+SETTLE_S = 0.2
+
 
 class LiveBytes(TorchDispatchMode):
     """Bytes of the storages that operators made under it and that are still alive; `peak` is the most there were."""
@@ -46,10 +48,16 @@ class LiveBytes(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 self._known.add(storage)
                 with self.changed:
+                    if self.now + storage.nbytes() > self.peak:
+                        self._settle(self.now)
                     self.now += storage.nbytes()
                     self.peak = max(self.peak, self.now)
                 weakref.finalize(storage, self._freed, storage.nbytes())
         return result
+
+    def _settle(self, held: int) -> None:
+        """What gloo's thread is about to drop is no peak."""
+        self.changed.wait_for(lambda: self.now < held, SETTLE_S)
 
     def _freed(self, size: int) -> None:
         with self.changed:
