@@ -172,9 +172,11 @@ def trainer_memory(
     samples = config.rollout.prompts_per_step * config.rollout.group_size
     dynamic = 1 + (0 if on_cpu else assume.fragmentation)
     largest = padded_vocab(shape.vocab, parallel.tensor) * shape.hidden
+    # in its buffers every tensor begins at a multiple of 64 elements (param_and_grad_buffer.py), which norms of small heads leave
+    gaps = 2 * layers * (-shape.head_dim % 64) * (shape.qk_norm and trainer.distributed_optimizer)
     return TrainerMemory(
-        weights=params * width,
-        gradients=params * GRAD_BYTES,
+        weights=(params + gaps) * width,
+        gradients=(params + gaps) * GRAD_BYTES,
         optimizer=0.0
         if trainer.optimizer_offload and not on_cpu
         else (8 + master) * (shared_out if trainer.distributed_optimizer else params),
