@@ -772,6 +772,22 @@ class Config(Section):
         return {**raw, "algo": {**algo, "correction": "tis" if rollout.get("max_staleness") else "none"}}
 
     @model_validator(mode="after")
+    def _servers_tell_the_experts(self) -> Self:
+        if self.algo.router_replay != "rollout":
+            return self
+        if self.serving.router is not None:
+            raise ValueError(
+                "algo.router_replay = rollout cannot go through serving.router: sglang-router drops the request for the experts; "
+                "take serving.router = null, or router_replay = old"
+            )
+        if self.rollout.max_staleness > 1 and self.rollout.pause == "retract":
+            raise ValueError(
+                "algo.router_replay = rollout with rollout.max_staleness > 1 needs rollout.pause = in_place: an attempt that is "
+                "retracted keeps its log-probs, but SGLang tells the experts of its second time through the model"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.rollout.protocol == "chat" and self.data.template != "chat":
             raise ValueError(
@@ -791,16 +807,6 @@ class Config(Section):
             raise ValueError(
                 f"trainer.micro_batch_tokens = {self.trainer.micro_batch_tokens} cannot hold one sequence of "
                 f"data.max_prompt_tokens + rollout.max_response_tokens = {self.max_train_tokens} tokens"
-            )
-        if self.algo.router_replay == "rollout" and self.serving.router is not None:
-            raise ValueError(
-                "algo.router_replay = rollout cannot go through serving.router: sglang-router drops the request for the experts; "
-                "take serving.router = null, or router_replay = old"
-            )
-        if self.algo.router_replay == "rollout" and self.rollout.max_staleness > 1 and self.rollout.pause == "retract":
-            raise ValueError(
-                "algo.router_replay = rollout with rollout.max_staleness > 1 needs rollout.pause = in_place: an attempt that is "
-                "retracted keeps its log-probs, but SGLang tells the experts of its second time through the model"
             )
         if self.serving.weight_dtype == "fp8_block" and self.model.dtype != "bfloat16":
             raise ValueError(f"serving.weight_dtype = fp8_block needs model.dtype = bfloat16, found {self.model.dtype}")

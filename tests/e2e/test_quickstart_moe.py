@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from pathlib import Path
 
 import pytest
-from torl_runs import TORL, rows
+from torl_runs import TORL, as_shipped, rows
 
 from torl_mega.rollout.recorder import read_groups, step_path
 
@@ -15,12 +14,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def test_a_model_with_experts_learns_with_their_routes_replayed(tmp_path: Path) -> None:
-    command = [TORL, "train", "conf/quickstart_moe.yaml", f"runs_dir={tmp_path}"]
-    done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=800, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    run = tmp_path / "quickstart_moe"
+    run = as_shipped("conf/quickstart_moe.yaml", tmp_path)
     first, *_, last = rows(run, "eval")
     assert first["accuracy"] < 0.3
     assert last["accuracy"] >= 0.85

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from pathlib import Path
 
 import pytest
-from torl_runs import TORL, rows
+from torl_runs import TORL, as_shipped, rows
 
 from torl_mega.rollout.recorder import read_groups, step_path
 
@@ -17,12 +16,7 @@ BELONGS = {"sums": "python", "facts": "search"}
 
 
 def test_each_tool_is_used_where_it_belongs(tmp_path: Path) -> None:
-    command = [TORL, "train", "conf/quickstart_tools.yaml", f"runs_dir={tmp_path}"]
-    done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=800, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    run = tmp_path / "quickstart_tools"
+    run = as_shipped("conf/quickstart_tools.yaml", tmp_path)
     first, *_, last = rows(run, "eval")
     assert first["accuracy"] < 0.5
     assert last["accuracy"] >= 0.9

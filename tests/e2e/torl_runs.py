@@ -34,6 +34,16 @@ def torl(verb: str, runs_dir: Path, name: str, *overrides: str, **env: str) -> s
     return subprocess.run(cmd, env=_environment(cmd, env), capture_output=True, text=True, timeout=LIMIT_S, check=False)
 
 
+def as_shipped(conf: str, runs_dir: Path) -> Path:
+    """The run of a shipped config, trained to its end on one thread for each process."""
+    cmd = [TORL, "train", conf, f"runs_dir={runs_dir}"]
+    done = subprocess.run(
+        cmd, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=800, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return runs_dir / Path(conf).stem
+
+
 def start(cmd: list[str], output: TextIO | int = subprocess.DEVNULL, **env: str) -> subprocess.Popen:
     """In the background."""
     return subprocess.Popen(cmd, env=_environment(cmd, env), stdout=output, stderr=output)

@@ -6,7 +6,7 @@ tests/serving/test_moe_servers.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,19 +22,13 @@ from torl_mega.algo.correction import mismatch
 from torl_mega.config import GuardsConfig
 from torl_mega.errors import ConfigError, GuardError
 from torl_mega.run.limits import check_guards
-from torl_mega.trainer import parallel, router
+from torl_mega.trainer import router
 from torl_mega.types import Sample
+
+pytestmark = pytest.mark.usefixtures("process_group")
 
 FAMILY = "qwen3moe"
 GUARDS = GuardsConfig(max_logprob_diff=0.05)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group() -> Iterator[None]:
-    config = config_for(Layout(), Path("unused"))
-    parallel.init_distributed(config.parallel, config.trainer)
-    yield
-    parallel.destroy()
 
 
 @pytest.fixture(scope="module")

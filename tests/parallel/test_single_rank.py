@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,8 +19,9 @@ from torl_mega.algo.correction import mismatch
 from torl_mega.config import GuardsConfig
 from torl_mega.errors import ConfigError, GuardError
 from torl_mega.run.limits import check_guards
-from torl_mega.trainer import parallel
 from torl_mega.types import Sample
+
+pytestmark = pytest.mark.usefixtures("process_group")
 
 ROPES: dict[str, dict[str, Any]] = {
     "linear": {"rope_type": "linear", "factor": 4.0},
@@ -34,14 +34,6 @@ ROPES: dict[str, dict[str, Any]] = {
         "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "attention_factor": 1.3,
     },
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group() -> Iterator[None]:
-    config = config_for(Layout(), Path("unused"))
-    parallel.init_distributed(config.parallel, config.trainer)
-    yield
-    parallel.destroy()
 
 
 def trainer_for(path: Path, *overrides: str) -> Any:

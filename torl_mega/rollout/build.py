@@ -126,13 +126,7 @@ def build_collector(
             client,
             tool,
             tokenizer.encode,
-            EpisodeSettings(
-                rollout.temperature,
-                rollout.top_p,
-                rollout.max_response_tokens,
-                rollout.max_tool_calls,
-                routes=config.algo.router_replay == "rollout",
-            ),
+            _episode_settings(config),
         ),
         scheduler=EpisodeScheduler(
             reward,
@@ -144,6 +138,17 @@ def build_collector(
         expect_version=(lambda _: client.expect_version(None)) if any_version else expect,
         progress=progress,
         counters=lambda: Counter(client.counters) + Counter(sandbox.counters) + reward.counters,
+    )
+
+
+def _episode_settings(config: Config) -> EpisodeSettings:
+    rollout = config.rollout
+    return EpisodeSettings(
+        rollout.temperature,
+        rollout.top_p,
+        rollout.max_response_tokens,
+        rollout.max_tool_calls,
+        routes=config.algo.router_replay == "rollout",
     )
 
 
