@@ -28,7 +28,6 @@ from ablate import run, run_name
 
 from torl_mega.rollout.python_tool import code_spans
 from torl_mega.rollout.recorder import read_groups, step_path
-from torl_mega.rollout.statistics import programs
 from torl_mega.run.metrics import read_rows
 from torl_mega.types import ExecutionStatus, Reward, Trajectory
 
@@ -126,7 +125,7 @@ def behaviour(attempts: Sequence[Attempt]) -> dict[str, Any]:
 
 
 def kinds_of(attempt: Attempt) -> Iterator[str]:
-    trajectory, ran = attempt.trajectory, programs(attempt.trajectory)
+    trajectory, ran = attempt.trajectory, attempt.trajectory.programs
     first = next((i for i, call in enumerate(ran) if call.status is not ExecutionStatus.OK), None)
     if first is not None:
         yield "failed"
@@ -151,7 +150,7 @@ def said_before(trajectory: Trajectory) -> str | None:
 
 def printed_first(trajectory: Trajectory) -> str | None:
     """What the first program printed, if it ended OK and that is a number."""
-    ran = programs(trajectory)
+    ran = trajectory.programs
     if not ran or ran[0].status is not ExecutionStatus.OK:
         return None
     printed = ran[0].observation.strip().removesuffix("```").strip()

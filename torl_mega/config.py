@@ -415,14 +415,14 @@ class AlgoConfig(Section):
     per token, geometric-mean rejection of sequences, or that with `tis`. Left out, it is `tis` where rollout.max_staleness >
     0."""
     correction_low: float = Field(default=0.5, ge=0)
-    """Ratios below it are masked (mis, geo)."""
+    """Ratios below it are masked (mis)."""
     correction_high: float = Field(default=2.0, gt=0)
-    """Ratios above it are truncated (tis, seq_tis) or masked (mis, geo)."""
+    """Ratios above it are truncated (tis, seq_tis, geo_tis) or masked (mis)."""
     correction_geo: tuple[float, float] | None = None
-    """Bounds of the geometric-mean ratio, for geo and geo_tis; None = correction_low and correction_high. verl's preset for
-    long answers: [0.999, 1.001]."""
+    """Bounds of the geometric-mean ratio, for geo and geo_tis; None = [0.999, 1.001], as in all of verl's presets: a mean over
+    a sequence moves far less than a token."""
     correction_veto: float | None = Field(default=None, gt=0, lt=1)
-    """A token with a ratio below it drops its whole sequence (verl: 1e-4)."""
+    """A token with a ratio below it drops its whole sequence; 1e-4 catches what is a fault, no drift."""
     zero_signal: Literal["keep", "drop", "refill"] = "keep"
     """Groups whose advantages are all zero: counted in the mean, left out of it, or replaced by sampling further prompts
     (DAPO's dynamic sampling, which looks at the answers alone), at most rollout.refill_rounds times. Source:
@@ -466,7 +466,7 @@ class AlgoConfig(Section):
 
     @property
     def geo_bounds(self) -> tuple[float, float]:
-        return self.correction_geo or (self.correction_low, self.correction_high)
+        return self.correction_geo or (0.999, 1.001)
 
 
 class OptimConfig(Section):
