@@ -10,8 +10,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from torl_mega.algo.advice import advice
 from torl_mega.algo.advantage import bounded_penalty, charge_kl, step_advantages
+from torl_mega.algo.advice import advice
 from torl_mega.algo.correction import correction_weights, mismatch
 from torl_mega.algo.loss import Sequences, policy_loss
 from torl_mega.algo.weights import loss_weights, token_shares

@@ -16,8 +16,8 @@ def advice(algo: AlgoConfig) -> list[str]:
     if algo.loss == "gspo":
         if max(algo.clip_low, algo.clip_high) > WIDE_FOR_A_SEQUENCE:
             found.append(
-                f"algo.loss = gspo with algo.clip_low = {algo.clip_low:g} and algo.clip_high = {algo.clip_high:g} clips nothing: the "
-                "mean ratio of a sequence stays near 1; take 0.0003 and 0.0004"
+                f"algo.loss = gspo with algo.clip_low = {algo.clip_low:g} and algo.clip_high = {algo.clip_high:g} clips nothing: "
+                "the mean ratio of a sequence stays near 1; take 0.0003 and 0.0004"
             )
         if algo.loss_agg != "seq_mean_token_mean":
             found.append(
