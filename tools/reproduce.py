@@ -29,6 +29,7 @@ import reproduction_page
 from ablate import run, run_name
 from reproduction_data import ARMS, FAST, ROOT, conf_of, recipe_of
 
+from torl_mega.errors import ConfigError
 from torl_mega.rollout.python_tool import code_spans
 from torl_mega.rollout.recorder import read_groups, step_path
 from torl_mega.run.metrics import read_rows
@@ -161,6 +162,8 @@ def main() -> int:
             try:
                 if not args.collect_only:
                     run(runs_dir, arm, seed, args.overrides, conf_of(arm))
+            except ConfigError as exc:  # which every run would meet
+                sys.exit(f"reproduce: error: {exc}")
             except subprocess.CalledProcessError as exc:  # what was wrong stands above
                 failed.append(f"{name} (exit code {exc.returncode})")
                 continue

@@ -24,7 +24,12 @@ Run = Mapping[str, Any]
 Runs = Mapping[str, Sequence[Run]]  # by arm, by seed
 
 ROOT = Path(__file__).resolve().parents[1]
-ALSO_COMPARED = {"num_steps"}  # a run may go on with more of them, but is not the same then
+# what a run may go on with otherwise, but is not the same with
+ALSO_COMPARED = set(
+    """
+    num_steps eval.data eval.max_problems eval.samples_per_problem eval.temperature sandbox.wall_s sandbox.cpu_s sandbox.memory_mb
+    """.split()
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +88,8 @@ def limits(runs: Runs) -> str:
             "",
             _prose(
                 f"**Sized for two cores.** {len(every[0]['curves']['accuracy'])} steps of {recipe['rollout.prompts_per_step']} "
-                f"prompts × {recipe['rollout.group_size']} attempts, {problems} problems evaluated with two answers each at "
-                "temperature 1. The paper takes greedy answers and hundreds of steps of 128 × 16."
+                f"prompts × {recipe['rollout.group_size']} attempts, {problems} problems evaluated with "
+                f"{_sampled(recipe)}. The paper takes greedy answers and hundreds of steps of 128 × 16."
             ),
         ]
     return "\n".join(lines) + "\n"
@@ -97,6 +97,12 @@ def limits(runs: Runs) -> str:
 
 def _prose(text: str) -> str:
     return textwrap.fill(text, 130, break_long_words=False, break_on_hyphens=False)
+
+
+def _sampled(recipe: Mapping[str, Any]) -> str:
+    """How an evaluation samples."""
+    count, temperature = recipe["eval.samples_per_problem"], recipe["eval.temperature"]
+    return f"{count} answer{'s' if count != 1 else ''} each at temperature {temperature:g}"
 
 
 def _lengths(runs: Runs) -> str:
@@ -134,7 +140,9 @@ def provenance(runs: Runs) -> str:
             lines.append(f"| {ARMS[arm].name} | `{line}` | {seeds}{wanted} | {steps} | {mean:.1f} |")
     if not every:
         return "\n".join([*lines, "", "**Nothing has run.**"]) + "\n"
-    machines = sorted({f"{run['versions']['chip']}, Python {run['versions']['python']}" for run in every})
+    machines = sorted(
+        {f"{run['versions']['chip'].replace(' × ', ' cores of ')}, Python {run['versions']['python']}" for run in every}
+    )
     packages = ("torch", "megatron-core", "sglang", "transformers")
     versions = sorted({", ".join(f"{name} {run['versions'][name]}" for name in packages) for run in every})
     bases = sorted({run["base_sha256"][:12] for run in every})
@@ -171,13 +179,15 @@ def _expected_hours(runs: Runs) -> str:
 
 def accuracy_table(runs: Runs) -> str:
     """Shaped as the paper's Table 3: models down, benchmarks across."""
+    how = {_sampled(run["recipe"]) for of in runs.values() for run in of}
     families = tuple(word_problems.FAMILIES)
     lines = [
         "## Accuracy (the paper's Table 3)",
         "",
         _prose(
-            "Two answers at temperature 1 to each problem, in %; mean ± 95 % over seeds (of the base: over samplings of the same "
-            f"weights). The last column is the mean of the eight families; `{_held_out()}` is the one that RL leaves out."
+            f"Problems with {' or '.join(sorted(how)) or 'no answers'}, in %; mean ± 95 % over seeds (of the base: over samplings "
+            "of the same weights). The last column is the mean of the eight families; "
+            f"`{_held_out()}` is the one that RL leaves out."
         ),
         "",
         f"| | {' | '.join(families)} | mean |",
@@ -238,7 +248,7 @@ def behaviour_table(runs: Runs) -> str:
         "",
         _prose(
             "In the answers of the first and of the last five training steps. By seed, and p of all of them by Fisher's exact "
-            "test, which takes answers to one problem for independent, so that the truth is less certain."
+            "test, which takes answers to one problem for independent, so that p is too small."
         ),
         "",
         "| arm | behaviour | before | after | p |",

@@ -212,7 +212,8 @@ class SandboxConfig(Section):
     session_wall_s: PositiveFloat = 30.0
     """Limit of all calls of one `python_session` together, with the earlier programs that each of them runs again."""
     tier: Literal["auto", "A", "B", "C"] = "auto"
-    """Confinement: auto takes the strongest of A (namespaces) and B (none) that works; C does not isolate and must be asked for."""
+    """Confinement: auto takes the strongest of A (namespaces) and B (Landlock or a user of its own) that works; C does not isolate
+    and must be asked for."""
     max_running: int = Field(default=0, ge=0)
     """Snippets in their first 50 ms at once; the rest wait in the queue. 0: cores + 2."""
     max_aside: int = Field(default=224, ge=0)
@@ -596,7 +597,8 @@ class CheckpointConfig(Section):
 
 class PretrainConfig(Section):
     """`torl pretrain`: texts instead of problems, the loss of a language model instead of the policy's. From the rest of the config
-    it takes model, optim, parallel, trainer, checkpoint, seed and num_steps."""
+    it takes model, optim, parallel, trainer, checkpoint, logging, seed, num_steps, the lengths of data and rollout, and
+    guards.max_skipped_updates."""
 
     data: str
     """A .jsonl file of texts (docs/pretraining.md), or `pkg.module:function` that yields such rows, endless or not."""
@@ -607,8 +609,8 @@ class PretrainConfig(Section):
 
 
 class GuardsConfig(Section):
-    """Limits above which a step stops the run, and near which it warns; each is a share in [0, 1] except the mismatch. None
-    = log only."""
+    """Limits above which a step stops the run, and near which it warns; None = log only. Shares in [0, 1], but for the count of
+    skipped updates and what is in nats."""
 
     max_fault_rate: float = Field(default=0.1, ge=0, le=1)
     """Trajectories lost to infrastructure faults."""
@@ -842,8 +844,13 @@ class Config(Section):
             raise ValueError("parallel.sequence = true needs parallel.tensor > 1")
         if self.parallel.virtual_pipeline > 1 and self.parallel.pipeline == 1:
             raise ValueError("parallel.virtual_pipeline > 1 needs parallel.pipeline > 1")
-        if self.algo.correction_low > self.algo.correction_high or self.algo.geo_bounds[0] > self.algo.geo_bounds[1]:
-            raise ValueError("algo.correction_low is above algo.correction_high, or correction_geo is not [low, high]")
+        algo = self.algo
+        if algo.correction_low > algo.correction_high:
+            raise ValueError(
+                f"algo.correction_low = {algo.correction_low:g} is above algo.correction_high = {algo.correction_high:g}; swap them"
+            )
+        if algo.geo_bounds[0] > algo.geo_bounds[1]:
+            raise ValueError(f"algo.correction_geo = {list(algo.geo_bounds)} is not [low, high]; swap them")
         return self
 
     @model_validator(mode="after")

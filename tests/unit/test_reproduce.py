@@ -223,26 +223,34 @@ def test_a_run_of_other_settings_shows_them() -> None:
 
 
 def test_a_run_is_read_as_it_was_and_one_that_fails_stops_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The whole tool on a finished run of another length and settings, and on one that cannot start."""
+    """The whole tool on a finished run of another length and settings, on one that cannot start, and on a wrong setting."""
     docs, folder = tmp_path / "docs", tmp_path / "runs/torl__seed2"
     (docs / "img").mkdir(parents=True)
-    finished_run(folder, "optim.lr=0.5", steps=5)
+    words = ["optim.lr=0.5", "num_steps=5"]
+    finished_run(folder, *words, steps=5)
+    finished_run(tmp_path / "runs/torl__seed1", "optim.lr=0.25", "num_steps=5", steps=4)  # which has another recipe
     monkeypatch.setattr(reproduce, "DATA", docs / "reproduction")
     monkeypatch.setattr(reproduce, "ROOT", tmp_path)
     monkeypatch.setattr(
         sys,
         "argv",
-        ["reproduce", "optim.no=1", "--runs-dir", str(tmp_path / "runs"), "--arms", "torl", "--seeds", "1", "2"],
+        ["reproduce", *words, "--runs-dir", str(tmp_path / "runs"), "--arms", "torl", "--seeds", "1", "2"],
     )
     shutil.copytree(ROOT / "conf/paper_small/model", tmp_path / "conf/paper_small/model")
     assert reproduce.main() == 1
     (found,) = (json.loads(path.read_text()) for path in (docs / "reproduction").glob("*.json"))
     assert (found["seed"], found["recipe"]["optim.lr"], found["versions"]["chip"]) == (2, 0.5, "2 × a chip")
     text = (docs / "reproduction.md").read_text()
-    assert "seed=N name=torl__seedN optim.lr=0.5` | 2 of 5 | 5 |" in text
-    assert "optim.no" not in text
+    assert "seed=N name=torl__seedN num_steps=5 optim.lr=0.5` | 2 of 5 | 5 |" in text
+    said = capfd.readouterr().err
+    assert "torl: error:" in said
+    assert "holds a run with another recipe (optim.lr: 0.25 there, 0.5 here)" in said
+    assert "reproduce: error: did not finish: torl__seed1 (exit code 1)" in said
+    monkeypatch.setattr(sys, "argv", ["reproduce", "optim.no=1", "--runs-dir", str(tmp_path / "runs")])
+    with pytest.raises(SystemExit, match=r"optim\.no = 1 is not a setting"):
+        reproduce.main()
 
 
 def finished_run(folder: Path, *overrides: str, steps: int) -> None:
@@ -252,11 +260,13 @@ def finished_run(folder: Path, *overrides: str, steps: int) -> None:
     rows = [{"kind": "train", "step": n, **measures} for n in range(steps)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     summary = {
+        "steps": steps,
         "eval": {"before": measures, "after": measures},
         "wall_s": {"total": 90.0},
         "mismatch": {"max_abs_logprob_diff": 1e-5},
     }
-    config = load_config(ROOT / conf_of("torl"), overrides).model_dump(mode="json")
+    places = [f"name={folder.name}", f"runs_dir={folder.parent}", f"seed={folder.name[-1]}"]
+    config = load_config(ROOT / conf_of("torl"), [*places, *overrides]).model_dump(mode="json")
     for name, content in (("summary", summary), ("config", {"config": config}), ("versions", [VERSIONS])):
         (folder / f"{name}.json").write_text(json.dumps(content))
     for step in range(steps):

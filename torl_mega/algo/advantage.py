@@ -40,9 +40,8 @@ def step_advantages(groups: Sequence[np.ndarray], kind: AdvantageKind) -> list[n
 
 def _group_advantages(rewards_G: np.ndarray, kind: AdvantageKind, step_std: float) -> np.ndarray:
     size = rewards_G.size
-    if (
-        size < 2 or (rewards_G == rewards_G[0]).all()
-    ):  # whose mean may be off by its last bit: then all had some advantage
+    # by comparison, not by the centred values: the mean of equal rewards may differ from them in its last bit
+    if size < 2 or (rewards_G == rewards_G[0]).all():
         return np.zeros(size)
     centred = rewards_G - rewards_G.mean()
     if kind == "grpo":

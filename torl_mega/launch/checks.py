@@ -169,7 +169,7 @@ def trainer(config: Config | None) -> Iterator[Check]:
         warnings.simplefilter("ignore")
         from torl_mega.trainer.precision import check_precision, report, this_machine
 
-        found = report()
+        found = report(config.trainer.layer_spec if config else "auto")
     profiles = ", ".join(found["usable_profiles"])
     yield Check("trainer", "ok", f"Adam: {found['optimizer']}, layers: {found['layer_spec']}, precision: {profiles}")
     if config is not None:
