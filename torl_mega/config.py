@@ -492,10 +492,13 @@ class OptimConfig(Section):
 
 class ParallelConfig(Section):
     tensor: PositiveInt = 1
+    """Ranks over which each matrix is cut (Megatron's tensor parallelism); keep it inside a node."""
     pipeline: PositiveInt = 1
+    """Stages that hold a share of the layers each."""
     virtual_pipeline: PositiveInt = 1
     """Model chunks per pipeline stage (interleaved 1F1B); 1 = plain 1F1B."""
     context: PositiveInt = 1
+    """Ranks over which each sequence is cut."""
     data: PositiveInt | Literal["auto"] = "auto"
     """Data-parallel size; `auto` takes what the launcher's world size leaves, 1 on one machine without GPUs."""
     sequence: bool = False
@@ -559,8 +562,11 @@ class BenchmarkConfig(Section):
     """How one benchmark is sampled where it differs from the others."""
 
     samples_per_problem: PositiveInt | None = None
+    """None = eval.samples_per_problem."""
     temperature: float | None = Field(default=None, ge=0)
+    """0 is greedy; None = eval.temperature."""
     top_p: float | None = Field(default=None, gt=0, le=1)
+    """None = eval.top_p."""
 
 
 class EvalConfig(Section):
@@ -589,6 +595,7 @@ class CheckpointConfig(Section):
     every_steps: int = Field(default=0, ge=0)
     """0 = only at the end. Source: script:56."""
     keep_last: PositiveInt = 2
+    """Checkpoints that are kept; older ones go once the next is complete."""
     async_save: bool = False
     """Write while training goes on."""
     export_hf: bool = True
@@ -636,6 +643,7 @@ class WandbConfig(Section):
     """A run at Weights & Biases, beside metrics.jsonl; needs the library wandb."""
 
     project: str = "torl_mega"
+    """Where the run is listed."""
     entity: str | None = None
     """User or team; None = the account's own."""
     group: str | None = None
@@ -643,6 +651,7 @@ class WandbConfig(Section):
     mode: Literal["online", "offline"] | None = None
     """offline writes RUN/wandb/, for `wandb sync`. None = as WANDB_MODE says, or online."""
     tags: tuple[str, ...] = ()
+    """Labels of the run there."""
 
 
 class MlflowConfig(Section):
@@ -651,6 +660,7 @@ class MlflowConfig(Section):
     uri: str | None = None
     """Tracking server (`http://host:port`) or a folder. None = as MLFLOW_TRACKING_URI says, or the folder `mlruns` in runs_dir."""
     experiment: str = "torl_mega"
+    """Where the run is listed."""
 
 
 class LoggingConfig(Section):
@@ -674,6 +684,7 @@ class ClusterConfig(Section):
     nodes: PositiveInt = 1
     """Nodes this config is laid out for; a job plans again with the nodes it was really given."""
     gpus_per_node: PositiveInt = 8
+    """GPUs of each node; cores that act as GPUs where `gpu` is cpu."""
     gpu: Literal["a100", "h100", "h200", "b200", "cpu"] = "h100"
     """Kind of GPU (table in planner/hardware.py); `cpu` runs every engine on cores, one rank per would-be GPU."""
     placement: Literal["colocated", "disaggregated"] = "colocated"
@@ -715,6 +726,7 @@ class Config(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Run folder below `runs_dir`; a run of the same name is resumed."""
     runs_dir: str = "runs"
+    """Folder of all runs; of several nodes one that all of them see."""
     seed: int = Field(default=0, ge=0)
     """Of data order, sampling seeds and initialisation."""
     num_steps: PositiveInt

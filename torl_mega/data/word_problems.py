@@ -28,6 +28,7 @@ from fractions import Fraction
 from itertools import islice
 from typing import TypeVar
 
+from torl_mega.data.arithmetic import integer
 from torl_mega.types import Problem
 
 LEVELS = (0, 0, 1, 1, 2)  # what is drawn from: easy, middle, hard
@@ -43,11 +44,6 @@ class Family:
     draw: Callable[[random.Random, int], Numbers]  # of a level
     words: tuple[str, ...]
     answer: Callable[[Numbers], int | Fraction]
-
-
-def integer(rng: random.Random, low: int, high: int) -> int:
-    """Uniform in [low, high]; `Random.randint` may draw differently in another Python version."""
-    return low + int(rng.random() * (high - low + 1))
 
 
 def _sums(rng: random.Random, level: int) -> Numbers:
