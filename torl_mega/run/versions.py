@@ -30,7 +30,7 @@ def record_versions(folder: Path, *, from_step: int) -> None:
 
 def versions() -> dict[str, Any]:
     found = {name: version for name in PACKAGES if (version := version_of(name)) is not None}
-    return {"torl-mega": __version__, "python": platform.pythonversion_of(), **found, "chip": chip()}
+    return {"torl-mega": __version__, "python": platform.python_version(), **found, "chip": chip()}
 
 
 def version_of(package: str) -> str | None:
