@@ -86,13 +86,13 @@ tiny-base: install
 moe-base: install
 	$(BIN)/python tools/make_tiny_base.py --out conf/quickstart_moe --experts 8
 
-# the base of the paper in small; about half an hour of one core
+# the base of the paper in small, about half an hour of one core; to use it: model.path=build/paper_small/model
 paper-base: install
 	$(BIN)/python tools/make_paper_base.py start build/paper_small/start
 	PYTHONPATH=tools $(BIN)/torl pretrain conf/paper_small/base.yaml
 	$(BIN)/python tools/make_paper_base.py ship runs/paper_small_base/hf build/paper_small/model
 
-# the paper in small: runs that are missing, then docs/reproduction.md of all that is there; resumable
+# the paper in small: the runs that runs/reproduction lacks, then docs/reproduction.md, which says how long they take; resumable
 reproduce: install
 	$(BIN)/python tools/reproduce.py
 

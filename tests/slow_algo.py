@@ -43,7 +43,7 @@ def correction(gaps: Sequence[float], algo: Any) -> list[float]:
     """A factor for each trained token of a sequence; gaps = log p_old - log p_rollout."""
     ratios, product = [math.exp(g) for g in gaps], math.exp(sum(gaps))
     low, high = algo.correction_low, algo.correction_high
-    geo = algo.correction_geo or (low, high)
+    geo = algo.correction_geo or (0.999, 1.001)
     if algo.correction_veto is not None and ratios and min(ratios) < algo.correction_veto:
         return [0.0] * len(gaps)
     if algo.correction in ("geo", "geo_tis") and ratios and not geo[0] <= product ** (1 / len(ratios)) <= geo[1]:

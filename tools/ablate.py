@@ -4,12 +4,12 @@
     python tools/ablate.py --list            the arms and their overrides
     python tools/ablate.py --table-only      of what is known, without starting any
 
-Resumable: a run that is complete is read, one that was stopped goes on. What a run came to is kept in `--results`
-(docs/ablation.jsonl), a line for each arm and seed with its overrides and versions, so that its folder may go and another
-machine may go on; a line whose overrides are not those asked for is run again. `--doc FILE` puts the table of all that is
-known between the marks `<!-- ablation -->` and `<!-- /ablation -->`. Per arm: the first step from which the mean training
-accuracy of three steps reaches 0.85 (runs that never do count as `num_steps`, and are told), and the evaluation after the
-last step, each as mean and 95 % interval over seeds (Student's t; with one seed there is none).
+Resumable: a run that is complete is read, one that was stopped goes on, and `torl train` refuses a folder of another recipe.
+What a run came to is kept in `--results` (docs/ablation.jsonl), a line for each arm and seed with its overrides and versions, so
+that its folder may go and another machine may go on; a line whose overrides are not those asked for is run again. `--doc FILE`
+puts the table of all that is known between the marks `<!-- ablation -->` and `<!-- /ablation -->`. Per arm: the first step from
+which the mean training accuracy of three steps reaches 0.85 (runs that never do count as `num_steps`, and are told), and the
+evaluation after the last step, each as mean and 95 % interval over seeds (Student's t; with one seed there is none).
 """
 
 from __future__ import annotations
@@ -27,23 +27,14 @@ from pathlib import Path
 from typing import Any
 
 from torl_mega.config_file import load_config
+from torl_mega.errors import ConfigError
+from torl_mega.run.folder import RunFolder, is_complete, other_recipe
 from torl_mega.run.metrics import read_rows
 from torl_mega.run.versions import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET, WINDOW = 0.85, 3
 MARKS = ("<!-- ablation -->", "<!-- /ablation -->")
-T95 = {
-    1: 12.706,
-    2: 4.303,
-    3: 3.182,
-    4: 2.776,
-    5: 2.571,
-    6: 2.447,
-    7: 2.365,
-    8: 2.306,
-    9: 2.262,
-}  # by degrees of freedom
 STALE = "rollout.max_staleness"
 ARMS: dict[str, list[str]] = {
     "default": [],
@@ -137,10 +128,12 @@ def _differences(base: Mapping[str, Any], other: Mapping[str, Any], prefix: str 
 
 
 def run(runs_dir: Path, arm: str, seed: int, overrides: Sequence[str], conf: str = "conf/quickstart.yaml") -> None:
-    """Trains one run of `conf`, or goes on with it, or finds it complete."""
+    """Trains one run of `conf`, or goes on with it, or finds it complete; a folder with another recipe in it is refused."""
     command = [str(Path(sys.executable).with_name("torl")), "train", conf]
     mine = [f"runs_dir={runs_dir}", f"name={run_name(arm, seed)}", f"seed={seed}", "checkpoint.export_hf=false"]
-    if not (runs_dir / run_name(arm, seed) / "summary.json").exists():
+    config = load_config(ROOT / conf, [*mine, *overrides])
+    folder = RunFolder.of(config)
+    if not is_complete(folder, config) or other_recipe(folder, config):
         subprocess.run([*command, *mine, *overrides], check=True, stdout=sys.stderr, cwd=ROOT)
 
 
@@ -161,7 +154,9 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean and half of its 95 % interval (not a number with one value)."""
     if len(values) < 2:
         return values[0], math.nan
-    half = T95.get(len(values) - 1, 1.96) * statistics.stdev(values) / math.sqrt(len(values))
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
     return statistics.fmean(values), half
 
 
@@ -174,7 +169,8 @@ def table(found: Mapping[str, Sequence[Outcome]]) -> str:
         never = f" ({missed} never)" if missed else ""
         change = "" if baseline is None or arm == "default" else f"{final[0] - baseline:+.3f}"
         lines.append(f"| {arm} | {len(outcomes)} | {_shown(steps, '.1f')}{never} | {_shown(final, '.3f')} | {change} |")
-    return "\n".join(lines)
+    absent = [arm for arm in ARMS if not found.get(arm)]
+    return "\n".join(lines) + (f"\n\nNot run: {', '.join(absent)}." if absent else "")
 
 
 def _shown(value: tuple[float, float], form: str) -> str:
@@ -240,7 +236,10 @@ def main() -> None:
             overrides = [*overrides, *args.overrides]
             if results.get(arm, seed, overrides) is None:
                 folder = args.runs_dir.resolve() / run_name(arm, seed)
-                run(folder.parent, arm, seed, overrides)
+                try:
+                    run(folder.parent, arm, seed, overrides)
+                except (ConfigError, subprocess.CalledProcessError) as exc:
+                    sys.exit(f"ablate: error: {folder.name}: {exc}; the same command goes on there")
                 outcome = read(folder)
                 assert outcome is not None
                 results = Results(args.results)  # another seed may have ended meanwhile

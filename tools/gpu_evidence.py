@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -117,7 +118,7 @@ def table(folder: Path) -> str:
 def _words(result: Any) -> str:
     if isinstance(result, dict):
         return "; ".join(f"{key.replace('_', ' ')}: {_words(value)}" for key, value in result.items()).replace("|", "/")
-    return str(result)
+    return re.sub(r" \(UUID: [^)]*\)", "", str(result))  # of one machine, and nobody's business
 
 
 def page(folder: Path) -> str:

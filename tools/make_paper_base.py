@@ -11,7 +11,6 @@ the same on the same machine and number of threads.
 from __future__ import annotations
 
 import argparse
-import random
 import shutil
 import sys
 from dataclasses import asdict
@@ -110,7 +109,6 @@ def main() -> int:
     shipping.add_argument("out", type=Path)
     shipping.add_argument("--conf", type=Path, default=Path("conf/paper_small/base.yaml"))
     args = parser.parse_args()
-    random.seed(SEED)
     if args.verb == "start":
         start(args.out)
     else:

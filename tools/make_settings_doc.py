@@ -1,4 +1,4 @@
-"""Writes docs/settings.md: every setting with its kind, its default and its meaning, out of `torl_mega/config.py`.
+"""Writes docs/settings.md: every setting with its kind, its default and its meaning, out of `torl_mega/config/`.
 
     python tools/make_settings_doc.py            writes docs/settings.md
     python tools/make_settings_doc.py --check    exit code 1 when the page does not say what the config says

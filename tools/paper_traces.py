@@ -6,7 +6,7 @@
 Contract: `rows()` is endless and the same everywhere; a row's pieces are those in which a rollout encodes an answer (sampled
 text up to the stop string, observation, the rest), so that a rollout meets no token sequence that pre-training has not seen.
 Programs are run by this Python; they are made here, from the problem's numbers. No problem that is evaluated on is among them.
-The rates are the constants below; docs/reproduction.md prints them.
+The rates are the constants below; the model's card (conf/paper_small/model/README.md) prints them.
 """
 
 from __future__ import annotations

@@ -5,53 +5,43 @@
     python tools/reproduce.py --collect-only     data and page of the runs that are complete, without starting any
     python tools/reproduce.py --page-only        the page of the data that is committed
 
-Contract: resumable; a run that is complete is read, one that was stopped goes on. docs/reproduction/*.json hold one run each, with
-its command, machine and versions; page and figures are made of them alone (tools/reproduction_page.py).
+Contract: resumable; a run that is complete in `--runs-dir` is read, one that was stopped goes on from its last checkpoint. A run
+that fails is named, the others go on, and the exit code is 1. docs/reproduction/*.json hold one run each, with its settings,
+machine and versions as the run itself recorded them (tools/reproduction_data.py); page and figures are made of them alone
+(tools/reproduction_page.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
-import platform
 import re
+import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import reproduction_page
 from ablate import run, run_name
+from reproduction_data import ARMS, FAST, ROOT, conf_of, recipe_of
 
+from torl_mega.errors import ConfigError
 from torl_mega.rollout.python_tool import code_spans
 from torl_mega.rollout.recorder import read_groups, step_path
-from torl_mega.rollout.statistics import programs
 from torl_mega.run.metrics import read_rows
 from torl_mega.types import ExecutionStatus, Reward, Trajectory
 
-ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "docs/reproduction"
-SEEDS = {
-    "torl": 5,
-    "no_tool": 5,
-    "c2": 3,
-    "code_error": 3,
-    "plus": 3,
-    "noise": 3,
-    "lot": 3,
-    "observations": 3,
-}  # arm -> number of seeds
-FAST = {"torl": 3, "no_tool": 3}
 CURVES = (
     "accuracy reward code_ratio pass_ratio pass_ratio_correct pass_ratio_incorrect executed_code_ratio code_before_answer_ratio "
     "response_length entropy k3 group_zero_signal_ratio num_trained_tokens rollout_s train_s step_s"
 ).split()
 NUM_EXAMPLES = 3
 EDGE = 5  # steps at either end of a run whose trajectories are looked at
-LIBRARIES = ("torch", "megatron-core", "sglang", "transformers")
 _NUMBER = re.compile(r"-?\d+(?:/\d+)?")
 
 
@@ -62,25 +52,22 @@ class Attempt:
     reward: Reward
 
 
-def conf_of(arm: str) -> str:
-    return f"conf/paper_small/{arm}.yaml"
-
-
-def collect(folder: Path, arm: str, seed: int, overrides: Sequence[str]) -> dict[str, Any] | None:
+def collect(folder: Path, arm: str, seed: int) -> dict[str, Any] | None:
     """What a run came to, as data; None when it is not complete."""
     if not (folder / "summary.json").exists():
         return None
     summary = json.loads((folder / "summary.json").read_text())
     steps = [row for row in read_rows(folder / "metrics.jsonl") if row["kind"] == "train"]
     last = len(steps) - EDGE
+    config = json.loads((folder / "config.json").read_text())["config"]
     return {
         "arm": arm,
         "seed": seed,
-        "command": " ".join(["torl train", conf_of(arm), f"seed={seed}", *overrides]),
-        "config_hash": summary["config_hash"],
-        "machine": machine(),
-        "versions": {name: metadata.version(name) for name in LIBRARIES},
+        "recipe": recipe_of(config),
+        "base_sha256": hashlib.sha256((ROOT / config["model"]["path"] / "model.safetensors").read_bytes()).hexdigest(),
+        "versions": json.loads((folder / "versions.json").read_text())[-1],
         "wall_s": round(sum(row["step_s"] for row in steps), 1),
+        "total_s": round(summary["wall_s"]["total"], 1),
         "max_abs_logprob_diff": summary["mismatch"]["max_abs_logprob_diff"],
         "curves": {name: [round(row[name], 5) for row in steps] for name in CURVES if name in steps[0]},
         "eval": {when: _rounded(summary["eval"][when]) for when in ("before", "after")},
@@ -89,12 +76,6 @@ def collect(folder: Path, arm: str, seed: int, overrides: Sequence[str]) -> dict
             "after": behaviour(_attempts(folder, range(last, len(steps)))),
         },
     }
-
-
-def machine() -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
 
 
 def _rounded(measures: dict[str, Any]) -> dict[str, float]:
@@ -126,7 +107,7 @@ def behaviour(attempts: Sequence[Attempt]) -> dict[str, Any]:
 
 
 def kinds_of(attempt: Attempt) -> Iterator[str]:
-    trajectory, ran = attempt.trajectory, programs(attempt.trajectory)
+    trajectory, ran = attempt.trajectory, attempt.trajectory.programs
     first = next((i for i, call in enumerate(ran) if call.status is not ExecutionStatus.OK), None)
     if first is not None:
         yield "failed"
@@ -151,7 +132,7 @@ def said_before(trajectory: Trajectory) -> str | None:
 
 def printed_first(trajectory: Trajectory) -> str | None:
     """What the first program printed, if it ended OK and that is a number."""
-    ran = programs(trajectory)
+    ran = trajectory.programs
     if not ran or ran[0].status is not ExecutionStatus.OK:
         return None
     printed = ran[0].observation.strip().removesuffix("```").strip()
@@ -160,7 +141,7 @@ def printed_first(trajectory: Trajectory) -> str | None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", nargs="+", choices=list(SEEDS), default=None, metavar="ARM")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=None, metavar="ARM")
     parser.add_argument("--seeds", type=int, nargs="+", default=None)
     parser.add_argument("--runs-dir", type=Path, default=Path("runs/reproduction"))
     parser.add_argument("--fast", action="store_true", help="two arms, three seeds")
@@ -168,22 +149,35 @@ def main() -> int:
     parser.add_argument("--page-only", action="store_true", help="read no run")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value")
     args = parser.parse_args()
-    wanted = FAST if args.fast else SEEDS
+    wanted = FAST if args.fast else {arm: of.seeds for arm, of in ARMS.items()}
     plan = {arm: args.seeds or list(range(1, wanted[arm] + 1)) for arm in args.arms or wanted}
     runs_dir = args.runs_dir.resolve()
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "tools"), os.environ.get("PYTHONPATH")]))
     DATA.mkdir(exist_ok=True)
-    for seed in sorted({seed for seeds in plan.values() for seed in seeds}):
-        for arm in (arm for arm, seeds in plan.items() if seed in seeds):
-            if args.page_only:
+    failed: list[str] = []
+    seed_major = sorted((seed, number, arm) for number, (arm, seeds) in enumerate(plan.items()) for seed in seeds)
+    try:
+        for seed, _, arm in [] if args.page_only else seed_major:
+            name = run_name(arm, seed)
+            try:
+                if not args.collect_only:
+                    run(runs_dir, arm, seed, args.overrides, conf_of(arm))
+            except ConfigError as exc:  # which every run would meet
+                sys.exit(f"reproduce: error: {exc}")
+            except subprocess.CalledProcessError as exc:  # what was wrong stands above
+                failed.append(f"{name} (exit code {exc.returncode})")
                 continue
-            if not args.collect_only:
-                run(runs_dir, arm, seed, args.overrides, conf_of(arm))
-            found = collect(runs_dir / run_name(arm, seed), arm, seed, args.overrides)
+            found = collect(runs_dir / name, arm, seed)
             if found is not None:
-                (DATA / f"{run_name(arm, seed)}.json").write_text(json.dumps(found, indent=1) + "\n")
-    reproduction_page.write(DATA, ROOT / "docs")
-    return 0
+                (DATA / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    finally:  # also of what was there when somebody stopped it
+        reproduction_page.write(DATA, ROOT / "docs")
+    if failed:
+        print(
+            f"reproduce: error: did not finish: {', '.join(failed)}; the same command goes on with them",
+            file=sys.stderr,
+        )
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

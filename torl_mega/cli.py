@@ -123,7 +123,7 @@ def plan(
 def doctor(
     conf: Annotated[Path | None, typer.Argument(metavar="[CONF]", help="Also check what this config needs")] = None,
     overrides: Overrides = None,
-    gpu: Annotated[bool, typer.Option("--gpu", help="Also run the engines on the GPUs: half a minute")] = False,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Also run the engines on the GPUs: about a minute")] = False,
     json: Json = False,
 ) -> None:
     """Say what this machine has and lacks: engines, GPUs, sandbox tier, disk, ports, model and data."""

@@ -1,4 +1,4 @@
-"""Reads a config: YAML with `base:`, then `a.b=value` overrides, into the strict tree of `config.py`.
+"""Reads a config: YAML with `base:`, then `a.b=value` overrides, into the strict tree of `config/`.
 
 `base:` names a file relative to the one that says it; the child wins key by key, lists replace. Overrides are YAML
 values and the right-most wins. Every mistake is one `ConfigError` line: file, key, value, what was expected.

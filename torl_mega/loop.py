@@ -59,19 +59,18 @@ class Loop:
                 self.log.step(done, metrics)
                 self.check_guards(done, metrics)
                 done += 1
-                if done == self.num_steps or due(done, self.eval_every):
+                last = done == self.num_steps
+                if last or due(done, self.eval_every):
                     self._evaluate(done)
-                if self.share(self.stop_requested):
-                    break
-                if done == self.num_steps or due(done, self.save_every):
+                stop = self.share(self.stop_requested)
+                if last or stop or due(done, self.save_every):
                     self._save(done)
-        except Preempted:
-            pass  # the step that was being collected is dropped
-        else:
-            if done == self.num_steps:
-                return True
-        self._save(done)
-        return False
+                if stop and not last:
+                    return False
+        except Preempted:  # the step that was being collected is dropped
+            self._save(done)
+            return False
+        return True
 
     def _step(self, step: int) -> dict[str, float]:
         times: dict[str, float] = {}

@@ -5,7 +5,8 @@
         texts (rank 0) ─► share ─► forward_backward, optim_step (trainer) ─► log, checkpoint ─► hf/, summary.json
 
 Contract: exit codes as of torl_mega.train. A run of the same name goes on from its last checkpoint and gives the weights of a run
-that was never stopped. The loss is that of temperature 1; what `rollout`, `reward`, `algo` and `eval` say is not looked at.
+that was never stopped. The loss is that of temperature 1. Of `rollout` and `data` only the lengths count; `reward`, `algo` and
+`eval` are not looked at.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 
 import psutil
 
+from torl_mega.algo.advice import warn_of_settings
 from torl_mega.config import Config
 from torl_mega.config_file import config_hash, load_config
 from torl_mega.data.tokenizer import Tokenizer
@@ -175,6 +176,7 @@ def build_rank0(
         stack.callback(run.close)
         tokenizer = Tokenizer(config.model.path)
         tokenizer.check_lossless()
+        warn_of_settings(config.algo)
         steps_done = int(saved["steps_done"])
         record_versions(folder.path, from_step=steps_done)
         trackers = open_trackers(config, folder.path, resume_at=steps_done, samples=sample_texts(folder))

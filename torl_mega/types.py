@@ -220,6 +220,11 @@ class Trajectory:
         return tuple(call for turn in self.turns for call in turn.tool_calls)
 
     @property
+    def programs(self) -> tuple[ToolCall, ...]:
+        """The calls that ran something: one without code, or with arguments that could not be read, ran nothing."""
+        return tuple(call for call in self.tool_calls if call.code)
+
+    @property
     def response_text(self) -> str:
         """What the policy wrote and was shown, in order; of a chat without what its template wraps around."""
         return "".join(

@@ -48,7 +48,11 @@ def main(model: Path, out: Path, *overrides: str) -> None:
                     wanted = hf.score(sample)[0].numpy()
                     gaps.append(np.abs(found.old_logprobs[1:] - wanted)[sample.loss_mask[1:]])
         result = {
-            **{k: v for k, v in report().items() if k in ("layer_spec", "usable_profiles", "optimizer")},
+            **{
+                k: v
+                for k, v in report(config.trainer.layer_spec).items()
+                if k in ("layer_spec", "usable_profiles", "optimizer")
+            },
             "mean_abs_logprob_diff_to_hf": float(np.concatenate(gaps).mean()),
             "loss": metrics["loss"],
             "grad_norm": metrics["grad_norm"],

@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from torl_mega.algo.advantage import bounded_penalty, charge_kl, step_advantages
+from torl_mega.algo.advice import advice
 from torl_mega.algo.correction import correction_weights, mismatch
 from torl_mega.algo.loss import Sequences, policy_loss
 from torl_mega.algo.weights import loss_weights, token_shares
@@ -142,15 +143,31 @@ def test_kl_in_the_reward_equals_the_slow_loop(estimator, seed):
         for i, value in zip(order[g], values, strict=True):
             sample = dataclasses.replace(batch[i].sample, reward=float(rewards[i]), advantage=float(value) - 0.01)
             batch[i] = dataclasses.replace(batch[i], sample=sample)
-    charged = list(rewards)
+    kls = {}  # of the samples that have trained tokens; the others are charged their group's mean, or the step's
     for i, b in enumerate(batch):
         for t in np.flatnonzero(b.sample.loss_mask):
             gap = float(b.ref_logprobs[t] - b.old_logprobs[t])
-            charged[i] -= 0.3 * slow_algo.kl(gap, estimator)
+            kls[i] = kls.get(i, 0.0) + slow_algo.kl(gap, estimator)
+    charged = list(rewards)
+    for i, b in enumerate(batch):
+        known = [kls[j] for j in order[b.sample.group] if j in kls] or list(kls.values()) or [0.0]
+        charged[i] -= 0.3 * kls.get(i, sum(known) / len(known))
     wanted = slow_algo.advantages([[charged[i] for i in order[g]] for g in groups], "grpo")
     got = [item.sample.advantage for item in charge_kl(batch, config)]
     for g, values in zip(groups, wanted, strict=True):
         np.testing.assert_allclose([got[i] for i in order[g]], np.array(values) - 0.01, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ADVANTAGES)
+def test_masking_an_answer_of_a_solved_group_gives_the_others_no_advantage(kind):
+    """Sixteen right answers, all of the same KL, one of them masked: nobody is better than anybody."""
+    rng = np.random.default_rng(3)
+    one = train_sample(rng, 9, advantage=0.0)
+    one = dataclasses.replace(one, sample=dataclasses.replace(one.sample, reward=1.0))
+    masked = dataclasses.replace(one.sample, loss_mask=np.zeros(9, bool))
+    batch = [one] * 15 + [dataclasses.replace(one, sample=masked)]
+    config = algo(kl_coef=0.1, kl_in="reward", advantage=kind)
+    assert [b.sample.advantage for b in charge_kl(batch, config)] == pytest.approx([0.0] * 16, abs=1e-9)
 
 
 # ------------------------------------------------------------------------------------------------ weights
@@ -187,11 +204,11 @@ def test_corrections_by_hand():
     gaps = np.log(np.array([1.0, 0.25, 1.0, 4.0], np.float32))
     sample = Sample(np.arange(4), mask, np.zeros(4, np.float32), np.zeros(4, np.int32), 1.0)
     item = TrainSample(sample, gaps, np.zeros(4, np.float32))
-    bounds = {"correction_low": 0.5, "correction_high": 2.0}
+    bounds = {"correction_low": 0.5, "correction_high": 2.0}  # of tokens; geo has its own
     np.testing.assert_allclose(correction_weights(item, algo(correction="tis", **bounds)), [1, 0.25, 1, 2], rtol=1e-6)
     np.testing.assert_allclose(correction_weights(item, algo(correction="mis", **bounds)), [1, 0, 1, 0], rtol=1e-6)
     np.testing.assert_allclose(correction_weights(item, algo(correction="geo", **bounds)), [1, 1, 1, 1])
-    narrow = {"correction_low": 1.01, "correction_high": 2.0}
+    narrow = {"correction_geo": "[1.01,2.0]"}
     np.testing.assert_allclose(correction_weights(item, algo(correction="geo", **narrow)), [0, 0, 0, 0])
 
 
@@ -393,12 +410,13 @@ def test_kl_and_entropy_terms():
     assert metrics["ref_kl"].item() == pytest.approx(k3, rel=1e-5)
 
 
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("loss_agg", AGGREGATIONS)
 @pytest.mark.parametrize("correction", CORRECTIONS)
-def test_logged_means_are_over_trained_tokens_whatever_the_weights(loss_agg, correction):
+def test_logged_means_are_over_trained_tokens_whatever_the_weights(loss, loss_agg, correction):
     rng = np.random.default_rng(6)
     batch = [*ragged(rng), train_sample(rng, 12, spread=3.0)]
-    config = algo(loss_agg=loss_agg, correction=correction, correction_low=0.8, correction_high=1.1)
+    config = algo(loss=loss, loss_agg=loss_agg, correction=correction, correction_low=0.8, correction_high=1.1)
     arguments = inputs(batch, config, current(rng, batch))
     entropy = torch.rand(arguments["logprobs_T"].shape)
     trained = torch.from_numpy(np.concatenate([b.sample.loss_mask for b in batch]))
@@ -457,3 +475,39 @@ def test_a_faulty_server_drives_the_policy_away_and_correction_holds_it():
         assert best[-1] > math.log(0.9)
         assert faulty[-1] > -12.0
     assert gap["k3"] > 0.1  # the server still lies, and is still seen to
+
+
+# ------------------------------------------------------------------------------------------------ settings that are hardly meant
+
+
+@pytest.mark.parametrize(
+    ("settings_", "said"),
+    [
+        ({"loss": "gspo", "loss_agg": "seq_mean_token_mean"}, ["clips nothing"]),
+        ({"loss": "gspo", "clip_low": 3e-4, "clip_high": 4e-4}, ["not GSPO's objective"]),
+        ({"loss": "gspo", "clip_low": 3e-4, "clip_high": 4e-4, "loss_agg": "seq_mean_token_mean"}, []),
+        ({"loss": "cispo"}, ["lifts weights below 0.8"]),
+        ({"loss": "cispo", "clip_low": 1, "clip_high": 4, "dual_clip": 3}, ["dual_clip does nothing"]),
+        ({"kl_coef": 1e-4, "kl_in": "reward"}, ["full advantage, however small"]),
+        ({"kl_coef": 1e-4, "kl_in": "reward", "advantage": "dr_grpo"}, []),
+        ({"kl_coef": 1e-4}, []),
+        ({}, []),
+    ],
+)
+def test_settings_that_work_and_are_hardly_meant_are_named(settings_, said):
+    found = advice(algo(**settings_))
+    assert len(found) == len(said)
+    assert all(part in line for part, line in zip(said, found, strict=True))
+
+
+def test_a_small_kl_is_a_full_advantage_in_a_solved_group_unless_its_std_is_left_out():
+    """What `advice` says of KL in the reward."""
+    rng = np.random.default_rng(3)
+    batch = [train_sample(rng, 9, advantage=0.0) for _ in range(8)]
+    batch = [dataclasses.replace(b, sample=dataclasses.replace(b.sample, reward=1.0)) for b in batch]
+    largest = {
+        kind: max(abs(b.sample.advantage) for b in charge_kl(batch, algo(kl_coef=1e-3, kl_in="reward", advantage=kind)))
+        for kind in ("grpo", "dr_grpo", "rloo")
+    }
+    assert largest["grpo"] > 1
+    assert max(largest["dr_grpo"], largest["rloo"]) < 0.05

@@ -171,6 +171,14 @@ def test_long_prompts_count_as_wrong_and_lost_attempts_are_left_out(tmp_path: Pa
     assert report.faults == {"lost": 1}
 
 
+def test_a_benchmark_of_exactly_so_many_rows_is_not_called_cut(tmp_path: Path) -> None:
+    for most, noted in ((4, False), (3, True)):
+        eval_config, data = settings(tmp_path, [row("math500", f"p{i}") for i in range(4)], max_problems=most)
+        [benchmark] = load_benchmarks(eval_config, data, plain_prompts(data.template, encode))
+        assert len(benchmark.prompts) == most
+        assert (benchmark.cut_to is not None) == noted
+
+
 def test_a_run_writes_report_table_and_transcripts_and_repeats_exactly(tmp_path: Path) -> None:
     eval_config, data = settings(
         tmp_path, [row("math500", f"p{i}") for i in range(6)], samples_per_problem=2, max_problems=4, temperature=0.25

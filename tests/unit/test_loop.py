@@ -130,6 +130,12 @@ def test_a_stop_request_ends_the_run_after_the_step():
     assert fake.calls == [*one_step(0), "save 1"]
 
 
+def test_a_stop_request_in_the_last_step_loses_nothing():
+    fake = Recorder(stop_after=1)
+    assert loop(fake, num_steps=1, save_every=0).run(0, evaluate_first=False)
+    assert fake.calls == [*one_step(0), "eval 1", "save 1"]
+
+
 def test_servers_back_from_a_crash_get_the_weights_and_the_step_is_collected_again():
     fake = Recorder()
     collect, failures = fake.collect, [StaleServers("restarted"), StaleServers("again")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import statistics
 import sys
 from dataclasses import asdict
@@ -14,6 +15,8 @@ import pytest
 
 from torl_mega.config_file import load_config
 from torl_mega.data.tokenizer import Tokenizer
+from torl_mega.data.word_problems import FAMILIES
+from torl_mega.rollout.recorder import write_step
 from torl_mega.types import (
     ExecutionStatus,
     GraderStatus,
@@ -32,7 +35,9 @@ sys.path.insert(0, str(ROOT / "tools"))
 import paper_controls  # noqa: E402
 import paper_traces  # noqa: E402
 import reproduce  # noqa: E402
+import reproduction_checks as checks  # noqa: E402
 import reproduction_page as page  # noqa: E402
+from reproduction_data import ARMS, command, conf_of, recipe_of  # noqa: E402
 
 CHANGED = {
     "no_tool": {"rollout.max_tool_calls"},
@@ -52,9 +57,9 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("arm", [*reproduce.SEEDS, "prompted"])
+@pytest.mark.parametrize("arm", [*ARMS, "prompted"])
 def test_an_arm_changes_what_it_says_and_nothing_else(arm: str) -> None:
-    torl, mine = (flat(load_config(ROOT / reproduce.conf_of(name))) for name in ("torl", arm))
+    torl, mine = (flat(load_config(ROOT / conf_of(name))) for name in ("torl", arm))
     changed = {key for key in mine if mine[key] != torl.get(key)} - {"name"}
     if arm == "plus":
         plus = flat(load_config(ROOT / "conf/plus.yaml"))
@@ -113,16 +118,26 @@ EXAMPLES = {
 }
 
 
+VERSIONS = {
+    "python": "3.11",
+    "chip": "2 × a chip",
+    "torch": "2",
+    "megatron-core": "0",
+    "sglang": "0",
+    "transformers": "5",
+}
+
+
 def data(arm: str, seed: int, before: float, after: float) -> dict[str, Any]:
     rising = [before + (after - before) * i / 39 for i in range(40)]
     evaluation = {
-        when: {"accuracy": x, **{f"{f}/accuracy": x for f in page.FAMILIES}}
+        when: {"accuracy": x, "reward": 2 * x - 1, "no_answer_ratio": 0.25, **{f"{f}/accuracy": x for f in FAMILIES}}
         for when, x in (("before", before), ("after", after))
     }
     counts = {"answers": 100, "failed": 20, "repaired": 10, "differed": 10, "followed": 5}
     return {
-        "arm": arm, "seed": seed, "command": f"torl train conf/paper_small/{arm}.yaml seed={seed}", "config_hash": "0",
-        "machine": {"cpu": "a chip", "cores": 2, "python": "3.11"}, "versions": {"torch": "2"}, "wall_s": 60.0,
+        "arm": arm, "seed": seed, "recipe": recipe_of(load_config(ROOT / conf_of(arm)).model_dump(mode="json")),
+        "base_sha256": "0" * 64, "versions": VERSIONS, "wall_s": 60.0, "total_s": 90.0,
         "max_abs_logprob_diff": 1e-5, "curves": dict.fromkeys(reproduce.CURVES, rising), "eval": evaluation,
         "behaviour": {"before": counts, "after": counts | {"repaired": 20, "examples": EXAMPLES}},
     }  # fmt: skip
@@ -137,13 +152,14 @@ def test_the_page_is_made_of_the_data_and_says_what_failed(tmp_path: Path) -> No
             (folder / f"{arm}_{seed}.json").write_text(json.dumps(data(arm, seed, 0.2, after)))
     page.write(folder, docs)
     text = (docs / "reproduction.md").read_text()
-    assert "`runs/reproduction/torl__seed1/view/index.html#step=39&group=3&sample=5`" in text
+    assert "`torl__seed1/view/index.html#step=39&group=3&sample=5`" in text
     assert "````\n2 and 3?\n 6. Check: `5`. So \\boxed{5}.\n````" in text
     assert (
         "| (a) tool RL beats RL without | lower 95 % bound of the paired difference > 0.15 | +0.520 ± 0.025, 3 seeds | held |"
         in text
     )
-    assert "| (a) RL without a tool improves too | mean after > mean before | 0.200 → 0.300 | held |" in text
+    answered = "a boxed answer is given by 0.75 → 0.75, of those right 0.27 → 0.40"
+    assert f"mean after > mean before | 0.200 → 0.300 (+0.100 ± 0.000); {answered} | held |" in text
     assert "| (d) C = 2 beats C = 1 on choose and chain | one-sided paired t-test over seeds, p < 0.05 | -0.040" in text
     assert "**failed**" in text
     assert (
@@ -151,6 +167,9 @@ def test_the_page_is_made_of_the_data_and_says_what_failed(tmp_path: Path) -> No
         in text
     )
     assert "**Not run:**" in text
+    assert "| `torl train conf/paper_small/torl.yaml seed=N name=torl__seedN` | 1, 2, 3 of 5 | 40 | 1.0 |" in text
+    assert "of 3" not in next(line for line in text.splitlines() if "c2.yaml" in line), "all that are wanted"
+    assert "| ToRL, C = 2 | a program fails, another one ends OK | 10/20, 10/20, 10/20 | 20/20, 20/20, 20/20 |" in text
     assert {p.name for p in (docs / "img").iterdir()} == {
         "reproduction_accuracy.png", "reproduction_code.png", "reproduction_calls.png"
     }  # fmt: skip
@@ -159,9 +178,105 @@ def test_the_page_is_made_of_the_data_and_says_what_failed(tmp_path: Path) -> No
 
 
 def test_moving_means_that_rise_have_rank_correlation_one() -> None:
-    assert page.rank_correlation([float(i) for i in range(40)]) == pytest.approx(1.0)
-    assert page.rank_correlation([float(-i) for i in range(40)]) == pytest.approx(-1.0)
-    assert page.rank_correlation([0.5] * 40) == 0.0
+    of = lambda values: checks.rank_correlation(checks.moving_means(values))  # noqa: E731
+    assert of([float(i) for i in range(40)]) == pytest.approx(1.0)
+    assert of([float(-i) for i in range(40)]) == pytest.approx(-1.0)
+    assert of([0.5] * 40) is None
+
+
+def runs(**seeds: list[tuple[float, float]]) -> dict[str, list[dict[str, Any]]]:
+    """Of each arm the accuracies before and after, seed by seed."""
+    return {arm: [data(arm, n + 1, *x) for n, x in enumerate(seeds.get(arm, []))] for arm in ARMS}
+
+
+def test_what_cannot_be_decided_says_why() -> None:
+    nothing, one = runs(), runs(torl=[(0.2, 0.9)], no_tool=[(0.2, 0.3)])
+    assert {(check(nothing).found, check(nothing).held) for _, _, check in checks.checks()} == {("not run", None)}
+    assert checks.tool_gain(one) == checks.Outcome("one seed, no interval")
+    assert checks.second_call(one) == checks.Outcome("not run")
+    constant = runs(torl=[(0.9, 0.9), (0.2, 0.9)])
+    outcome = checks.rising("code_ratio")(constant)
+    assert outcome.found == "constant, 1.00; of single steps constant, 1.00; 0.57 → 0.88"
+    assert outcome.held is False, "the mean of the seeds decides"
+    short = runs(torl=[(0.2, 0.9)])
+    short["torl"][0]["curves"]["code_ratio"] = [0.1] * 17
+    assert checks.rising("code_ratio")(short) == checks.Outcome("fewer than 18 steps")
+
+
+def test_second_call_and_penalty_against_t_by_hand() -> None:
+    """Differences 0.01, 0.03, 0.05: mean 0.03, std 0.02, t = 2.598 with two degrees of freedom; one-sided p = 0.061."""
+    ours = runs(torl=[(0.2, 0.8)] * 3, c2=[(0.2, 0.81), (0.2, 0.83), (0.2, 0.85)], code_error=[(0.2, 0.9)] * 3)
+    second = checks.second_call(ours)
+    assert second.found.startswith("+0.030 ± 0.050, p = 0.061, 3 seeds; C = 1 leaves 0.200")
+    assert second.held is False
+    assert checks.penalty(ours).held is False, "a gain of 0.1 in every seed"
+    assert checks.second_call(runs(torl=[(0.2, 0.8)] * 2, c2=[(0.2, 0.9)] * 2)).held is True
+
+
+def test_a_run_of_other_settings_shows_them() -> None:
+    run = data("torl", 1, 0.2, 0.9)
+    assert command(run) == "torl train conf/paper_small/torl.yaml seed=N name=torl__seedN"
+    run["recipe"]["optim.lr"] = 0.5
+    run["recipe"]["algo.no_longer_there"] = 1
+    assert command(run).endswith(" optim.lr=0.5")
+    assert command(data("noise", 1, 0.2, 0.9)).startswith("PYTHONPATH=tools torl train")
+
+
+def test_a_run_is_read_as_it_was_and_one_that_fails_stops_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The whole tool on a finished run of another length and settings, on one that cannot start, and on a wrong setting."""
+    docs, folder = tmp_path / "docs", tmp_path / "runs/torl__seed2"
+    (docs / "img").mkdir(parents=True)
+    words = ["optim.lr=0.5", "num_steps=5"]
+    finished_run(folder, *words, steps=5)
+    finished_run(tmp_path / "runs/torl__seed1", "optim.lr=0.25", "num_steps=5", steps=4)  # which has another recipe
+    monkeypatch.setattr(reproduce, "DATA", docs / "reproduction")
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["reproduce", *words, "--runs-dir", str(tmp_path / "runs"), "--arms", "torl", "--seeds", "1", "2"],
+    )
+    shutil.copytree(ROOT / "conf/paper_small/model", tmp_path / "conf/paper_small/model")
+    assert reproduce.main() == 1
+    (found,) = (json.loads(path.read_text()) for path in (docs / "reproduction").glob("*.json"))
+    assert (found["seed"], found["recipe"]["optim.lr"], found["versions"]["chip"]) == (2, 0.5, "2 × a chip")
+    text = (docs / "reproduction.md").read_text()
+    assert "seed=N name=torl__seedN num_steps=5 optim.lr=0.5` | 2 of 5 | 5 |" in text
+    said = capfd.readouterr().err
+    assert "torl: error:" in said
+    assert "holds a run with another recipe (optim.lr: 0.25 there, 0.5 here)" in said
+    assert "reproduce: error: did not finish: torl__seed1 (exit code 1)" in said
+    monkeypatch.setattr(sys, "argv", ["reproduce", "optim.no=1", "--runs-dir", str(tmp_path / "runs")])
+    with pytest.raises(SystemExit, match=r"optim\.no = 1 is not a setting"):
+        reproduce.main()
+
+
+def finished_run(folder: Path, *overrides: str, steps: int) -> None:
+    """A run's folder as far as it is read."""
+    folder.mkdir(parents=True)
+    measures = dict.fromkeys([*reproduce.CURVES, "reward", "accuracy", "no_answer_ratio"], 0.5)
+    rows = [{"kind": "train", "step": n, **measures} for n in range(steps)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = {
+        "steps": steps,
+        "eval": {"before": measures, "after": measures},
+        "wall_s": {"total": 90.0},
+        "mismatch": {"max_abs_logprob_diff": 1e-5},
+    }
+    places = [f"name={folder.name}", f"runs_dir={folder.parent}", f"seed={folder.name[-1]}"]
+    config = load_config(ROOT / conf_of("torl"), [*places, *overrides]).model_dump(mode="json")
+    for name, content in (("summary", summary), ("config", {"config": config}), ("versions", [VERSIONS])):
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    for step in range(steps):
+        write_step(folder / "trajectories", step, [], [])
+
+
+def test_the_page_is_that_of_the_committed_data(tmp_path: Path) -> None:
+    (tmp_path / "img").mkdir()
+    page.write(ROOT / "docs/reproduction", tmp_path)
+    assert (tmp_path / "reproduction.md").read_text() == (ROOT / "docs/reproduction.md").read_text(), "make reproduce"
 
 
 def test_controls_know_nothing_of_the_answer() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from itertools import product
 
 import pytest
@@ -94,6 +95,16 @@ def test_options_are_logged_apart_and_add_up() -> None:
     assert silent.parts == pytest.approx(
         {"answer": -1.0, "code_error": 0.0, "overlong": 0.0, "tool_cost": 0.0, "format_error": -0.1}
     )
+
+
+def test_a_call_that_ran_nothing_costs_nothing() -> None:
+    """A call without a program, or whose arguments could not be read."""
+    ran = trajectory("a", "\\boxed{4}", calls=(ExecutionStatus.ERROR,))
+    nothing = dataclasses.replace(ran.turns[0], tool_call=ToolCall("", ExecutionStatus.ERROR, None, "no code", 0.0))
+    idle = dataclasses.replace(ran, turns=(nothing, *ran.turns[1:]))
+    settings = config(code_error=-0.3, tool_cost=-0.1)
+    for of, wanted in ((ran, {"code_error": -0.3, "tool_cost": -0.1}), (idle, {"code_error": 0.0, "tool_cost": 0.0})):
+        assert shaping_parts(of, settings, has_answer=True, max_response_tokens=None) == wanted
 
 
 def test_no_allowed_setting_lets_a_correct_answer_fall_to_a_wrong_one() -> None:

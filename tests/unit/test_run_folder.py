@@ -6,7 +6,7 @@ import os
 import pytest
 
 from torl_mega.config_file import load_config
-from torl_mega.errors import ConfigError
+from torl_mega.errors import ConfigError, DataError
 from torl_mega.launch.inputs import EVALUATED
 from torl_mega.run.folder import is_complete, lock_run, open_run
 from torl_mega.run.metrics import RunMetrics, read_rows, summarize
@@ -110,6 +110,15 @@ def test_resume_drops_what_will_be_repeated_and_a_torn_last_line(tmp_path, capsy
     assert read_rows(again.path) == again.rows
     assert again.evaluated_steps() == {0}
     assert "pass -" in capsys.readouterr().out  # a ratio over nothing is shown as a dash
+
+
+def test_a_broken_row_in_the_middle_is_named_and_nothing_is_cut_off(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    text = '{"kind": "train", "step": 0}\n{"kind": "tr\n{"kind": "train", "step": 2}\n'
+    path.write_text(text)
+    with pytest.raises(DataError, match=r"metrics.jsonl:2 is not a row"):
+        RunMetrics(tmp_path, num_steps=9, resume_at=3)
+    assert path.read_text() == text
 
 
 def test_summary_is_computed_from_the_rows(tmp_path):

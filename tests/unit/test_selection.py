@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -139,6 +140,29 @@ def test_penalties_alone_are_no_signal_to_keep_a_group_for(penalties: str) -> No
     assert not has_signal(wrong, algo(penalties=penalties))
     assert has_signal(mixed, algo(penalties=penalties))
     assert not has_signal(own_parts({"mine": 0.3, "overlong": 0.0}, {"mine": 0.3, "overlong": -0.2}), algo())
+
+
+def cut_off(attempted: tuple[Trajectory, Reward]) -> tuple[Trajectory, Reward]:
+    trajectory, reward = attempted
+    return dataclasses.replace(trajectory, stop_reason=StopReason.LENGTH), reward
+
+
+def test_answers_that_are_masked_are_no_signal_to_keep_a_group_for() -> None:
+    """Two right answers beside fourteen that ran out of budget: all that is trained on earns the same."""
+    group = group_of(*(attempt(i, True) for i in range(2)), *(cut_off(attempt(i, False)) for i in range(2, 16)))
+    assert has_signal(group, algo())
+    assert not has_signal(group, algo(mask_truncated="true"))
+    refilled = make_samples([group], algo(mask_truncated="true", zero_signal="refill"))
+    assert not any(s.loss_mask.any() for s in refilled)
+
+
+def test_what_a_refill_replaces_is_not_trained_on_when_its_rounds_are_used_up() -> None:
+    """A penalty in the reward gives a group of wrong answers advantages; a refill holds it for one without signal all the same."""
+    group = group_of(*(attempt(i, False) for i in range(15)), attempt(15, False, penalty=-0.05))
+    kept, refilled = (make_samples([group], algo(zero_signal=kind)) for kind in ("keep", "refill"))
+    assert kept[15].advantage == pytest.approx(-3.75, rel=1e-3)
+    assert kept[15].loss_mask.any()
+    assert not any(s.loss_mask.any() for s in refilled)
 
 
 # ------------------------------------------------------------------------------------------------ prompts of a step

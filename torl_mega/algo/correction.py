@@ -24,7 +24,7 @@ def correction_weights(item: TrainSample, config: AlgoConfig) -> np.ndarray:
 
     `tis`: min(ratio, high), truncated importance sampling (fengyao.notion.site/off-policy-rl);
     `seq_tis`: min(product of the ratios, high) for the whole sequence (unbiased, of large variance);
-    `mis`: ratio where low <= ratio <= high, else 0 (IcePop, 2510.18855; verl's token rejection);
+    `mis`: ratio where low <= ratio <= high, else 0 (IcePop 2510.18855, verl's decoupled_token_icepop, there 0.5 to 5);
     `geo`: 1 where the sequence's geometric-mean ratio lies in [geo_low, geo_high], else 0 for the whole sequence;
     `geo_tis`: both (verl's preset decoupled_geo_rs_token_tis).
     With `correction_veto` a sequence with any ratio below it is dropped, whatever the correction.

@@ -14,7 +14,7 @@ from typing import Any, Literal
 LOG_RATIO_LIMIT = 20.0
 """|log-ratio| before exp(): e^20 is 4.8e8, far beyond any use, and far below what overflows (verl's value)."""
 KL_LIMIT = 10.0
-"""k3 of one token: reached at a gap of 2.6 (ToRL's core_algos.py clamps there too)."""
+"""k3 of one token: reached at a gap of 2.6 and at one of -11 (ToRL's core_algos.py clamps there too)."""
 
 
 def kl_estimate(gap: Any, estimator: Literal["k1", "k2", "k3"], module: Any) -> Any:

@@ -52,7 +52,7 @@ def policy_loss(
     trained = shares_T != 0
     zero = torch.zeros_like(weights_T)
     # a masked token's log-prob may be anything; keep exp() of it out of the sum and out of the gradient
-    log_ratio = torch.where(trained, logprobs_T - old_logprobs_T, zero)
+    log_ratio = of_token = torch.where(trained, logprobs_T - old_logprobs_T, zero)
     if config.loss == "gspo":
         assert sequences is not None
         log_ratio = _sequence_log_ratio(log_ratio, sequences)
@@ -64,7 +64,7 @@ def policy_loss(
     means = {
         "entropy": entropy_T.detach(),
         "clip_frac": is_clipped.to(logprobs_T.dtype),
-        "approx_kl": kl_estimate(log_ratio.detach(), "k3", torch),
+        "approx_kl": kl_estimate(of_token.detach(), "k3", torch),
     }
     if config.kl_coef and ref_logprobs_T is not None:
         kl = kl_estimate(torch.where(trained, ref_logprobs_T - logprobs_T, zero), config.kl_estimator, torch)

@@ -26,14 +26,14 @@ def problems(seed: int) -> Iterator[Problem]:
     rng = random.Random(seed)
     row = 0
     while True:
-        a, b, c = _integer(rng, 10, 99), _integer(rng, 10, 99), _integer(rng, 1, 99)
-        sign, value = ("+", a * b + c) if _integer(rng, 0, 2) == 0 else ("-", a * b - c)
+        a, b, c = integer(rng, 10, 99), integer(rng, 10, 99), integer(rng, 1, 99)
+        sign, value = ("+", a * b + c) if integer(rng, 0, 2) == 0 else ("-", a * b - c)
         yield Problem(
             problem_id=f"{SOURCE}/{seed}/{row}", problem=f"{a}*{b}{sign}{c}", answer=str(value), source=SOURCE
         )
         row += 1
 
 
-def _integer(rng: random.Random, low: int, high: int) -> int:
+def integer(rng: random.Random, low: int, high: int) -> int:
     """Uniform in [low, high]; `Random.randint` may draw differently in another Python version."""
     return low + int(rng.random() * (high - low + 1))

@@ -4,7 +4,8 @@
             pkg.module:function    called without arguments; yields rows or `Problem`s
             a path                 a file in one of the formats of readers.py, or what data.source makes of it
 
-Files are read lazily, a group of rows at a time, so a file may be larger than memory; what a user's function yields is kept.
+Parquet and .jsonl files are read lazily, a group of rows at a time, so they may be larger than memory; .json and .arrow files are
+held whole, and what a user's function yields is kept.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
     recurrence            the n-th number of a list
     choose                the natural first program, `print(comb(n,k))`, raises and must be repaired
     chain                 the natural second program needs the number that the first one printed
-    divisor               greatest common divisors: held out, for evaluation only
+    divisor               greatest common divisors: left out of RL, for evaluation (the base has learnt it like the others)
 
 Contract: `problems(seed, families)` gives the same sequence for the same arguments on every machine and Python version (it
 draws from `random.Random.random()` alone), families in turn, and never ends. `Problem.extra` holds `level` and the `numbers` of
@@ -28,6 +28,7 @@ from fractions import Fraction
 from itertools import islice
 from typing import TypeVar
 
+from torl_mega.data.arithmetic import integer
 from torl_mega.types import Problem
 
 LEVELS = (0, 0, 1, 1, 2)  # what is drawn from: easy, middle, hard
@@ -43,11 +44,6 @@ class Family:
     draw: Callable[[random.Random, int], Numbers]  # of a level
     words: tuple[str, ...]
     answer: Callable[[Numbers], int | Fraction]
-
-
-def integer(rng: random.Random, low: int, high: int) -> int:
-    """Uniform in [low, high]; `Random.randint` may draw differently in another Python version."""
-    return low + int(rng.random() * (high - low + 1))
 
 
 def _sums(rng: random.Random, level: int) -> Numbers:
@@ -226,12 +222,12 @@ def train() -> Iterator[Problem]:
 
 
 def held_in() -> Iterator[Problem]:
-    """NUM_HELD different problems of the families of training, with other numbers."""
+    """NUM_HELD different problems of the families of training, of texts that are not trained on."""
     return _different(problems(HELD_SEED), NUM_HELD)
 
 
 def held_out() -> Iterator[Problem]:
-    """Different problems of a family that the policy is never trained on."""
+    """Different problems of a family that RL never trains on."""
     return _different(problems(HELD_SEED, HELD_OUT), NUM_HELD // 8)
 
 

@@ -19,7 +19,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +28,7 @@ from torl_mega.launch import environments
 from torl_mega.launch.commands import sglang_python
 from torl_mega.launch.place import nvidia_smi
 from torl_mega.planner.placement import Placement
+from torl_mega.run.versions import version_of
 
 Level = Literal["ok", "warn", "fail"]
 
@@ -100,7 +100,7 @@ def python() -> Iterator[Check]:
 
 
 def packages() -> Iterator[Check]:
-    versions = {name: _version(name) for name in (*NEEDED, *OTHERS)}
+    versions = {name: version_of(name) for name in (*NEEDED, *OTHERS)}
     missing = [name for name in NEEDED if versions[name] is None]
     text = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
     yield judged("packages", not missing, text, f"missing: {', '.join(missing)}")
@@ -109,13 +109,6 @@ def packages() -> Iterator[Check]:
         yield judged("sglang", os.access(theirs, os.X_OK), f"runs on {theirs}", "that cannot be executed")
     elif versions["sglang"] is None:
         yield Check("sglang", "fail", "not installed, and TORL_SGLANG_PYTHON names no other environment that has it")
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def limits() -> Iterator[Check]:
@@ -169,7 +162,7 @@ def trainer(config: Config | None) -> Iterator[Check]:
         warnings.simplefilter("ignore")
         from torl_mega.trainer.precision import check_precision, report, this_machine
 
-        found = report()
+        found = report(config.trainer.layer_spec if config else "auto")
     profiles = ", ".join(found["usable_profiles"])
     yield Check("trainer", "ok", f"Adam: {found['optimizer']}, layers: {found['layer_spec']}, precision: {profiles}")
     if config is not None:

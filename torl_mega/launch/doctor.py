@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("conf", nargs="?", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="a.b=value")
     parser.add_argument("--json", action="store_true", dest="json_output")
-    parser.add_argument("--gpu", action="store_true", help="also run the engines on the GPUs, half a minute")
+    parser.add_argument("--gpu", action="store_true", help="also run the engines on the GPUs, about a minute")
     parser.add_argument("--placement", type=Path, help="what `torl plan --out` wrote")
     parser.add_argument("--report", type=Path, help="folder for <node>.json instead of a table")
     parser.add_argument("--collect", type=Path, help="print the table of that folder's reports; needs --placement")

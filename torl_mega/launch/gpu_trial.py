@@ -1,4 +1,4 @@
-"""`torl doctor --gpu`: what only a GPU shows, in half a minute and before a job has begun.
+"""`torl doctor --gpu`: what only a GPU shows, in about a minute and before a job has begun.
 
     trainer's Python ──handle──► SGLang's Python      the bucket of a colocated sync      (serving/trial.py)
                      ──NCCL────► SGLang's Python      the group of a disaggregated one

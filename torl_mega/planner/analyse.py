@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torl_mega.algo.advice import advice
 from torl_mega.config import Config
 from torl_mega.errors import ConfigError
 from torl_mega.layout import ModelShape, check_layout, check_router_settings, check_served_experts, describe_model
@@ -194,7 +195,7 @@ def _lower_fraction(config: Config, phase: PhaseMemory) -> float:
 
 
 def _warnings(config: Config, placement: Placement, server: ServerMemory, work: Workload, time: StepTime) -> list[str]:
-    found = []
+    found = advice(config.algo)
     wanted = -(-work.samples // max(1, placement.num_servers))
     if time.concurrency < wanted and placement.gpu != "cpu":
         found.append(

@@ -35,7 +35,7 @@ GPUS: dict[str, Gpu] = {
     "h200": Gpu("h200", 139.8 * GIB, 989e12, 1979e12, 4.80e12, 450e9, 50e9, 24),
     "b200": Gpu("b200", 178.4 * GIB, 2250e12, 4500e12, 7.70e12, 900e9, 50e9, 28),
     # One "GPU" of a CPU plan is one core: what a 2020s server core does in torch fp32 matmuls. Memory is not limited
-    # per rank; the planner compares the sum over a node with the memory that is there.
+    # per rank, and nothing compares the sum over a node with what is there.
     "cpu": Gpu("cpu", float("inf"), 4e10, None, 1e10, 2e9, 1e9, 1),
 }
 
@@ -51,7 +51,7 @@ class Assumptions:
     decode_bandwidth: float = 0.65  # fraction of memory bandwidth that decoding reaches with CUDA graphs
     decode_overhead_s: float = 0.004  # scheduler and launches per decode step, whatever the batch
     prefill_mfu: float = 0.40
-    moe: float = 0.60  # of those two with experts: Megatron-LM#5728 has 240 TFLOP/s per H100 for Qwen3-30B-A3B
+    moe: float = 0.60  # factor on both mfu with experts: Megatron-LM#5728 has 240 TFLOP/s per H100 for Qwen3-30B-A3B
     collective: float = 0.70  # fraction of link bandwidth that large collectives reach
     sync_fixed_s: float = 1.0  # pause, flush and checksums of one weight sync
     tool_call_s: float = 0.6  # one snippet, with its queue, on an unloaded pool

@@ -152,7 +152,7 @@ def trainer_memory(
     """
     parallel, trainer, width = config.parallel, config.trainer, dtype_bytes(config)
     params = max(shape.stage_parameters(parallel))
-    copies = data * parallel.context  # of what is no expert, and of an expert:
+    copies = data * parallel.context  # ranks that hold the same parameters, experts aside
     expert_copies = max(1, copies * parallel.tensor // (parallel.expert * parallel.expert_tensor))
     experts = shape.stage_expert_parameters(parallel)
     shared_out = (params - experts) / copies + experts / expert_copies

@@ -24,6 +24,9 @@ from torl_mega.planner.hardware import GPUS
 # Offsets in a job's block of ports. Servers come last: SGLang derives further ports from its own.
 MASTER_OFFSET, SANDBOX_OFFSET, SERVER_OFFSET = 0, 1, 100
 SERVER_STRIDE = 10
+# Nodes of a small cluster may share one host, so their ports differ; of a large one those of far nodes come again.
+SANDBOX_SLOTS = SERVER_OFFSET - SANDBOX_OFFSET
+SERVER_SLOTS = (1000 - SERVER_OFFSET) // SERVER_STRIDE
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,11 +297,11 @@ def _processes(shape: _Shape, base_port: int) -> Iterator[Process]:
             gpus = tuple(first_gpu + (local * shape.tensor + k) % shape.serve_gpus for k in range(shape.tensor))
             yield Process(
                 role="server", index=index, node=node, host=host, local=local, gpus=gpus, cores=cut[ranks + local],
-                port=base_port + SERVER_OFFSET + SERVER_STRIDE * index,
+                port=base_port + SERVER_OFFSET + SERVER_STRIDE * (index % SERVER_SLOTS),
             )  # fmt: skip
         yield Process(
             role="sandbox", index=node, node=node, host=host, local=0, gpus=(), cores=(shape.cores - pool, shape.cores),
-            port=base_port + SANDBOX_OFFSET + node,
+            port=base_port + SANDBOX_OFFSET + node % SANDBOX_SLOTS,
         )  # fmt: skip
 
 

@@ -10,6 +10,8 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from pydantic import ValidationError
+
 from torl_mega.config import Config
 from torl_mega.errors import ConfigError
 from torl_mega.layout import describe_model
@@ -44,7 +46,7 @@ def search(
 ) -> list[Candidate]:
     """The `keep` fastest layouts that fit, fastest first; of equal ones the nearest to the config first. With `nearest`:
     those that change the fewest settings, and among them the fastest."""
-    found = []
+    found: list[tuple[Candidate, Config]] = []
     places: dict[tuple[object, ...], Placed] = {}  # of thousands of nodes: made once, not for every layout
     for overrides in _candidates(config, hardware, _num_experts(config)):
         changed = _changed(config, overrides)
@@ -54,14 +56,26 @@ def search(
         analysis = analyse(changed, hardware, assume, mean_response, where=places[key])
         if analysis.fits:
             texts = [f"{key}={_text(value)}" for key, value in overrides.items() if _get(config, key) != value]
-            found.append(Candidate(tuple(texts), analysis))
+            found.append((Candidate(tuple(texts), analysis), changed))
     if nearest:
-        return sorted(found, key=lambda c: (len(c.overrides), c.step_s))[:keep]
-    ranked = sorted(found, key=lambda c: (round(c.step_s, 1), len(c.overrides)))
+        ranked = sorted(found, key=lambda pair: (len(pair[0].overrides), pair[0].step_s))
+        return [candidate for candidate, _ in itertools.islice(filter(_is_valid, ranked), keep)]
+    ranked = sorted(found, key=lambda pair: (round(pair[0].step_s, 1), len(pair[0].overrides)))
     kept: dict[tuple[object, ...], Candidate] = {}
-    for candidate in ranked:
+    for candidate, _ in filter(_is_valid, ranked):
         kept.setdefault(_without_fraction(candidate), candidate)
-    return list(kept.values())[:keep]
+        if len(kept) == keep:
+            break
+    return list(kept.values())
+
+
+def _is_valid(pair: tuple[Candidate, Config]) -> bool:
+    """Whether `torl train` takes the changed config: settings that the search leaves alone may want others of it."""
+    try:
+        Config.model_validate(pair[1].model_dump())
+    except ValidationError:
+        return False
+    return True
 
 
 def _without_fraction(candidate: Candidate) -> tuple[object, ...]:
@@ -117,7 +131,7 @@ def _num_experts(config: Config) -> int:
 
 
 def _changed(config: Config, overrides: Overrides) -> Config:
-    """A copy of the config with other values. Not validated again: each value here is valid by itself."""
+    """A copy of the config with other values, each valid by itself; whether they go together is asked of the few that are shown."""
     sections: dict[str, dict[str, object]] = {}
     for dotted, value in overrides.items():
         section, field = dotted.split(".")

@@ -132,7 +132,7 @@ def shaping_parts(
             length, config.overlong, limit=max_response_tokens, buffer=config.overlong_buffer_tokens
         )
     if config.tool_cost:
-        parts["tool_cost"] = tool_cost(len(trajectory.tool_calls), config.tool_cost, floor=config.tool_cost_floor)
+        parts["tool_cost"] = tool_cost(len(trajectory.programs), config.tool_cost, floor=config.tool_cost_floor)
     if config.format_error:
         parts["format_error"] = 0.0 if has_answer else config.format_error
     return parts
@@ -140,7 +140,7 @@ def shaping_parts(
 
 def code_error(trajectory: Trajectory, penalty: float) -> float:
     """`penalty` once when any program that ran ended in anything but OK (ToRL, arXiv 2503.23383 §2.3: -0.5)."""
-    return penalty if any(c.status is not ExecutionStatus.OK for c in trajectory.tool_calls) else 0.0
+    return penalty if any(c.status is not ExecutionStatus.OK for c in trajectory.programs) else 0.0
 
 
 def overlong(length: int, penalty: float, *, limit: int, buffer: int) -> float:
@@ -149,6 +149,6 @@ def overlong(length: int, penalty: float, *, limit: int, buffer: int) -> float:
     return penalty * min(max(over / buffer, 0.0), 1.0)
 
 
-def tool_cost(num_calls: int, cost: float, *, floor: float) -> float:
-    """`cost` for every call, never below `floor`."""
-    return max(cost * num_calls, floor)
+def tool_cost(num_programs: int, cost: float, *, floor: float) -> float:
+    """`cost` for every program that ran, never below `floor`."""
+    return max(cost * num_programs, floor)

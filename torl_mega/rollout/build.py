@@ -28,6 +28,7 @@ from torl_mega.rollout.scheduler import EpisodeScheduler
 from torl_mega.rollout.tools import tool_and_prompts
 from torl_mega.run.folder import RunFolder
 from torl_mega.run.progress import Progress
+from torl_mega.sandbox.client import SandboxClient
 from torl_mega.serving.client import SGLangClient
 from torl_mega.serving.sglang_server import wait_ready
 
@@ -90,7 +91,7 @@ def build_collector(
 ) -> LiveCollector:
     """A collector whose parts are started on `run` and closed by `stack`. `any_version`: no trainer sends weights, the servers
     hold what they loaded. Raises TorlError for data, addresses or services that are not there."""
-    sandbox = _sandbox(config)
+    sandbox = SandboxClient(addresses("TORL_SANDBOX"))
     tool, encode = tool_and_prompts(config, tokenizer, sandbox)
     prompts = PromptSource(config.data, encode, seed=config.seed)  # a wrong data file shows before any wait
     benchmarks = load_benchmarks(config.eval, config.data, encode)
@@ -159,12 +160,6 @@ def wait_for_servers(config: Config, run: AsyncRunner) -> None:
         run.raise_if_stopped()
         print(f"waiting for server {url}", flush=True)
         run(wait_ready(url, config.serving.startup_timeout_s))
-
-
-def _sandbox(config: Config) -> Any:
-    from torl_mega.sandbox.client import SandboxClient
-
-    return SandboxClient(addresses("TORL_SANDBOX"))
 
 
 def addresses(variable: str) -> tuple[str, ...]:

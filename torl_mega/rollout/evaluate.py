@@ -137,12 +137,15 @@ def load_benchmarks(config: EvalConfig, data: DataConfig, encode: EncodeProblem)
     cut: set[str] = set()
     ids: set[str] = set()
     for number, spec in enumerate(present):
-        problems = load_problems(spec, max_problems=config.max_problems, columns=data.columns)
+        most = config.max_problems
+        problems = load_problems(spec, max_problems=most and most + 1, columns=data.columns)
+        is_cut = most is not None and len(problems) > most
+        problems = problems[:most]
         problems = [_not_among(ids, problem, number) for problem in problems]
         ids.update(problem.problem_id for problem in problems)
         for problem in problems:
             by_source.setdefault(canonical_name(problem.source), []).append(problem)
-            if len(problems) == config.max_problems:
+            if is_cut:
                 cut.add(canonical_name(problem.source))
     strange = sorted(set(config.benchmarks) - set(by_source) - set(KNOWN_SIZES))
     if strange:

@@ -91,7 +91,8 @@ class _Session:
 def last_block(text: str, names: Sequence[str]) -> tuple[str, str] | None:
     """(language, content) of the last closed block whose language is one of `names`; None when it is still open, or there is none.
 
-    Lines as python_tool.py reads them: one that starts or ends with ```NAME opens, another that starts with ``` closes.
+    Lines as python_tool.py reads them: one that is or ends with ```NAME opens (```python also at its start), another that starts
+    with ``` closes.
     """
     last: tuple[str, str] | None = None
     name, start, at = "", 0, 0

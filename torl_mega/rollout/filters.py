@@ -14,9 +14,10 @@ def is_trained(trajectory: Trajectory, config: AlgoConfig) -> bool:
 
 
 def has_signal(group: Group, config: AlgoConfig) -> bool:
-    """Whether its answers differ in what they earn (DAPO filters by accuracy, 2503.14476 eq. 11): penalties are no signal, also
-    where they act in the reward."""
-    return len({answers_reward(reward) for reward in group.rewards}) > 1
+    """Whether the answers that are trained on differ in what they earn (DAPO filters by accuracy, 2503.14476 eq. 11): penalties
+    are no signal, also where they act in the reward, and masked answers are none."""
+    scored = zip(group.trajectories, group.rewards, strict=True)
+    return len({answers_reward(reward) for trajectory, reward in scored if is_trained(trajectory, config)}) > 1
 
 
 def pass_rate(group: Group) -> float:

@@ -1,4 +1,4 @@
-"""Collecting until the step has signal: groups whose answers are all alike are replaced by those of further prompts.
+"""Collecting until the step has signal: groups whose trained answers all earn the same are replaced by those of further prompts.
 
 DAPO's dynamic sampling (arXiv 2503.14476 §3.2), bounded: after `refill_rounds` further collections the step is filled up with
 groups without signal, which `make_samples` masks. A prompt whose group was replaced counts as used; one that was never

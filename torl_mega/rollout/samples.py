@@ -9,7 +9,7 @@ import numpy as np
 from torl_mega.algo.advantage import bounded_penalty, step_advantages
 from torl_mega.config import AlgoConfig
 from torl_mega.errors import DataError
-from torl_mega.rollout.filters import is_trained, own_reward
+from torl_mega.rollout.filters import has_signal, is_trained, own_reward
 from torl_mega.types import Group, Sample, Trajectory
 
 
@@ -20,15 +20,24 @@ def make_samples(groups: Sequence[Group], config: AlgoConfig) -> list[Sample]:
     rewards = [np.array([own_reward(r, config) for r in group.rewards], np.float64) for group in groups]
     advantages = step_advantages(rewards, config.advantage)
     for number, (group, advantages_G) in enumerate(zip(groups, advantages, strict=True)):
-        has_signal = config.zero_signal == "keep" or bool(advantages_G.any())
+        counts = _counts(group, advantages_G, config)
         for index, (trajectory, reward) in enumerate(zip(group.trajectories, group.rewards, strict=True)):
             own = float(rewards[number][index])
             advantage = bounded_penalty(float(advantages_G[index]), reward.value - own, config.penalty_bound)
-            trained = has_signal and is_trained(trajectory, config)
+            trained = counts and is_trained(trajectory, config)
             mask = np.array(trajectory.loss_mask, bool) | config.train_on_observations
             routes = _routes(trajectory) if config.router_replay == "rollout" else None
             samples.append(_sample(trajectory, advantage, own, number, mask=mask & trained, routes=routes))
     return samples
+
+
+def _counts(group: Group, advantages_G: np.ndarray, config: AlgoConfig) -> bool:
+    """Whether the group is trained on at all (`algo.zero_signal`)."""
+    if config.zero_signal == "refill":
+        return has_signal(
+            group, config
+        )  # what a refill would have replaced teaches no more once its rounds are used up
+    return config.zero_signal == "keep" or bool(advantages_G.any())
 
 
 def _routes(trajectory: Trajectory) -> np.ndarray:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 from torl_mega.rollout.filters import has_void_turn
 from torl_mega.rollout.python_tool import code_spans
-from torl_mega.types import CollectedGroups, ExecutionStatus, GraderStatus, Reward, StopReason, ToolCall, Trajectory
+from torl_mega.types import CollectedGroups, ExecutionStatus, GraderStatus, Reward, StopReason, Trajectory
 
 Scored = tuple[Trajectory, Reward]
 
@@ -69,13 +69,13 @@ def executed_code_ratio(scored: Sequence[Scored]) -> float:
     Below 1 where code was written but not called, or written after the C calls were used up.
     """
     written = [len(_pieces(trajectory)) for trajectory, _ in scored]
-    ran = [min(len(programs(trajectory)), n) for (trajectory, _), n in zip(scored, written, strict=True)]
+    ran = [min(len(trajectory.programs), n) for (trajectory, _), n in zip(scored, written, strict=True)]
     return sum(ran) / max(sum(written), 1)
 
 
 def executed_response_ratio(scored: Sequence[Scored]) -> float:
     """Responses of which at least one program ran / responses with code."""
-    return _share([(t, r) for t, r in scored if writes_code(t)], lambda trajectory, reward: bool(programs(trajectory)))
+    return _share([(t, r) for t, r in scored if writes_code(t)], lambda trajectory, reward: bool(trajectory.programs))
 
 
 def pass_ratio(scored: Sequence[Scored]) -> float:
@@ -83,7 +83,7 @@ def pass_ratio(scored: Sequence[Scored]) -> float:
 
     A program counts by its exit status, never by what it printed: one that prints "Error" and exits with 0 passes.
     """
-    statuses = [call.status for trajectory, _ in scored for call in programs(trajectory)]
+    statuses = [call.status for trajectory, _ in scored for call in trajectory.programs]
     return _mean([status is ExecutionStatus.OK for status in statuses])
 
 
@@ -115,13 +115,13 @@ def code_first_response_ratio(scored: Sequence[Scored]) -> float:
 
 
 def group_zero_signal_ratio(collected: CollectedGroups) -> float:
-    """Groups whose rewards are all the same, so that their advantages are zero / all groups."""
+    """Groups whose rewards are all the same / all groups. Their advantages are zero with every baseline that is the group's own."""
     return _mean([len({reward.value for reward in group.rewards}) <= 1 for group in collected.groups])
 
 
 def execution_ratios(scored: Sequence[Scored]) -> dict[str, float]:
     """`execution/<status>`: programs that ended so / programs that ran, for every status there is but OK."""
-    counts = Counter(call.status for trajectory, _ in scored for call in programs(trajectory))
+    counts = Counter(call.status for trajectory, _ in scored for call in trajectory.programs)
     total = counts.total()
     failures = [status for status in ExecutionStatus if status not in (ExecutionStatus.OK, ExecutionStatus.INFRA)]
     return {f"execution/{status.value}": counts[status] / max(total, 1) for status in failures}
@@ -150,12 +150,7 @@ def reward_parts(scored: Sequence[Scored]) -> dict[str, float]:
 
 def writes_code(trajectory: Trajectory) -> bool:
     """Whether it ran a program or holds a complete ```python block."""
-    return bool(programs(trajectory)) or any(code_spans(turn.text) for turn in trajectory.turns)
-
-
-def programs(trajectory: Trajectory) -> list[ToolCall]:
-    """The calls that ran something."""
-    return [call for call in trajectory.tool_calls if call.code]
+    return bool(trajectory.programs) or any(code_spans(turn.text) for turn in trajectory.turns)
 
 
 def _pieces(trajectory: Trajectory) -> list[tuple[int, int]]:

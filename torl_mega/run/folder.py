@@ -84,17 +84,25 @@ def open_run(config: Config, *, free: frozenset[str] = frozenset()) -> RunFolder
     """The run's folder with this config in it. Raises ConfigError when it holds a run with another recipe; a start that failed
     before anything was made holds none. `free`: further sections that may differ."""
     folder = make_folder(config)
-    written = folder.path / "config.json"
-    mine = config.model_dump(mode="json")
-    if written.exists() and not _is_empty(folder):
-        different = _differences(_recipe(_read_config(written), free), _recipe(mine, free))
-        if different:
-            raise ConfigError(
-                f"{folder.path} holds a run with another recipe ({'; '.join(different[:3])}); "
-                f"give this one a name of its own (name=…) or remove that folder"
-            )
-    write_json(written, {"config_hash": config_hash(config), "config": mine})
+    if not _is_empty(folder) and (different := other_recipe(folder, config, free=free)):
+        raise ConfigError(
+            f"{folder.path} holds a run with another recipe ({'; '.join(different[:3])}); "
+            f"give this one a name of its own (name=…) or remove that folder"
+        )
+    write_json(_config_file(folder), {"config_hash": config_hash(config), "config": config.model_dump(mode="json")})
     return folder
+
+
+def other_recipe(folder: RunFolder, config: Config, *, free: frozenset[str] = frozenset()) -> list[str]:
+    """What the run in `folder` learns from otherwise than `config`, one text each; empty when there is none."""
+    written = _config_file(folder)
+    if not written.exists():
+        return []
+    return _differences(_recipe(_read_config(written), free), _recipe(config.model_dump(mode="json"), free))
+
+
+def _config_file(folder: RunFolder) -> Path:
+    return folder.path / "config.json"
 
 
 def is_complete(folder: RunFolder, config: Config) -> bool:

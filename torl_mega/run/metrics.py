@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torl_mega.errors import DataError
 from torl_mega.run.files import write_text
 from torl_mega.run.trackers import Trackers
 
@@ -82,15 +83,17 @@ def _shown(metrics: Mapping[str, float], line: Mapping[str, str]) -> str:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a metrics.jsonl; a half-written last line (a killed run) is left out."""
+    """The rows of a metrics.jsonl; a half-written last line (a killed run) is left out. Raises DataError for another broken one."""
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text().splitlines():
+    lines = path.read_text(errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+        except json.JSONDecodeError as exc:
+            if number < len(lines):
+                raise DataError(f"{path}:{number} is not a row of metrics ({exc.msg}); take that line out") from None
     return rows
 
 

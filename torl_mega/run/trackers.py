@@ -105,7 +105,7 @@ def check_installed(logging: LoggingConfig) -> None:
     for name, module in MODULES.items():
         if getattr(logging, name) is not None and importlib.util.find_spec(module) is None:
             raise ConfigError(
-                f"logging.{name} needs the library {name}, which is not installed: pip install 'torl-mega[{name}]', or take "
+                f"logging.{name} needs the library {name}, which is not installed: pip install -e '.[{name}]', or take "
                 f"logging.{name}=null"
             )
 

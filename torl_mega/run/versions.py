@@ -29,11 +29,12 @@ def record_versions(folder: Path, *, from_step: int) -> None:
 
 
 def versions() -> dict[str, Any]:
-    found = {name: version for name in PACKAGES if (version := _version(name)) is not None}
+    found = {name: version for name in PACKAGES if (version := version_of(name)) is not None}
     return {"torl-mega": __version__, "python": platform.python_version(), **found, "chip": chip()}
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """None where it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -361,7 +361,7 @@ class SandboxPool:
             return ExecutionResult.infra(f"the pool could not run a snippet: {e}")
         finally:
             if self._aside.leave(request_id):
-                self._running += 1  # of which the caller makes it free again
+                self._running += 1  # the caller takes one off for every snippet, also for one that was counted aside
             for capture in captures:
                 capture.close()
             if box is not None:

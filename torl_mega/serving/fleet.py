@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 import aiohttp
 
 from torl_mega.errors import GenerationError, ServerError, StaleServers
-from torl_mega.serving.generation import UNKNOWN_VERSION
+from torl_mega.serving.generation import version_number
 
 POLL_S = 1.0
 PROBE_TIMEOUT_S = 5.0
@@ -147,8 +147,7 @@ class Fleet:
         info = await self._get(server, "/model_info")
         if info is None or await self._get(server, "/server_info") is None:
             return False
-        version = str(info.get("weight_version", ""))
-        if self._accepts(int(version) if version.isdecimal() else UNKNOWN_VERSION):
+        if self._accepts(version_number(str(info.get("weight_version", "")))):
             return True
         if server.suspended is not None:
             server.suspended = STALE

@@ -133,13 +133,14 @@ def _versions(meta: dict[str, Any], num_tokens: int) -> tuple[int, ...]:
     for span in meta["weight_versions"]:
         if span["start"] != len(versions):
             raise ValueError(f"version spans {meta['weight_versions']} leave a gap")
-        versions += [_version_number(span["version"])] * (span["end"] - span["start"])
+        versions += [version_number(span["version"])] * (span["end"] - span["start"])
     if len(versions) != num_tokens:
         raise ValueError(f"version spans {meta['weight_versions']} do not cover {num_tokens} tokens")
     return tuple(versions)
 
 
-def _version_number(version: str) -> int:
+def version_number(version: str) -> int:
+    """Of what a server calls its weights; UNKNOWN_VERSION for a name that no trainer gave."""
     return int(version) if version.isdecimal() else UNKNOWN_VERSION
 
 

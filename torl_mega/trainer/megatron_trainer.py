@@ -46,7 +46,7 @@ from torl_mega.trainer.packing import MicroBatchPlan, plan_micro_batches
 from torl_mega.trainer.parallel import is_rank0, raise_together, share, sum_over_ranks, world_size
 from torl_mega.trainer.parking import Parking
 from torl_mega.trainer.pipeline import schedule_arguments
-from torl_mega.trainer.precision import check_precision, this_machine, token_multiple
+from torl_mega.trainer.precision import check_precision, this_machine, token_multiple, warn_if_unfit
 from torl_mega.trainer.reference import Reference
 from torl_mega.trainer.routes import Chosen, with_routes
 from torl_mega.trainer.vocab_parallel import token_logprobs
@@ -70,6 +70,8 @@ class MegatronTrainer:
         if problems:
             raise ConfigError("; ".join(problems))
         check_precision(config.trainer.precision, this_machine())
+        if is_rank0():
+            warn_if_unfit(config.trainer.precision)
         self.device = torch.device("cpu" if cpu_backend.install() else f"cuda:{torch.cuda.current_device()}")
         self._spec = choose_spec(config.trainer.layer_spec)
         self._temperature = config.rollout.temperature

@@ -20,7 +20,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -136,12 +136,20 @@ def check_precision(profile: str, machine: Machine) -> None:
         found = "none" if machine.cuda is None else ".".join(map(str, machine.cuda))
         wanted = ".".join(map(str, need.min_cuda))
         raise ConfigError(f"{where} needs CUDA >= {wanted}, found {found}; use a newer PyTorch image")
-    if need.recipe == "delayed":
-        log.warning("%s is unfit for RL: scoring and update run with different scales; take fp8_current", where)
 
 
-def report() -> dict[str, Any]:
-    """For `torl doctor`: chip, Transformer Engine, which profiles would run, and which Adam Megatron takes."""
+def warn_if_unfit(profile: str) -> None:
+    """For a run that asks for `profile`."""
+    if profile in PROFILES and PROFILES[profile].recipe == "delayed":
+        log.warning(
+            "trainer.precision = %s is unfit for RL: scoring and update run with different scales; take fp8_current",
+            profile,
+        )
+
+
+def report(layer_spec: Literal["auto", "local"] = "auto") -> dict[str, Any]:
+    """For `torl doctor`: chip, Transformer Engine, which profiles would run, and which Adam Megatron takes. `layer_spec`: the
+    config's."""
     machine = this_machine()
     usable = ["default"]
     for name in PROFILES:
@@ -154,7 +162,7 @@ def report() -> dict[str, Any]:
         "compute_capability": machine.capability,
         "transformer_engine": machine.te,
         "cuda": machine.cuda,
-        "layer_spec": "te" if machine.capability and machine.te else "local",
+        "layer_spec": "te" if layer_spec == "auto" and machine.capability and machine.te else "local",
         "usable_profiles": usable,
         "optimizer": active_optimizer(),
     }

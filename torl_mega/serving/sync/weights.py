@@ -75,7 +75,7 @@ def make_transport(config: ServingConfig, device: torch.device, owners: Owners) 
     if config.transport == "handles":
         return Handles(owners, device)
     if config.transport == "disk":
-        assert config.disk_dir is not None  # config.py sees to it
+        assert config.disk_dir is not None  # the config sees to it
         return Disk(Path(config.disk_dir))
     return Broadcast(config.sync_host, device)
 

@@ -1,6 +1,6 @@
 """Saves and loads Megatron's distributed checkpoints: saved in any layout, loaded in any other.
 
-    <run>/checkpoints/step_000010/      torch_dist files (weights, optimizer, schedule, RNG), fully reshardable
+    <run>/checkpoints/step_00010/       torch_dist files (weights, optimizer, schedule, RNG), fully reshardable
                      .../extra.json     what the loop keeps (steps done, prompt cursor, ...)
                      .../manifest.json  see checkpoint_files.py
 

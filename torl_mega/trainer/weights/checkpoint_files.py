@@ -1,8 +1,8 @@
 """The folder of a checkpoint: complete or not there, with size and checksum of every file.
 
-    step_000010/manifest.json   {format, content, model, hf_config, files: {name: {size, crc32}}}; written last
+    step_00010/manifest.json   {format, content, model, hf_config, files: {name: {size, crc32}}}; written last
 
-Contract: a checkpoint is built in `.step_000010.tmp`, synced to disk and renamed, so a folder of the final name is
+Contract: a checkpoint is built in `.step_00010.tmp`, synced to disk and renamed, so a folder of the final name is
 complete; a crash in the middle of saving never harms the last good one. The ranks share the checksumming.
 Limits: needs a file system that all ranks share.
 """

@@ -1,6 +1,6 @@
 """Megatron torch_dist checkpoint (of training or of weights) -> HF folder that plain transformers loads.
 
-python tools/convert_megatron_to_hf.py --checkpoint runs/NAME/checkpoints/step_000100 --out DIR --tokenizer DIR
+python tools/convert_megatron_to_hf.py --checkpoint runs/NAME/checkpoints/step_00100 --out DIR --tokenizer DIR
 """
 
 from __future__ import annotations
