@@ -113,7 +113,7 @@ def test_tensorboard_has_groups_texts_settings_and_the_papers_figures(tmp_path: 
 
 
 def test_mlflow_goes_on_with_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mlflow = pytest.importorskip("mlflow", reason="pip install 'torl-mega[mlflow]'")
+    mlflow = pytest.importorskip("mlflow", reason="pip install -e '.[mlflow]'")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     config = _config(
         tmp_path, "logging.tensorboard=false", "logging.mlflow.experiment=small", "logging.samples_every_steps=2"
@@ -134,7 +134,7 @@ def test_mlflow_goes_on_with_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_wandb_goes_on_with_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb", reason="pip install 'torl-mega[wandb]'")
+    pytest.importorskip("wandb", reason="pip install -e '.[wandb]'")
     monkeypatch.setenv("WANDB_MODE", "offline")
     config = _config(tmp_path, "logging.tensorboard=false", "logging.wandb.project=small", "logging.wandb.tags=[a,b]")
     _killed_and_gone_on_with(config, tmp_path / "run")
@@ -237,7 +237,7 @@ def test_a_tracker_that_fails_costs_nothing_but_its_own_entries(
 
 
 def test_a_tracker_that_cannot_begin_is_one_line(tmp_path: Path) -> None:
-    pytest.importorskip("mlflow", reason="pip install 'torl-mega[mlflow]'")
+    pytest.importorskip("mlflow", reason="pip install -e '.[mlflow]'")
     (tmp_path / "file").write_text("")
     config = _config(tmp_path, "logging.tensorboard=false", f"logging.mlflow.uri={tmp_path}/file/x")
     with pytest.raises(ConfigError, match=r"logging.mlflow cannot begin: .*logging.mlflow=null") as said:
@@ -251,5 +251,5 @@ def test_a_library_that_is_absent_is_named_before_anything_starts(
 ) -> None:
     monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
     monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
-    with pytest.raises(ConfigError, match=rf"pip install 'torl-mega\[{name}\]'"):
+    with pytest.raises(ConfigError, match=rf"pip install -e '\.\[{name}\]'"):
         check_inputs(_config(tmp_path, f"logging.{name}={{}}"), 1)
