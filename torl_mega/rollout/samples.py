@@ -33,10 +33,9 @@ def make_samples(groups: Sequence[Group], config: AlgoConfig) -> list[Sample]:
 
 def _counts(group: Group, advantages_G: np.ndarray, config: AlgoConfig) -> bool:
     """Whether the group is trained on at all (`algo.zero_signal`)."""
+    # what a refill would have replaced teaches no more once its rounds are used up
     if config.zero_signal == "refill":
-        return has_signal(
-            group, config
-        )  # what a refill would have replaced teaches no more once its rounds are used up
+        return has_signal(group, config)
     return config.zero_signal == "keep" or bool(advantages_G.any())
 
 
