@@ -27,9 +27,8 @@ class Problem:
     problem: str
     answer: str  # the gold answer, as text
     source: str  # data set or benchmark the row came from, e.g. "aime24"
-    extra: Mapping[str, Any] = field(
-        default_factory=dict, compare=False
-    )  # what data.columns keeps for reward and tools
+    # what data.columns keeps for reward and tools
+    extra: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

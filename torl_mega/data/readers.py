@@ -141,9 +141,8 @@ def to_problem(row: Row, *, path: Path, number: int, columns: ColumnsConfig | No
     for part, key in (("problem", columns.problem), ("answer", columns.answer)):
         if key is not None:
             renamed[part] = _column(row, key, where)
-    if (
-        columns.problem is not None or columns.answer is not None
-    ):  # the layout is the user's: a verl row's own parts step back
+    # the layout is the user's: a verl row's own parts step back
+    if columns.problem is not None or columns.answer is not None:
         if isinstance(renamed.get("problem"), list):
             renamed["problem"] = bare_problem(_last_user_text(renamed["problem"], where))
         renamed = {key: value for key, value in renamed.items() if key not in ("prompt", "reward_model")}

@@ -26,9 +26,8 @@ class Tokenizer:
         except Exception as exc:  # the boundary to transformers: its errors have no common base
             raise DataError(f"{path}: no tokenizer could be read from it: {' '.join(str(exc).split())[:300]}") from exc
         files = sorted({name for name in self._hf.vocab_files_names.values() if name})
-        if files and not any(
-            (Path(path) / name).exists() for name in (*files, "tokenizer.model", "tekken.json")
-        ):  # transformers makes an empty one then
+        there = any((Path(path) / name).exists() for name in (*files, "tokenizer.model", "tekken.json"))
+        if files and not there:  # transformers makes an empty one then
             raise DataError(
                 f"{path} holds no tokenizer (none of {', '.join(files)}); copy the base model's files into it"
             )

@@ -143,9 +143,8 @@ def _decode_step_s(setup: Setup) -> Callable[[float, float], float]:
     per_token = shape.kv_bytes_per_token(width) / min(tp, shape.num_kv_groups)
     weights, bandwidth = server_weight_bytes(shape, setup.config) / tp, gpu.hbm * assume.decode_bandwidth
     of_experts = weights * shape.num_layers * shape.expert_matrices / shape.num_parameters
-    missed = (
-        1 - shape.experts.top_k / shape.experts.count if shape.experts else 0.0
-    )  # share of experts one token leaves out
+    # share of experts that one token leaves out
+    missed = 1 - shape.experts.top_k / shape.experts.count if shape.experts else 0.0
     flops = tp * gpu.bf16 * assume.prefill_mfu
     reduce = 0.0 if tp == 1 else 2 * shape.num_layers * 15e-6  # two all-reduces per layer, latency-bound
 

@@ -77,9 +77,8 @@ class _Pool:
     memory_mb: int
     judge: Callable[..., Any]  # of a request's arguments; what it returns is JSON
     selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
-    waiting: list[tuple[int, int, _Job]] = field(
-        default_factory=list
-    )  # a heap: longest first, then in order of arrival
+    # a heap: longest first, then in order of arrival
+    waiting: list[tuple[int, int, _Job]] = field(default_factory=list)
     children: list[_Child] = field(default_factory=list)
     dying: list[int] = field(default_factory=list)  # pids that were killed and must still be reaped
     pending: bytes = b""

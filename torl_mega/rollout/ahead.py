@@ -70,9 +70,8 @@ class SamplingAhead:
 
     def collect(self, step: int) -> StepBatch:
         last_ahead = min(step + self._config.rollout.max_staleness, self._config.num_steps - 1)
-        self._next_to_request = max(
-            self._next_to_request, step
-        )  # the steps before it were trained, here or before a resume
+        # the steps before it were trained, here or before a resume
+        self._next_to_request = max(self._next_to_request, step)
         self._request_up_to(step)
         while step not in self._ready:
             self._receive_batch()
@@ -84,9 +83,8 @@ class SamplingAhead:
         return self._command("evaluate", step)
 
     def state(self) -> Mapping[str, Any]:
-        with contextlib.suppress(
-            StaleServers
-        ):  # the failed step is requested again by the next `collect`, which raises
+        # a failed step is requested again by the next `collect`, which raises
+        with contextlib.suppress(StaleServers):
             while self._in_flight and self._pipe.poll():
                 self._receive_batch()
         return {"cursor": self._cursor, "collected": {str(s): dict(b.metrics) for s, b in self._ready.items()}}

@@ -33,9 +33,8 @@ class MicroBatch:
     sequence: torch.Tensor  # [t] int64 number of each token's sequence, -1 on padding
     lengths: torch.Tensor  # [sequences] tokens of each, all context ranks together
     place: np.ndarray  # [t] index of each token in the concatenation of the batch's samples, -1 on padding
-    routes: (
-        torch.Tensor | None
-    )  # [t, layers, k] int16 experts to take, -1 = the router's own choice; None = all are its own
+    # [t, layers, k] int16 experts to take, -1 = the router's own choice; None = all are its own
+    routes: torch.Tensor | None
     num_tokens: int  # real tokens, all context ranks together
     num_padding: int
 

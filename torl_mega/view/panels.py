@@ -102,10 +102,8 @@ PICTURE = ("accuracy", "code_ratio", "pass_ratio")
 
 def sections(runs: Sequence[Run]) -> Iterator[tuple[str, list[Panel]]]:
     """The charts that one of the runs has a value for; benchmarks, tools and parts of the reward as the runs name them."""
-    names, found = (
-        dict.fromkeys(k for run in runs for k in run.train),
-        benchmarks(runs),
-    )  # one benchmark alone is the mean
+    names = dict.fromkeys(k for run in runs for k in run.train)
+    found = benchmarks(runs)  # one benchmark alone is the mean
     more = {
         "Does it learn": [
             Panel(f"{visible(b)}, accuracy in evaluation", f"{b}/accuracy", "", S, E, f"{b}/accuracy")

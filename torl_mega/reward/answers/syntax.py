@@ -28,10 +28,8 @@ FUNCTIONS = {
     **{f"arc{name}": f"a{name}" for name in "sin cos tan cot sec csc".split()},
     **dict(zip("tg ctg arctg arcctg".split(), "tan cot atan acot".split(), strict=True)),
 }
-WHOLE: tuple[str, ...] = (
-    "wholea",
-    "wholeb",
-)  # commands that stand for the whole-number parameters of a family of values
+# commands that stand for the whole-number parameters of a family of values
+WHOLE: tuple[str, ...] = ("wholea", "wholeb")
 GREEK = (
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi omega "
     "Gamma Delta Theta Lambda Xi Sigma Upsilon Phi Psi Omega ell hbar"

@@ -86,9 +86,8 @@ def _patch() -> None:
     cuda: Any = torch.cuda
     cuda.current_device = lambda: _CPU
     cuda.synchronize = lambda device=None: None
-    cuda.current_stream = lambda device=None: (
-        _NullStream()
-    )  # 0.19: param_and_grad_buffer; the token dispatcher of experts
+    # megatron-core 0.19: param_and_grad_buffer; the token dispatcher of experts
+    cuda.current_stream = lambda device=None: _NullStream()
     cuda.Stream, cuda.stream = _NullStream, lambda stream: contextlib.nullcontext()
     cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
     cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
