@@ -66,12 +66,21 @@ def _too_few(differences: Sequence[float]) -> Outcome | None:
     return Outcome("one seed, no interval" if differences else NOT_RUN)
 
 
+def _gain(differences: Sequence[float]) -> str:
+    return f"{shown(differences, '{:+.3f}')}, {len(differences)} seeds"
+
+
+def _lower(differences: Sequence[float]) -> float:
+    """Lower bound of the 95 % interval."""
+    mean, half = interval(differences)
+    return mean - half
+
+
 def tool_gain(runs: Runs) -> Outcome:
     differences = paired(runs, "torl", "no_tool")
     if few := _too_few(differences):
         return few
-    mean, half = interval(differences)
-    return Outcome(f"{mean:+.3f} ± {half:.3f}, {len(differences)} seeds", mean - half > 0.15)
+    return Outcome(_gain(differences), _lower(differences) > 0.15)
 
 
 def no_tool_gain(runs: Runs) -> Outcome:
@@ -79,7 +88,7 @@ def no_tool_gain(runs: Runs) -> Outcome:
     if not of:
         return Outcome(NOT_RUN)
     before, after = (accuracies(of, when) for when in ("before", "after"))
-    gain = shown([b - a for a, b in zip(before, after, strict=True)], "{:+.3f}").replace("± +", "± ")
+    gain = shown([b - a for a, b in zip(before, after, strict=True)], "{:+.3f}")
     answered, right = [], []
     for when in ("before", "after"):
         # of all answers, families unweighted: not the mean above, which weighs the eight families alike
@@ -151,7 +160,7 @@ def second_call(runs: Runs) -> Outcome:
     with_one = statistics.fmean(_accuracy(run, TWO_CALLS) for run in runs["torl"])
     alike = len(set(differences)) == 1  # of which there is no t
     p = float(differences[0] <= 0) if alike else float(ttest_1samp(differences, 0.0, alternative="greater").pvalue)  # type: ignore[attr-defined]
-    found = f"{shown(differences, '{:+.3f}').replace('± +', '± ')}, p = {p:.3f}, {len(differences)} seeds"
+    found = f"{shown(differences, '{:+.3f}')}, p = {p:.3f}, {len(differences)} seeds"
     return Outcome(f"{found}; C = 1 leaves {1 - with_one:.3f} to gain", p < 0.05)
 
 
@@ -159,5 +168,4 @@ def penalty(runs: Runs) -> Outcome:
     differences = paired(runs, "code_error", "torl")
     if few := _too_few(differences):
         return few
-    mean, half = interval(differences)
-    return Outcome(f"{mean:+.3f} ± {half:.3f}, {len(differences)} seeds", mean - half <= 0)
+    return Outcome(_gain(differences), _lower(differences) <= 0)

@@ -18,7 +18,7 @@ from typing import Any
 from ablate import interval, run_name
 
 from torl_mega.config_file import load_config
-from torl_mega.run.folder import FREE, FREE_PARTS
+from torl_mega.run.folder import FREE, FREE_PARTS, flatten
 
 Run = Mapping[str, Any]
 Runs = Mapping[str, Sequence[Run]]  # by arm, by seed
@@ -70,21 +70,14 @@ def recipe_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """By dotted name, what a run learns from: a config without names, folders and how it is run."""
     return {
         name: value
-        for name, value in _flat(config)
+        for name, value in flatten(dict(config)).items()
         if name in ALSO_COMPARED or (name.split(".")[0] not in FREE and name not in FREE_PARTS and name != "seed")
     }
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    pairs: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        pairs += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
-    return pairs
-
-
 @functools.cache
 def _recipe_today(arm: str) -> dict[str, Any]:
-    return recipe_of(json.loads(json.dumps(load_config(ROOT / conf_of(arm)).model_dump(mode="json"))))
+    return recipe_of(load_config(ROOT / conf_of(arm)).model_dump(mode="json"))
 
 
 def other_settings(run: Run) -> list[str]:
@@ -117,7 +110,7 @@ def shown(values: Sequence[float], form: str) -> str:
     if not values:
         return "–"
     mean, half = interval(values)
-    return form.format(mean) + (f" ± {form.format(half)}" if len(values) > 1 else "")
+    return form.format(mean) + (f" ± {form.format(half).lstrip('+')}" if len(values) > 1 else "")
 
 
 def percent(values: Sequence[float]) -> str:

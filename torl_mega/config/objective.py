@@ -149,6 +149,16 @@ class AlgoConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> Self:
+        if self.correction_low > self.correction_high:
+            raise ValueError(
+                f"algo.correction_low = {self.correction_low:g} is above algo.correction_high = {self.correction_high:g}; swap them"
+            )
+        if self.geo_bounds[0] > self.geo_bounds[1]:
+            raise ValueError(f"algo.correction_geo = {list(self.geo_bounds)} is not [low, high]; swap them")
+        return self
+
     @property
     def geo_bounds(self) -> tuple[float, float]:
         return self.correction_geo or (0.999, 1.001)

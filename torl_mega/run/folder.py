@@ -152,14 +152,15 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _recipe(tree: dict[str, Any], free: frozenset[str]) -> dict[str, Any]:
-    flat = _flatten({k: v for k, v in tree.items() if k not in FREE | free})
+    flat = flatten({k: v for k, v in tree.items() if k not in FREE | free})
     return {k: v for k, v in flat.items() if k not in FREE_PARTS}
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a config by their dotted names."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 
